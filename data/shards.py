@@ -1,0 +1,81 @@
+"""The shard format in one place, and how the data tools put files in place.
+
+A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then little-endian uint16 tokens.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = 4 * HEADER_INTS
+MAX_VOCAB = 1 << 16  # a token is a uint16
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Binary file that takes the name `path` when the block ends well; otherwise nothing is left. Raises OSError."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp is private by default
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
+    """Write `tokens` (count,) uint16 as one shard, atomically. ValueError for other arrays, OSError from the system."""
+    if tokens.ndim != 1 or tokens.dtype.kind != "u" or tokens.dtype.itemsize != 2:
+        raise ValueError(f"{path}: expected a 1-D uint16 array, found {tokens.ndim}-D {tokens.dtype}")
+    if len(tokens) >= 1 << 31:
+        raise ValueError(f"{path}: expected fewer than {1 << 31} tokens, found {len(tokens)}")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    with atomic_write(path) as file:
+        file.write(header.data)
+        file.write(np.ascontiguousarray(tokens, "<u2").data)
+
+
+def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.ndarray:
+    """Tokens of one shard, (count,) uint16, mapped read-only.
+
+    ValueError, one line, when the header, the file size or (given `vocab_size`) a token is not as it should be.
+    """
+    size = os.path.getsize(path)
+    if size < HEADER_BYTES:
+        raise ValueError(f"{path}: expected a header of {HEADER_BYTES} bytes, found a file of {size}")
+    magic, version, count = (int(value) for value in np.fromfile(path, "<i4", count=3))
+    if magic != MAGIC:
+        raise ValueError(f"{path}: expected magic {MAGIC}, found {magic}")
+    if version != VERSION:
+        raise ValueError(f"{path}: expected version {VERSION}, found {version}")
+    if count < 0 or size != HEADER_BYTES + 2 * count:
+        raise ValueError(f"{path}: expected {HEADER_BYTES + 2 * count} bytes for {count} tokens, found {size}")
+    if count == 0:  # nothing to map
+        return np.zeros(0, "<u2")
+    tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+    if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
+        raise ValueError(f"{path}: expected tokens below {vocab_size}, found {largest}")
+    return tokens
+
+
+def one_line(error: BaseException) -> str:
+    """What the user reads about `error`: one line, the file first where the system names one."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__

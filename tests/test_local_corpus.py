@@ -1,0 +1,160 @@
+"""data/local_corpus.py on small trees, and on the standard library of this interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import local_corpus
+import pytest
+
+TOOL = Path(local_corpus.__file__)
+
+
+def prose(topic: str, sentences: int = 4) -> str:
+    """English of about 90 chars a sentence that differs with `topic`."""
+    return " ".join(
+        f"The {topic} number {'abcdefghij'[i % 10]} is used by the caller when a value of the {topic} can be found."
+        for i in range(sentences)
+    )
+
+
+def write_tree(root: Path, files: dict[str, str]) -> Path:
+    for name, source in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return root
+
+
+def collected(root: Path) -> dict[str, str]:
+    """Module -> all of its text."""
+    found: dict[str, str] = {}
+    for document in local_corpus.collect({"fake": root}):
+        found[document.module] = found.get(document.module, "") + document.text
+    return found
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TOOL), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=60)
+
+
+def test_takes_docstrings_and_long_literals_in_source_order(tmp_path):
+    source = (
+        f'"""{prose("module")}"""\n'
+        f'add_docstring(f, """{prose("literal")}""")\n'
+        "def f():\n"
+        f'    """{prose("first")}\n\n        {prose("indented", 1)}\n\n    {prose("flush")}\n    """\n'
+        '    raise ValueError("the message is short")\n'
+        f'x = f"""{prose("interpolated")} {{x}} {prose("more")}"""\n'
+    )
+    text = collected(write_tree(tmp_path, {"a.py": source}))["fake/a.py"]
+    indented = "    " + prose("indented", 1)
+    assert text == "\n\n".join([prose("module"), prose("literal"), prose("first"), indented, prose("flush")])
+
+
+def test_leaves_out_what_is_not_prose(tmp_path):
+    rows = "\n".join(f"    {i}.25  {i * 7}.5  0x{i:04x} | -{i}" for i in range(60))
+    sources = {
+        "good.py": f'"""{prose("good")}"""',
+        "table.py": f'"""{rows}"""',
+        "base64.py": f'DATA = """{"QUJDREVGR0hJSktMTU5PUFFSU1RVVldYWVo" * 20}"""',
+        "code.py": 'T = """' + "static int f(int a) {\n    return g(a);\n}\n" * 20 + '"""',
+        "marker.py": f'"""{prose("marker")} \u2581"""',
+        "nul.py": f'"""{prose("nul")} \\0"""',
+        "surrogate.py": f'"""{prose("surrogate")} \\ud800"""',
+        "broken.py": f'"""{prose("broken")}"""\ndef (',
+        "short.py": '"""The short one is not for use."""',
+        "tests/test_good.py": f'"""{prose("tested")}"""',
+        "notes.txt": prose("notes"),
+    }
+    assert list(collected(write_tree(tmp_path, sources))) == ["fake/good.py"]
+
+
+def test_doctest_blocks_go_and_the_prose_around_them_stays(tmp_path):
+    source = f'"""{prose("before")}\n\n>>> print(1)\n1\n\n{prose("after")}"""'
+    text = collected(write_tree(tmp_path, {"a.py": source}))["fake/a.py"]
+    assert text == prose("before") + "\n\n" + prose("after")
+
+
+def test_duplicates_stay_once(tmp_path):
+    shared = prose("shared")
+    sources = {
+        "a.py": f'"""{prose("alone a")}\n\n{shared}"""',
+        "b.py": f'"""{prose("alone b")}\n\n{shared.replace(" is", chr(10) + "    is")}"""',  # other white space
+        "c.py": f'"""{prose("alone a")}\n\n{shared}"""',  # the docstring of a.py
+    }
+    texts = collected(write_tree(tmp_path, sources))
+    assert texts == {"fake/a.py": prose("alone a") + "\n\n" + shared, "fake/b.py": prose("alone b")}
+
+
+def test_documents_are_cut_at_paragraph_ends():
+    paragraphs = [f"paragraph {i} " + "x" * 50 for i in range(100)] + ["line\n" * 100, "y" * 700]
+    found = list(local_corpus.pieces(paragraphs, limit=300))
+    assert max(map(len, found)) <= 300
+    assert "".join("".join(found).split()) == "".join("".join(paragraphs).split())
+    assert all(piece.startswith("paragraph") for piece in found[:20])
+
+
+def test_split_holds_out_whole_modules():
+    documents = [local_corpus.Document(f"m{i % 50}", f"{i} " + "text " * (20 + i % 7)) for i in range(400)]
+    train, val = local_corpus.split(documents, 10)
+    assert sorted(d.text for d in train + val) == sorted(d.text for d in documents)
+    assert not {d.module for d in train} & {d.module for d in val}
+    share = sum(len(d.text) for d in val) / sum(len(d.text) for d in documents)
+    assert 0.07 < share <= 0.10
+    assert local_corpus.split(documents[::-1], 10)[1] == val[::-1]  # the order does not matter
+
+
+def test_packages_are_found_but_not_imported():
+    code = (
+        "import sys, local_corpus; before = set(sys.modules); roots = local_corpus.find_roots(['numpy', 'nowhere_']);"
+        "assert set(roots) == {'python', 'numpy'}, roots; print(sorted(set(sys.modules) - before))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(TOOL.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "torch" not in done.stdout
+
+
+def test_standard_library_corpus_is_deterministic_and_honest(tmp_path):
+    arguments = ("--packages", "--min-mb", "1", "--val-percent", "5", "--out")
+    for seed in ("1", "2"):
+        done = run(*arguments, str(tmp_path / seed), PYTHONHASHSEED=seed)
+        assert done.returncode == 0, done.stderr
+        assert len(done.stdout.splitlines()) == 3
+        assert done.stderr == ""  # no progress bar when it is not a terminal
+    for name in ("docs_train.jsonl", "docs_val.jsonl"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    assert sorted(os.listdir(tmp_path / "1")) == ["docs_train.jsonl", "docs_val.jsonl"]
+
+    def read(name: str) -> list[str]:
+        return [json.loads(line)["text"] for line in (tmp_path / "1" / name).read_bytes().splitlines()]
+
+    train, val = read("docs_train.jsonl"), read("docs_val.jsonl")
+    texts = train + val
+    assert all(200 <= len(text) <= 8_000 for text in texts)
+    assert not any(bad in text for text in texts for bad in ("\0", "\u2581"))
+    assert len({" ".join(text.split()) for text in texts}) == len(texts)
+    in_train = {" ".join(p.split()) for text in train for p in text.split("\n\n") if len(p) > 200}
+    in_val = {" ".join(p.split()) for text in val for p in text.split("\n\n") if len(p) > 200}
+    assert in_val
+    assert not in_train & in_val
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--packages", "--min-mb", "1e6"), "expected at least 1000000.0 MB"),
+        (("--val-percent", "100"), "--val-percent: expected between 0 and 100, found 100.0"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(tmp_path, arguments, message):
+    done = run(*arguments, "--out", str(tmp_path / "out"))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()

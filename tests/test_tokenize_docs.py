@@ -1,0 +1,415 @@
+"""data/tokenize_docs.py and data/shards.py against expectations computed without them."""
+
+import gzip
+import hashlib
+import io
+import json
+import lzma
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece as spm
+import shards
+import tokenize_docs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TOOL = Path(tokenize_docs.__file__)
+UNUSUAL = [
+    "", " ", "\n", " a\n\tb  ", "na\u00efve e\u0301 \U0001f600", "\u6f22\u5b57", "literal \u2581 marker", "<s></s>"
+]
+
+
+def make_documents(count: int, seed: int) -> list[str]:
+    """English-like documents of a few hundred chars, with line breaks and digits."""
+    rng = random.Random(seed)
+    syllables = ["ka", "to", "mi", "ren", "sol", "the", "ing", "er", "a", "un", "pre", "st", "or", "ly"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(800)]
+    return [
+        "".join(rng.choice(words) + rng.choice([" "] * 12 + [", ", ".\n", "\n\n", " 42 "]) for _ in range(80))
+        for _ in range(count)
+    ]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+
+
+def run(*arguments: object, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, **options)
+
+
+def assert_refused(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    for part in parts:
+        assert part in done.stderr
+
+
+def train_model(**options) -> bytes:
+    """A small SentencePiece model made without the tool."""
+    model = io.BytesIO()
+    settings = {"model_type": "bpe", "vocab_size": 400, "byte_fallback": True, "hard_vocab_limit": False}
+    sentences = options.pop("sentences", make_documents(50, 9))
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, minloglevel=2, **settings, **options
+    )
+    return model.getvalue()
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> tuple[Path, list[str], list[str]]:
+    """Folder with train.jsonl and val.jsonl, and their texts; train is several batches long."""
+    folder = tmp_path_factory.mktemp("corpus")
+    train, val = make_documents(5_000, 1) + UNUSUAL, make_documents(60, 2) + [text + "!" for text in UNUSUAL[1:]]
+    (folder / "train.jsonl").write_bytes(jsonl(train))
+    (folder / "val.jsonl").write_bytes(jsonl(val))
+    assert (folder / "train.jsonl").stat().st_size > 2 * tokenize_docs.BATCH_BYTES
+    return folder, train, val
+
+
+@pytest.fixture(scope="module")
+def built(corpus, tmp_path_factory) -> Path:
+    """Output folder of one run that trains a tokenizer and cuts small shards."""
+    folder, out = corpus[0], tmp_path_factory.mktemp("built")
+    done = run("--train", folder / "train.jsonl", "--val", folder / "val.jsonl", "--out", out, "--vocab-size", 600,
+               "--shard-tokens", 100_000, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return out
+
+
+@pytest.fixture(scope="module")
+def model(built) -> Path:
+    return built / "tokenizers" / "local_600_bpe.model"
+
+
+# ----- shards
+
+
+def test_shard_bytes(tmp_path):
+    path = tmp_path / "a.bin"
+    shards.write_shard(path, np.array([1, 2, 65535], np.uint16))
+    assert path.read_bytes() == struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + struct.pack("<3H", 1, 2, 65535)
+    assert os.listdir(tmp_path) == ["a.bin"]
+    tokens = shards.read_shard(path, vocab_size=65536)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [1, 2, 65535]
+    shards.write_shard(path, np.zeros(0, np.uint16))
+    assert shards.read_shard(path).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "expected a header of 1024 bytes, found a file of 0"),
+        (struct.pack("<256i", 20240521, 1, *[0] * 254), "expected magic 20240520, found 20240521"),
+        (struct.pack("<256i", 20240520, 2, *[0] * 254), "expected version 1, found 2"),
+        (struct.pack("<256i", 20240520, 1, 3, *[0] * 253) + bytes(4), "expected 1030 bytes for 3 tokens, found 1028"),
+        (struct.pack("<256i", 20240520, 1, 1, *[0] * 253) + bytes(4), "expected 1026 bytes for 1 tokens, found 1028"),
+        (struct.pack("<256i", 20240520, 1, -1, *[0] * 253), "for -1 tokens"),
+        (struct.pack("<256i2H", 20240520, 1, 2, *[0] * 253, 5, 700), "expected tokens below 600, found 700"),
+    ],
+)
+def test_damaged_shards_are_refused(tmp_path, content, message):
+    path = tmp_path / "damaged.bin"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged.bin: ") as caught:
+        shards.read_shard(path, vocab_size=600)
+    assert message in str(caught.value)
+
+
+def test_other_arrays_and_failed_writes_leave_nothing(tmp_path):
+    for array in (np.zeros(3, np.int64), np.zeros((2, 2), np.uint16)):
+        with pytest.raises(ValueError, match="expected a 1-D uint16 array"):
+            shards.write_shard(tmp_path / "a.bin", array)
+    with pytest.raises(RuntimeError), shards.atomic_write(tmp_path / "b.bin") as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+
+
+# ----- the published layout
+
+
+def test_stream_is_bos_and_tokens_of_every_document(corpus, built, model):
+    _, train, val = corpus
+    tokenizer = spm.SentencePieceProcessor(model_file=str(model))
+    ids = [tokenizer.piece_to_id(piece) for piece in ("<pad>", "<s>", "</s>", "<unk>")]
+    assert ids == [0, 1, 2, 3]
+    for split, documents in (("train", train), ("val", val)):
+        expected = [token for text in documents if text for token in (1, *tokenizer.encode(text))]
+        files = sorted((built / "datasets" / "local_sp600").glob(f"fineweb_{split}_*.bin"))
+        parts = [shards.read_shard(path, vocab_size=600) for path in files]
+        assert [path.name for path in files] == [f"fineweb_{split}_{i:06d}.bin" for i in range(len(files))]
+        assert all(len(part) == 100_000 for part in parts[:-1])
+        assert 0 < len(parts[-1]) <= 100_000
+        assert np.concatenate(parts).tolist() == expected
+    assert len(list((built / "datasets" / "local_sp600").glob("fineweb_train_*.bin"))) > 3
+
+
+def test_manifest(corpus, built, model):
+    _, train, val = corpus
+    manifest = json.loads((built / "manifest.json").read_bytes())
+    (dataset,), (tokenizer,) = manifest["datasets"], manifest["tokenizers"]
+    assert dataset["name"] == "local_sp600"
+    assert dataset["tokenizer_name"] == tokenizer["name"] == "local_600_bpe"
+    assert tokenizer["vocab_size"] == 600
+    assert built / tokenizer["model_path"] == model
+    assert len((built / tokenizer["vocab_path"]).read_text("utf-8").split("\n")) == 601
+    numbers = dataset["stats"]
+    for split, texts in (("train", train), ("val", val)):
+        files = sorted((built / "datasets" / "local_sp600").glob(f"fineweb_{split}_*.bin"))
+        assert numbers[f"files_{split}"] == len(files)
+        assert numbers[f"tokens_{split}"] == sum(path.stat().st_size - 1024 for path in files) // 2
+        assert numbers[f"docs_{split}"] == sum(text != "" for text in texts)
+        assert numbers[f"docs_empty_{split}"] == texts.count("")
+        assert numbers[f"docs_lossy_{split}"] == 1
+        assert numbers[f"bytes_{split}"] == sum(len(text.replace("\u2581", " ").encode()) for text in texts)
+        listed = [entry for entry in dataset["shard_files"] if split in entry["name"]]
+        assert [entry["sha256"] for entry in listed] == [hashlib.sha256(p.read_bytes()).hexdigest() for p in files]
+        assert sum(entry["tokens"] for entry in listed) == numbers[f"tokens_{split}"]
+
+
+def scorer_bytes(tokenizer: spm.SentencePieceProcessor, ids: list[int]) -> int:
+    """The rule of the challenge, token by token; `ids` begins with a boundary."""
+    total = 0
+    for before, token in zip(ids, ids[1:], strict=False):
+        piece = tokenizer.id_to_piece(token)
+        if tokenizer.is_byte(token):
+            total += 1
+        elif piece.startswith("\u2581"):
+            boundary = tokenizer.is_control(before) or tokenizer.is_unknown(before) or tokenizer.is_unused(before)
+            total += len(piece[1:].encode()) + (not boundary)
+        else:
+            total += len(piece.encode())
+    return total
+
+
+@pytest.fixture(scope="module")
+def encoder(model) -> tokenize_docs.Encoder:
+    return tokenize_docs.Encoder(model.read_bytes(), "model")
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, database=None)
+@given(text=st.text(max_size=60) | st.text(alphabet=" \t\n\r\x00a\u2581<s>/0x\u0301\ufffd", max_size=30))
+def test_bytes_are_exact_for_any_text(encoder, text):
+    result = encoder(tokenize_docs.Batch("file", 1, [jsonl([text])], 0))
+    tokenizer, plain = encoder.tokenizer, text.replace("\u2581", " ")
+    if text == "":
+        assert (result.docs, result.docs_empty, len(result.tokens)) == (0, 1, 0)
+        return
+    ids = result.tokens.tolist()
+    assert ids[0] == tokenizer.bos_id()
+    assert tokenizer.decode(ids[1:]) == plain
+    assert result.bytes == len(plain.encode()) == scorer_bytes(tokenizer, ids)
+    assert result.docs_lossy == (plain != text)
+
+
+def test_pieces_hold_a_space_only_in_front(encoder):
+    pieces = [encoder.tokenizer.id_to_piece(token) for token in range(600)]
+    assert "\u2581" in pieces
+    assert not [piece for piece in pieces if "\u2581" in piece[1:]]
+    assert any("\n" in piece for piece in pieces)
+
+
+# ----- the same output in other ways
+
+
+def test_output_does_not_depend_on_workers_or_compression(corpus, built, tmp_path):
+    folder, train, val = corpus
+    half = len(train) // 2
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(train[:half]), 1))
+    (tmp_path / "b.jsonl.xz").write_bytes(lzma.compress(jsonl(train[half:]), preset=0))
+    done = run("--train", tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl.xz", "--val", folder / "val.jsonl", "--out",
+               tmp_path / "out", "--vocab-size", 600, "--shard-tokens", 100_000, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "out") == tree(built)
+
+
+def test_existing_tokenizer_and_merged_manifest(corpus, model, tmp_path):
+    folder, out = corpus[0], tmp_path / "out"
+    common = ("--val", folder / "val.jsonl", "--out", out, "--tokenizer", model, "--workers", 1)
+    (tmp_path / "small.jsonl").write_bytes(jsonl(make_documents(20, 3)))
+    for name, arguments in (
+        ("one", ("--train", folder / "train.jsonl", "--shard-tokens", 200_000)),
+        ("two", ("--train", tmp_path / "small.jsonl")),
+        ("one", ("--train", tmp_path / "small.jsonl")),
+    ):
+        done = run(*arguments, *common, "--name", name)
+        assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    assert [entry["name"] for entry in manifest["datasets"]] == ["one", "two"]
+    assert [entry["name"] for entry in manifest["tokenizers"]] == ["local_600_bpe"]
+    assert manifest["datasets"][0]["stats"]["docs_train"] == 20
+    assert (out / "tokenizers" / "local_600_bpe.model").read_bytes() == model.read_bytes()
+    # No shard of the larger first run is left.
+    assert sorted(os.listdir(out / "datasets" / "one")) == ["fineweb_train_000000.bin", "fineweb_val_000000.bin"]
+    assert sorted(os.listdir(out / "datasets")) == ["one", "two"]
+
+    other = tmp_path / "other" / "local_600_bpe.model"
+    other.parent.mkdir()
+    other.write_bytes(train_model())
+    before = tree(out)
+    done = run("--train", tmp_path / "small.jsonl", *common[:4], "--tokenizer", other, "--name", "three")
+    assert_refused(done, "another tokenizer of this name belongs to one, two")
+    assert tree(out) == before
+
+
+def test_training_is_deterministic_and_sample_is_bounded(corpus):
+    folder, train, _ = corpus
+    sample = tokenize_docs.sample_texts([folder / "train.jsonl"], 100_000)
+    assert 90_000 < sum(len(text.encode()) for text in sample) <= 100_000
+    assert set(sample) <= set(train)
+    assert tokenize_docs.train_tokenizer(sample, 512) == tokenize_docs.train_tokenizer(sample, 512)
+
+
+# ----- refusals
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (jsonl(["fine"]) + b'{"text": \n', ("bad.jsonl:2: not valid JSON",)),
+        (jsonl(["fine", "fine too"]) + b"\n", ("bad.jsonl:3: not valid JSON",)),
+        (b'{"title": "no text"}\n', ('bad.jsonl:1: expected an object with a "text" string',)),
+        (b'{"text": 5}\n', ("bad.jsonl:1: expected",)),
+        (b'["text"]\n', ("bad.jsonl:1: expected",)),
+        (b'{"text": "\xff"}\n', ("bad.jsonl:1: not valid JSON",)),
+        (b'{"text": "\\ud800"}\n', ("bad.jsonl:1: not valid Unicode",)),
+        (jsonl([""]), ("no document with text for train",)),
+        (b"", ("no document with text for train",)),
+    ],
+)
+def test_bad_documents(corpus, model, tmp_path, capsys, content, parts):
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
+    bad.write_bytes(content)
+    status = tokenize_docs.main(
+        ["--train", str(bad), "--val", str(corpus[0] / "val.jsonl"), "--out", str(out), "--tokenizer", str(model),
+         "--workers", "1"]
+    )
+    error = capsys.readouterr().err
+    assert_refused(subprocess.CompletedProcess([], status, "", error), *parts)
+    assert tree(out) == {}
+
+
+def test_bad_line_is_named_from_a_worker(corpus, model, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_bytes((corpus[0] / "train.jsonl").read_bytes() + b"{}\n")
+    done = run("--train", bad, "--val", corpus[0] / "val.jsonl", "--out", tmp_path / "out", "--tokenizer", model,
+               "--workers", 2)
+    assert_refused(done, f"bad.jsonl:{len(corpus[1]) + 1}: expected an object")
+    assert tree(tmp_path / "out") == {}
+
+
+def test_overlap_is_refused(corpus, model, tmp_path):
+    _, train, val = corpus
+    (tmp_path / "train.jsonl").write_bytes(jsonl(train[:50] + val[:3]))
+    done = run("--train", tmp_path / "train.jsonl", "--val", corpus[0] / "val.jsonl", "--out", tmp_path / "out",
+               "--tokenizer", model, "--workers", 1)
+    assert_refused(done, "3 training documents also stand in validation")
+    assert tree(tmp_path / "out") == {}
+
+
+def test_unusable_tokenizers():
+    without_bos = train_model(bos_id=-1)
+    with pytest.raises(ValueError, match="name: expected a BOS piece"):
+        tokenize_docs.load_tokenizer(without_bos, "name")
+    letters = ["".join(random.Random(i).choices("abcdefgh", k=200)) for i in range(50)]
+    without_space = train_model(sentences=letters, add_dummy_prefix=False)
+    with pytest.raises(ValueError, match='name: expected a stand-alone "▁" piece'):
+        tokenize_docs.load_tokenizer(without_space, "name")
+    with pytest.raises(ValueError, match="name: not a SentencePiece model"):
+        tokenize_docs.load_tokenizer(b"something else", "name")
+
+
+def test_tokenizer_whose_bytes_are_not_exact_is_refused():
+    # A piece such as "▁▁" is two bytes of text; the rule counts four.
+    spaces = ["a    b     c   d  e " * 20] * 50
+    model = train_model(
+        sentences=spaces, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False,
+        normalization_rule_name="identity", split_by_whitespace=False,
+    )
+    encoder = tokenize_docs.Encoder(model, "spaces")
+    with pytest.raises(ValueError, match="file:7: spaces counts .* bytes for a document that decodes to"):
+        encoder(tokenize_docs.Batch("file", 7, [jsonl(["a    b     c"])], 0))
+
+
+def test_command_line_refusals(corpus, model, tmp_path):
+    folder = corpus[0]
+    train, val = folder / "train.jsonl", folder / "val.jsonl"
+    (tmp_path / "cut.jsonl.xz").write_bytes(lzma.compress(jsonl(make_documents(500, 4)), preset=0)[:-100])
+    (tmp_path / "file").write_text("")
+    (tmp_path / "tiny.jsonl").write_bytes(jsonl(["a few words"]))
+    out = ("--out", tmp_path / "out")
+    use, new = ("--tokenizer", model), ("--vocab-size", 600)
+    for arguments, parts in (
+        (("--train", tmp_path / "absent.jsonl", "--val", val, *out, *use), ("absent.jsonl: No such file",)),
+        (("--train", train, "--val", val, *out, "--tokenizer", "absent.model"), ("absent.model: No such file",)),
+        (("--train", train, "--val", val, *out, "--tokenizer", val), ("not a SentencePiece model",)),
+        (("--train", tmp_path, "--val", val, *out, *new), ("Is a directory",)),
+        (("--train", tmp_path / "cut.jsonl.xz", "--val", val, *out, *new), ("cut.jsonl.xz: damaged",)),
+        (("--train", train, "--val", val, *out, "--vocab-size", 70_000), ("261 to 65536, found 70000",)),
+        (("--train", tmp_path / "tiny.jsonl", "--val", val, *out, *new), ("no tokenizer of 600 pieces",)),
+        (("--train", train, "--val", val, "--out", tmp_path / "file" / "x", *use), ("Not a directory",)),
+        (("--train", train, "--val", val, *out, *use, "--name", "../x"), ("--name: expected",)),
+        (("--train", train, "--val", val, *out, *use, "--shard-tokens", 0), ("--shard-tokens: expected",)),
+    ):
+        assert_refused(run(*arguments, "--workers", 1), *parts)
+    assert not (tmp_path / "out").exists() or tree(tmp_path / "out") == {}
+
+
+def test_full_disk(corpus, model, tmp_path):
+    resource = pytest.importorskip("resource")
+
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    done = run("--train", corpus[0] / "train.jsonl", "--val", corpus[0] / "val.jsonl", "--out", tmp_path / "out",
+               "--tokenizer", model, "--workers", 1, preexec_fn=limit_file_size)
+    assert_refused(done, "File too large")
+    assert list((tmp_path / "out").rglob("*.*")) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks at processes through /proc")
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_half_way(corpus, model, tmp_path, kind):
+    train = [str(corpus[0] / "train.jsonl")] * 40
+    command = [sys.executable, str(TOOL), "--train", *train, "--val", str(corpus[0] / "val.jsonl"), "--out",
+               str(tmp_path), "--tokenizer", str(model), "--name", "cut", "--shard-tokens", "200000", "--workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        until = time.monotonic() + 30
+        while not list(tmp_path.glob("datasets/.cut.*/new/fineweb_train_*.bin")):
+            assert time.monotonic() < until
+            assert process.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(kind)
+        error = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert not (tmp_path / "manifest.json").exists()
+    assert not (tmp_path / "datasets" / "cut").exists()
+    if kind != signal.SIGKILL:  # nothing can be cleaned up after that one
+        assert process.returncode == 1
+        assert error == "error: interrupted\n"
+        assert list((tmp_path / "datasets").iterdir()) == []
+    until = time.monotonic() + 10
+    while any(Path("/proc", child).exists() for child in children):  # no worker outlives the parent
+        assert time.monotonic() < until
+        time.sleep(0.05)
