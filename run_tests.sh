@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Set up if needed, then lint and run every test. Arguments go to pytest: ./run_tests.sh -k scorer
+set -euo pipefail
+cd "$(dirname "$0")"
+source records/lib.sh
+use_python tests/requirements.txt
+"$PYTHON" -m ruff check .
+"$PYTHON" -m pytest "$@"
