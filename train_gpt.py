@@ -318,9 +318,11 @@ def atomic_write(path: str) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as e:
         if os.path.exists(temporary):
             os.remove(temporary)
+        if isinstance(e, OSError):  # a failed write() does not say which file it was
+            raise RunError(f"cannot write {path}: {e.strerror or e}") from None
         raise
 
 
@@ -1750,15 +1752,15 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
             artifact = file.read()
         cfg = adopt_settings(cfg, notes, read_artifact(artifact, cfg.eval_only)[0], cfg.eval_only)
     rt = Runtime(cfg, launch)
-    try:
-        return Run(fit_to_device(cfg, rt), notes, rt).execute(artifact)
-    finally:
-        rt.close()
+    status = Run(fit_to_device(cfg, rt), notes, rt).execute(artifact)
+    rt.close()  # not after an error: the others would see the connection close before they hear why
+    return status
 
 
 def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
     launch = Launch.read(dict(os.environ))
+    wait = 5 if launch.rank else 0  # what befalls every rank is rank 0's to say: then torchrun ends the others
     try:
         return start(sys.argv[1:], launch, dict(os.environ))
     except RunError as e:
@@ -1766,11 +1768,14 @@ def main() -> int:
     except torch.OutOfMemoryError:
         message = "out of GPU memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
     except OSError as e:
-        if e.filename is None and e.errno is None:
+        message = f"{e.filename}: {e.strerror}" if e.filename else f"reading or writing failed: {e.strerror or e}"
+    except KeyboardInterrupt:
+        message = "interrupted"
+    except RuntimeError as e:
+        if launch.world == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        message = f"{e.filename or 'writing'}: {e.strerror or e}"
-    if launch.rank:
-        time.sleep(5)  # what befalls every rank is rank 0's to say; torchrun ends the others once it has
+        message, wait = "another process of this run has ended", 5
+    time.sleep(wait)
     print(f"error: {message}", file=sys.stderr, flush=True)
     return 1
 

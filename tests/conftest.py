@@ -1,7 +1,64 @@
-"""The repository root and its data/ folder are importable in tests."""
+"""Paths for the tests, and one small real data set with a tiny model's settings shared by those that run the script."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
+
+TINY = {
+    "VOCAB_SIZE": "512", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
+    "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "1536", "MICRO_BATCH_TOKENS": "768", "EVAL_BATCH_TOKENS": "4096",
+    "ITERATIONS": "20", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "1",
+    "EMA_DECAY": "0.8", "EVAL_STRIDE": "32", "QUANT_MIN_WEIGHTS": "2048", "GPTQ_CALIBRATION_BATCHES": "4",
+    "MUON_MOMENTUM_WARMUP_STEPS": "10", "DTYPE": "fp32", "DEVICE": "cpu",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    """Settings, as environment variables, of a model that trains in seconds on Python's own help topics."""
+    from pydoc_data.topics import topics
+
+    import tokenize_docs
+
+    folder = tmp_path_factory.mktemp("data")
+    texts = sorted({text for text in topics.values() if len(text) < 40_000})
+    for name, part in (("train", [t for i, t in enumerate(texts) if i % 10]), ("val", texts[:60:10])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    status = tokenize_docs.main(["--train", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl"), "--out",
+                                 str(folder), "--vocab-size", "512", "--name", "topics_sp512", "--workers", "1"])
+    assert status == 0
+    return TINY | {"DATA_PATH": str(folder / "datasets/topics_sp512"),
+                   "TOKENIZER_PATH": str(folder / "tokenizers/topics_512_bpe.model")}
+
+
+def clean_environment(settings: dict[str, str]) -> dict[str, str]:
+    """This process's environment without any of the script's settings, plus these."""
+    import train_gpt
+
+    known = {name.upper() for name in train_gpt.Settings.__dataclass_fields__}
+    return {k: v for k, v in os.environ.items() if k not in known} | {"OMP_NUM_THREADS": "1"} | settings
+
+
+def run_script(settings: dict[str, str], *arguments: str, processes: int = 0, script: Path = ROOT / "train_gpt.py",
+               **options) -> subprocess.CompletedProcess:
+    """Run the script to its end, under torchrun if `processes` says so."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return subprocess.run([sys.executable, *torchrun, str(script), *arguments], env=clean_environment(settings),
+                          capture_output=True, text=True, timeout=300, **options)
+
+
+def read_result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def read_losses(folder: Path) -> list[float]:
+    """Training losses of metrics.jsonl, by step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line["train_loss"] for line in lines if "train_loss" in line]

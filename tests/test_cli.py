@@ -1,0 +1,123 @@
+"""The command line: settings from the environment, --help, --config, and one line for every mistake."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run_script
+
+import train_gpt as tg
+
+
+def read(**environ):
+    return tg.read_settings(environ)
+
+
+def test_importing_runs_nothing_and_needs_no_environment():
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train_gpt as tg; print(tg.Settings(run_id='x').seed)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"NUM_HEADS": "junk"})
+    assert (done.stdout, done.stderr) == ("1337\n", "")
+
+
+def test_help_names_every_setting_with_its_default_and_meaning():
+    done = run_script({}, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    for name, f in tg.Settings.__dataclass_fields__.items():
+        line = next(row for row in done.stdout.splitlines() if row.split()[:1] == [name.upper()])
+        assert f.metadata["help"] in line
+        assert f.metadata["help"] and len(line) < 200
+        default = {None: "auto", True: "1", False: "0"}.get(f.default, str(f.default))
+        assert default == "" or default in line.split()
+
+
+def test_config_prints_resolved_settings_without_data():
+    done = run_script({"DATA_DIR": "/nowhere", "VOCAB_SIZE": "4096", "RUN_ID": "r"}, "--config")
+    config = json.loads(done.stdout)
+    assert done.returncode == 0
+    assert config["data_path"] == "/nowhere/datasets/fineweb10B_sp4096"
+    assert config["tokenizer_path"] == "/nowhere/tokenizers/fineweb_4096_bpe.model"
+    assert config["artifact_dir"] == "logs/r" and config["aliases"] == {}
+    assert set(config) == set(tg.Settings.__dataclass_fields__) | {"aliases"}
+
+
+def test_any_other_argument_is_an_error():
+    for arguments in (["--foo"], ["--help", "--config"], ["train"]):
+        done = run_script({}, *arguments)
+        assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("environ", "words"), [
+    ({"NUM_HEADS": "7"}, "NUM_HEADS=7: takes a divisor of MODEL_DIM=512"),
+    ({"VOCAB_SIZE": "abc"}, "VOCAB_SIZE=abc: takes a whole number"),
+    ({"VOCAB_SIZE": "1e4"}, "VOCAB_SIZE=1e4: takes a whole number"),
+    ({"VOCAB_SIZE": "70000"}, "VOCAB_SIZE=70000: takes a whole number from 2 to 65536"),
+    ({"MATRIX_LR": "nan"}, "MATRIX_LR=nan: takes a number"),
+    ({"MATRIX_LR": "-1"}, "MATRIX_LR=-1.0: takes a number of at least 0"),
+    ({"LN_SCALE": "yes"}, "LN_SCALE=yes: takes 0 or 1"),
+    ({"DEVICE": "tpu"}, "DEVICE=tpu: takes one of auto, cpu, cuda"),
+    ({"COMPRESSOR": "zip"}, "COMPRESSOR=zip: takes one of brotli, lzma"),
+    ({"EVAL_SEQ_LEN": "x"}, "EVAL_SEQ_LEN=x: takes a whole number or auto"),
+    ({"NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3: takes a divisor of NUM_HEADS=8"),
+    ({"ROPE_DIMS": "15"}, "ROPE_DIMS=15: takes an even number up to 64"),
+    ({"TRAIN_BATCH_TOKENS": "5000"}, "TRAIN_BATCH_TOKENS=5000: takes a multiple of TRAIN_SEQ_LEN=2048"),
+    ({"MICRO_BATCH_TOKENS": "100"}, "MICRO_BATCH_TOKENS=100: takes at least TRAIN_SEQ_LEN=2048"),
+    ({"EVAL_STRIDE": "4096"}, "EVAL_STRIDE=4096: takes at most EVAL_SEQ_LEN=2048"),
+    ({"ITERATIONS": "0", "MAX_WALLCLOCK_SECONDS": "0"}, "ITERATIONS=0: takes a number of steps"),
+    ({"GPTQ_RESERVE_SECONDS": "600"}, "GPTQ_RESERVE_SECONDS=600.0: takes less than MAX_WALLCLOCK_SECONDS=600"),
+    ({"ITERATION": "5"}, "ITERATION=5: no such setting; did you mean ITERATIONS?"),
+    ({"ITERATOINS": "5"}, "ITERATOINS=5: no such setting; did you mean ITERATIONS?"),
+    ({"VOCABSIZE": "5"}, "VOCABSIZE=5: no such setting; did you mean VOCAB_SIZE?"),
+    ({"MATRIX_LE": "5"}, "MATRIX_LE=5: no such setting; did you mean MATRIX_LR?"),
+    ({"num_heads": "5"}, "num_heads=5: no such setting; did you mean NUM_HEADS?"),
+])
+def test_bad_settings_are_refused_by_name(environ, words):
+    with pytest.raises(tg.RunError, match="^" + words.replace("?", r"\?").replace("(", r"\(")):
+        read(**environ)
+
+
+def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
+    for environ in ({"NUM_HEADS": "7"}, {"ITERATION": "5"}):
+        done = run_script(environ | {"ARTIFACT_DIR": str(tmp_path / "run")})
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_environment_of_the_system_is_no_typo():
+    settings, notes = read(PATH="/bin", HOME="/", SHELL="sh", LANG="C", SEEDS_OF_DOOM="1", OMP_NUM_THREADS="2")
+    assert not notes.explicit and settings.seed == 1337
+
+
+def test_unknown_names_of_our_families_are_reported_not_obeyed():
+    _, notes = read(MUON_FOO="1", GPTQ_BAR="2", JAVA_HOME="/x")
+    assert notes.ignored == ("GPTQ_BAR", "MUON_FOO")
+
+
+def test_aliases_are_mapped_and_named():
+    settings, notes = read(COMPRESSOR="pergroup")
+    assert settings.compressor == "brotli" and notes.aliases == {"COMPRESSOR=pergroup": "COMPRESSOR=brotli"}
+
+
+def test_values_are_typed():
+    settings, notes = read(SEED="42", MATRIX_LR="2.5e-2", LN_SCALE="false", EVAL_SEQ_LEN="auto", RUN_ID="a b")
+    assert (settings.seed, settings.matrix_lr, settings.ln_scale, settings.run_id) == (42, 0.025, False, "a b")
+    assert settings.eval_seq_len == settings.train_seq_len
+    assert notes.explicit == {"seed", "matrix_lr", "ln_scale", "eval_seq_len", "run_id"}
+
+
+def test_the_environment_is_read_in_one_place():
+    source = (ROOT / "train_gpt.py").read_text()
+    assert "getenv" not in source and "os.environ" not in source[:source.index("def main()")]
+
+
+def test_published_command_line_is_accepted():
+    command = "DATA_DIR=./data VOCAB_SIZE=4096 SEED=42"
+    settings, _ = read(**dict(part.split("=") for part in shlex.split(command)))
+    assert (settings.vocab_size, settings.seed) == (4096, 42)
+
+
+def test_readable_in_an_hour():
+    lines = (ROOT / "train_gpt.py").read_text().splitlines()
+    assert len(lines) < 2000 and max(map(len, lines)) <= 120

@@ -1,0 +1,510 @@
+"""The model against a float64 reference written from the formulas with plain loops, on random weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+import train_gpt as tg
+
+BOS = 1
+ROLES = ("q", "k", "v", "o", "up", "down")
+
+
+def tiny(**changes) -> tg.Settings:
+    """Settings of a model of 5 layers, 4 query heads on 2 key/value heads, XSA on the last 3 layers."""
+    values = {"num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 1.5, "rope_dims": 4,
+              "rope_base": 50.0, "xsa_last_n": 3, "logit_softcap": 8.0, "vocab_size": 23}
+    return tg.Settings(**values | changes)
+
+
+def random_model(cfg: tg.Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:
+    """A model none of whose parameters is 0, 1 or constant."""
+    generator = torch.Generator().manual_seed(seed)
+    model = tg.GPT(cfg, dtype=dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if name.endswith("_bank"):
+                p.copy_(noise * 1.5 * p.size(-1) ** -0.5)
+            elif name in ("tok_emb", "skip_gate"):
+                p.copy_(noise)
+            else:
+                p.copy_(0.9 + 0.4 * noise)
+    return model
+
+
+def random_text(cfg: tg.Settings, rows: int, length: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, cfg.vocab_size, (rows, length), generator=generator)
+    return ids, torch.randint(0, cfg.vocab_size, (rows, length), generator=generator)
+
+
+def doubles(model: tg.GPT) -> dict[str, torch.Tensor]:
+    """The parameters as float64 leaves."""
+    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.sqrt((x * x).sum() / len(x) + 1e-6)
+
+
+def rotated(cfg: tg.Settings, x: torch.Tensor, t: int) -> torch.Tensor:
+    """One head's vector at position t, rotated element by element."""
+    r, out = cfg.rope_dims, list(x)
+    for i in range(r // 2):
+        angle = t * cfg.rope_base ** (-2 * i / r)
+        out[i] = x[i] * math.cos(angle) + x[i + r // 2] * math.sin(angle)
+        out[i + r // 2] = -x[i] * math.sin(angle) + x[i + r // 2] * math.cos(angle)
+    return torch.stack(out)
+
+
+def reference_attention(cfg: tg.Settings, p: dict, layer: int, n: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Attention of one layer on normed inputs n, one vector a token; a document alone."""
+    layers, dh, group = cfg.num_layers, cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
+    queries, keys = p["qo_bank"][layer], p["kv_bank"][layer]
+    values, out = p["kv_bank"][layers + layer], p["qo_bank"][layers + layer]
+    heads = []
+    for h in range(cfg.num_heads):
+        mine, shared = slice(h * dh, (h + 1) * dh), slice(h // group * dh, (h // group + 1) * dh)
+        q = [p["q_gain"][layer, h] * rotated(cfg, rms(queries[mine] @ x), t) for t, x in enumerate(n)]
+        k = [rotated(cfg, rms(keys[shared] @ x), t) for t, x in enumerate(n)]
+        v = [values[shared] @ x for x in n]
+        ys = []
+        for t in range(len(n)):
+            weight = [torch.exp(q[t] @ k[s] / math.sqrt(dh)) for s in range(t + 1)]
+            y = sum(w * v[s] for s, w in enumerate(weight)) / sum(weight)
+            if layer >= layers - cfg.xsa_last_n:
+                unit = v[t] / torch.sqrt(v[t] @ v[t])
+                y = y - (y @ unit) * unit
+            ys.append(y)
+        heads.append(ys)
+    return [out @ torch.cat([heads[h][t] for h in range(cfg.num_heads)]) for t in range(len(n))]
+
+
+def reference_logits(cfg: tg.Settings, p: dict, ids: list[int]) -> torch.Tensor:
+    """(T, V) float64 logits of one document."""
+    x = [rms(p["tok_emb"][i]) for i in ids]
+    x0, pushed, half, time = list(x), [], cfg.num_layers // 2, range(len(ids))
+    for layer in range(cfg.num_layers):
+        s = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
+        if layer >= half and pushed:
+            skip = [p["skip_weight"][layer - half] * y for y in pushed.pop()]
+            if cfg.skip_gates_enabled:
+                gate = 1 / (1 + torch.exp(-p["skip_gate"][layer - half]))
+                x = [(1 - gate) * skip[t] + gate * x[t] for t in time]
+            else:
+                x = [x[t] + skip[t] for t in time]
+        mix = p["resid_mix"][layer]
+        x = [mix[0] * x[t] + mix[1] * x0[t] for t in time]
+        y = reference_attention(cfg, p, layer, [rms(u) * s for u in x])
+        x = [x[t] + p["attn_scale"][layer] * y[t] for t in time]
+        for t in time:
+            z = p["mlp_up_bank"][layer] @ (rms(x[t]) * s)
+            hidden = torch.where(z > 0, z, 0.5 * z) ** 2
+            x[t] = x[t] + p["mlp_scale"][layer] * (p["mlp_down_bank"][layer] @ hidden)
+        if layer < half:
+            pushed.append(x)
+    c = cfg.logit_softcap
+    return torch.stack([c * torch.tanh(p["tok_emb"] @ rms(u) / c) for u in x])
+
+
+def reference_losses(cfg: tg.Settings, p: dict, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(B, T) float64 losses; rows are documents."""
+    rows = []
+    for row, wanted in zip(ids.tolist(), targets.tolist()):
+        logits = reference_logits(cfg, p, row)
+        log_sum = torch.log(torch.exp(logits).sum(-1))
+        rows.append(torch.stack([log_sum[t] - logits[t, w] if w != tg.IGNORE else log_sum[t] * 0
+                                 for t, w in enumerate(wanted)]))
+    return torch.stack(rows)
+
+
+def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Largest difference within tolerance of the largest expected value."""
+    assert got.shape == expected.shape
+    assert expected.abs().max() > 0
+    assert (got.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
+
+
+def document_spans(ids: torch.Tensor, max_len: int) -> list[tuple[int, int, int]]:
+    """(row, start, stop) of every document by reading token after token."""
+    spans = []
+    for row, tokens in enumerate(ids.tolist()):
+        start = 0
+        for t in range(1, len(tokens) + 1):
+            if t == len(tokens) or tokens[t] == BOS or t - start == max_len:
+                spans.append((row, start, t))
+                start = t
+    return spans
+
+
+def packed_text(cfg: tg.Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two rows of 23 tokens: documents of 1 to 14 tokens, the second row not starting with BOS."""
+    ids, targets = random_text(cfg, 2, 23)
+    ids[0, [0, 3, 4, 18]] = BOS
+    ids[1, [5, 6, 15, 22]] = BOS
+    targets[0, 7] = targets[1, 0] = tg.IGNORE
+    return ids, targets
+
+
+class Products(TorchFunctionMode):
+    """Records (input, weight) of every F.linear, and the names of all other matrix products."""
+
+    OTHERS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "mv", "dot",
+              "tensordot", "addbmm", "inner"}
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.others = [], []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        if function is F.linear:
+            self.linear.append((args[0].detach().clone(), args[1].detach().clone()))
+        elif name in self.OTHERS:
+            self.others.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+# ----- forward and gradients against the reference
+
+
+@pytest.mark.parametrize("changes", [
+    {},
+    {"num_layers": 4, "skip_gates_enabled": False, "ln_scale": False},
+    {"num_layers": 4, "xsa_last_n": 0, "rope_dims": 8},
+    {"num_layers": 3, "num_kv_heads": 4, "xsa_last_n": 9, "rope_dims": 0},
+    {"num_layers": 1, "num_kv_heads": 1, "rope_dims": 2},
+])
+def test_losses_equal_the_reference(changes):
+    cfg = tiny(**changes)
+    model = random_model(cfg)
+    ids, targets = random_text(cfg, 2, 9)
+    targets[0, 4] = targets[1, 8] = tg.IGNORE
+    losses = model(ids, targets)
+    expected = reference_losses(cfg, doubles(model), ids, targets)
+    assert losses.dtype == torch.float32
+    assert losses[0, 4] == 0 and losses[1, 8] == 0
+    assert_close(losses, expected, 2e-5)
+    assert expected.std() > 0.3
+
+
+def test_logits_equal_the_reference():
+    cfg = tiny()
+    model = random_model(cfg)
+    ids, _ = random_text(cfg, 1, 9)
+    logits = model(ids)
+    assert logits.dtype == torch.float32
+    assert_close(logits[0], reference_logits(cfg, doubles(model), ids[0].tolist()), 2e-5)
+    assert 4 < logits.abs().max() < cfg.logit_softcap
+
+
+@pytest.mark.parametrize("layer", [0, 4])
+def test_attention_alone_equals_the_reference(layer):
+    cfg = tiny()
+    model = random_model(cfg)
+    n = torch.randn(1, 11, cfg.model_dim, generator=torch.Generator().manual_seed(3))
+    seen = []
+    original = model.attention
+
+    def spy(x, which, *rest):
+        if which == layer:
+            x = n
+            seen.append(original(x, which, *rest))
+            return seen[-1]
+        return original(x, which, *rest)
+
+    model.attention = spy
+    model(random_text(cfg, 1, 11)[0])
+    expected = reference_attention(cfg, doubles(model), layer, list(n[0].double()))
+    assert_close(seen[0][0], torch.stack(expected), 1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_layers": 4, "skip_gates_enabled": False}])
+def test_gradients_equal_the_reference(changes):
+    cfg = tiny(**changes)
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 2, 7)
+    targets[1, 2] = tg.IGNORE
+    share = torch.rand(targets.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    (model(ids, targets) * share).sum().backward()
+    p = doubles(model)
+    (reference_losses(cfg, p, ids, targets) * share).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert_close(parameter.grad, p[name].grad, 1e-4)
+
+
+def test_bf16_activations_give_nearly_the_fp32_losses():
+    cfg = tiny()
+    ids, targets = random_text(cfg, 2, 16)
+    exact, low = random_model(cfg)(ids, targets), random_model(cfg, dtype=torch.bfloat16)(ids, targets)
+    assert low.dtype == torch.float32
+    assert (low - exact).abs().mean() < 0.1 * exact.mean()
+    assert not torch.equal(low, exact)
+
+
+# ----- causality
+
+
+@pytest.mark.parametrize("changed", [1, 8, 15])
+def test_later_tokens_do_not_touch_earlier_losses(changed):
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 2, 16)
+    other = ids.clone()
+    other[:, changed:] = (ids[:, changed:] + 5) % cfg.vocab_size
+    before, after = model(ids, targets), model(other, targets)
+    assert torch.equal(before[:, :changed], after[:, :changed])
+    assert (before[:, changed:] != after[:, changed:]).all()
+
+
+def test_an_earlier_token_reaches_every_later_loss():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 16)
+    other = ids.clone()
+    other[0, 0] = (ids[0, 0] + 1) % cfg.vocab_size
+    assert (model(ids, targets) != model(other, targets)).all()
+
+
+# ----- packed documents
+
+
+@pytest.mark.parametrize("max_len", [1, 3, 6, 14, 23, 100])
+def test_bounds_find_the_documents(max_len):
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(0, 6, (3, 17), generator=generator)
+        spans = document_spans(ids, max_len)
+        bounds = tg.Bounds.find(ids, BOS, max_len)
+        assert bounds.cu_seqlens.tolist() == [row * 17 + start for row, start, _ in spans] + [51]
+        assert bounds.segment.tolist() == [i for i, (_, a, b) in enumerate(spans) for _ in range(b - a)]
+        assert bounds.cu_seqlens.dtype == bounds.segment.dtype == torch.int32
+
+
+def test_finding_bounds_leaves_the_tokens_alone():
+    ids = torch.tensor([[5, 1, 7, 8]])
+    tg.Bounds.find(ids, BOS, 2)
+    assert ids.tolist() == [[5, 1, 7, 8]]
+
+
+@pytest.mark.parametrize("max_len", [2, 5, 9, 14, 30])
+def test_packed_documents_equal_documents_alone(max_len):
+    cfg = tiny()
+    packed, alone = random_model(cfg), random_model(cfg)
+    ids, targets = packed_text(cfg)
+    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(5))
+    losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
+    (losses * share).sum().backward()
+    for row, a, b in document_spans(ids, max_len):
+        expected = alone(ids[row : row + 1, a:b], targets[row : row + 1, a:b])
+        assert (losses[row, a:b] - expected[0]).abs().max() < 1e-5
+        (expected[0] * share[row, a:b]).sum().backward()
+    for (name, p), q in zip(packed.named_parameters(), alone.parameters()):
+        assert p.grad.abs().max() > 0, name
+        assert_close(p.grad, q.grad, 2e-5)
+
+
+def test_a_document_does_not_see_the_one_before():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 20)
+    ids[0, [0, 8]] = BOS
+    other = ids.clone()
+    other[0, 1:8] = (ids[0, 1:8] - 2 + 4) % (cfg.vocab_size - 2) + 2
+    losses = [model(i, targets, tg.Bounds.find(i, BOS, 16)) for i in (ids, other)]
+    assert torch.equal(losses[0][0, 8:], losses[1][0, 8:])
+    assert (losses[0][0, 1:8] != losses[1][0, 1:8]).all()
+
+
+def test_a_row_does_not_see_the_row_before():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 2, 12)
+    other = ids.clone()
+    other[0] = ids[0].flip(0)
+    losses = [model(i, targets, tg.Bounds.find(i, BOS, 12)) for i in (ids, other)]
+    assert torch.equal(losses[0][1], losses[1][1])
+
+
+# ----- hooks
+
+
+def test_empty_hooks_change_nothing():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 2, 8)
+    plain = model(ids, targets)
+    for hooks in (tg.Hooks(), tg.Hooks(adapters={}), tg.Hooks(hessians={}), tg.Hooks(fake_quant=lambda w, site: w)):
+        assert torch.equal(model(ids, targets, hooks=hooks), plain)
+
+
+def test_hessian_of_the_first_layer_by_hand():
+    cfg = tiny(num_layers=2)
+    model, (ids, _) = random_model(cfg), random_text(cfg, 3, 8)
+    hessian = torch.zeros(2, cfg.model_dim, cfg.model_dim)
+    model(ids, hooks=tg.Hooks(hessians={"q": hessian}))
+    p, expected = doubles(model), torch.zeros(cfg.model_dim, cfg.model_dim, dtype=torch.float64)
+    for token in ids.flatten().tolist():
+        x = rms(p["tok_emb"][token])
+        n = rms(p["resid_mix"][0, 0] * x + p["resid_mix"][0, 1] * x)
+        expected += torch.outer(n, n).detach()
+    assert_close(hessian[0], expected, 1e-5)
+
+
+def test_hessians_sum_the_inputs_of_every_product():
+    cfg = tiny()
+    model, batches = random_model(cfg), [random_text(cfg, 2, 6, seed)[0] for seed in (1, 2)]
+    hidden = int(cfg.mlp_mult * cfg.model_dim)
+    hessians = {role: torch.zeros(5, width, width) for role, width in [*[(r, 32) for r in ROLES], ("down", hidden)]}
+    hessians["head"] = torch.zeros(1, 32, 32)
+    expected = {role: torch.zeros_like(h, dtype=torch.float64) for role, h in hessians.items()}
+    slices = {"q": model.qo_bank[:5], "o": model.qo_bank[5:], "k": model.kv_bank[:5], "v": model.kv_bank[5:],
+              "up": model.mlp_up_bank, "down": model.mlp_down_bank, "head": model.tok_emb[None]}
+    for ids in batches:
+        with Products() as products, torch.no_grad():
+            model(ids, hooks=tg.Hooks(hessians=hessians))
+        for x, weight in products.linear:
+            role, layer = next((r, i) for r, ws in slices.items() for i, w in enumerate(ws) if torch.equal(w, weight))
+            rows = x.flatten(0, -2).double()
+            expected[role][layer] += sum(torch.outer(row, row) for row in rows)
+    for role in hessians:
+        for layer in range(len(hessians[role])):
+            assert_close(hessians[role][layer], expected[role][layer], 1e-5)
+
+
+def test_fake_quant_sees_every_matrix_once():
+    cfg = tiny()
+    model, (ids, _) = random_model(cfg), random_text(cfg, 1, 4)
+    seen = {}
+
+    def fake_quant(weight, site):
+        assert site not in seen
+        seen[site] = weight.detach().clone()
+        return weight
+
+    model(ids, hooks=tg.Hooks(fake_quant=fake_quant))
+    expected = {tg.Site("head"): model.tok_emb}
+    for i in range(5):
+        slices = (model.qo_bank[i], model.kv_bank[i], model.kv_bank[5 + i], model.qo_bank[5 + i],
+                  model.mlp_up_bank[i], model.mlp_down_bank[i])
+        expected |= {tg.Site(role, i): weight for role, weight in zip(ROLES, slices)}
+    assert set(seen) == set(expected)
+    assert all(torch.equal(seen[site], expected[site]) for site in seen)
+
+
+def test_fake_quant_replaces_the_weight():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 6)
+    halved = copy.deepcopy(model)
+    with torch.no_grad():
+        for bank in halved.banks().values():
+            bank.mul_(0.5)
+    hooks = tg.Hooks(fake_quant=lambda w, site: w * 0.5 if site.role != "head" else w)
+    assert torch.equal(model(ids, targets, hooks=hooks), halved(ids, targets))
+
+
+def test_every_matrix_product_is_a_hooked_linear():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 6)
+    calls = []
+    with Products() as products:
+        model(ids, targets, hooks=tg.Hooks(fake_quant=lambda w, site: calls.append(site) or w))
+    assert len(products.linear) == len(calls) == 6 * cfg.num_layers + 1
+    assert not products.others
+
+
+@pytest.mark.parametrize("role", [*ROLES, "head"])
+def test_adapter_equals_a_changed_weight(role):
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 8)
+    site = tg.Site(role, 0 if role == "head" else 3)
+    seen = []
+    model(ids, hooks=tg.Hooks(fake_quant=lambda w, s: seen.append(w) or w if s == site else w))
+    generator = torch.Generator().manual_seed(9)
+    a = torch.randn(1, 2, seen[0].size(1), generator=generator)
+    b = torch.randn(1, seen[0].size(0), 2, generator=generator)
+    adapter = tg.Adapter(a, b, 0.07)
+    losses = model(ids, targets, hooks=tg.Hooks(adapters={site: adapter}))
+    changed = seen[0] + 0.07 * b[0] @ a[0]
+    expected = model(ids, targets, hooks=tg.Hooks(fake_quant=lambda w, s: changed if s == site else w))
+    assert (losses - expected).abs().max() < 1e-4
+    assert (losses - model(ids, targets)).abs().max() > 1e-2
+
+
+def test_adapters_act_row_by_row():
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 3, 8)
+    site, generator = tg.Site("up", 2), torch.Generator().manual_seed(9)
+    a, b = torch.randn(3, 2, 32, generator=generator), torch.randn(3, 48, 2, generator=generator)
+    together = model(ids, targets, hooks=tg.Hooks(adapters={site: tg.Adapter(a, b, 0.3)}))
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = model(ids[one], targets[one], hooks=tg.Hooks(adapters={site: tg.Adapter(a[one], b[one], 0.3)}))
+        assert (together[one] - alone).abs().max() < 1e-5
+
+
+# ----- compiling
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_is_one_graph(packed):
+    cfg = tiny()
+    model, (ids, targets) = random_model(cfg), packed_text(cfg)
+    bounds = tg.Bounds.find(ids, BOS, 9) if packed else None
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert (compiled(ids, targets, bounds) - model(ids, targets, bounds)).abs().max() < 1e-6
+    torch._dynamo.reset()
+
+
+# ----- initial weights
+
+
+def test_initial_weights():
+    cfg = tiny(vocab_size=3000, tied_embed_init_std=0.02, qk_gain_init=5.25)
+    model = tg.GPT(cfg)
+    shapes = {"tok_emb": (3000, 32), "qo_bank": (10, 32, 32), "kv_bank": (10, 16, 32), "mlp_up_bank": (5, 48, 32),
+              "mlp_down_bank": (5, 32, 48), "resid_mix": (5, 2, 32), "attn_scale": (5, 32), "mlp_scale": (5, 32),
+              "q_gain": (5, 4), "skip_weight": (2, 32), "skip_gate": (2, 32)}
+    assert {name: tuple(p.shape) for name, p in model.named_parameters()} == shapes
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    assert abs(model.tok_emb.std().item() / 0.02 - 1) < 0.02
+    assert abs(model.tok_emb.mean().item()) < 0.0005
+    assert not model.qo_bank[5:].any() and not model.mlp_down_bank.any()
+    for matrix in [*model.qo_bank[:5], *model.kv_bank, *model.mlp_up_bank]:
+        short = matrix if matrix.size(0) <= matrix.size(1) else matrix.T
+        assert (short @ short.T - torch.eye(len(short))).abs().max() < 1e-5
+    assert (model.resid_mix[:, 0] == 1).all() and not model.resid_mix[:, 1].any()
+    for ones in (model.attn_scale, model.mlp_scale, model.skip_weight):
+        assert (ones == 1).all()
+    assert (model.q_gain == 5.25).all() and not model.skip_gate.any()
+
+
+def test_slices_start_different():
+    model = tg.GPT(tiny())
+    slices = [*model.qo_bank[:5].flatten(1), *model.kv_bank.flatten(1)]
+    assert len({tuple(s.tolist()) for s in slices}) == 15
+
+
+def test_ungated_skips_have_no_gate():
+    assert "skip_gate" not in dict(tg.GPT(tiny(skip_gates_enabled=False)).named_parameters())
+
+
+def test_model_comes_from_the_seed(tmp_path):
+    def build(seed):
+        cfg = tiny(seed=seed, device="cpu", artifact_dir=str(tmp_path))
+        rt = tg.Runtime(cfg, tg.Launch())
+        weights = [p.detach() for p in tg.build_model(cfg, rt, tg.attend_sdpa).parameters()]
+        rt.close()
+        return weights
+
+    first = build(1)
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, build(1)))
+    assert not torch.equal(first[0], build(2)[0])
+
+
+def test_banks_and_vectors_share_out_all_but_the_embedding():
+    model = tg.GPT(tiny())
+    names = [*model.banks(), *model.vectors(), "tok_emb"]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert set(model.banks()) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}

@@ -1,0 +1,216 @@
+"""The whole run, as a user starts it: training to result.json, the artifact alone, and what goes wrong on the way."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import sentencepiece
+from conftest import ROOT, clean_environment, read_losses, read_result, run_script
+
+import train_gpt as tg
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """Folder and process of one finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_script(tiny | {"ARTIFACT_DIR": str(folder), "SAVE_MODEL": "1"})
+    assert done.returncode == 0, done.stderr
+    return folder, done
+
+
+def decoded_bytes(tiny) -> int:
+    """UTF-8 bytes of the validation documents, decoded by the tokenizer itself."""
+    sp = sentencepiece.SentencePieceProcessor(model_file=tiny["TOKENIZER_PATH"])
+    tokens = tg.read_shard(os.path.join(tiny["DATA_PATH"], "fineweb_val_000000.bin"), 512).tolist()
+    starts = [i for i, t in enumerate(tokens) if t == sp.bos_id()] + [len(tokens)]
+    return sum(len(sp.decode(tokens[a:b]).encode()) for a, b in zip(starts, starts[1:]))
+
+
+def test_result_holds_the_contract(finished, tiny):
+    folder, done = finished
+    result = read_result(folder)
+    assert set(result) == set(
+        "val_loss val_bpb stages val_docs val_tokens val_bytes val_complete model_bytes code_bytes bytes_total "
+        "budget_bytes fits steps train_seconds eval_seconds tokens_seen tok_per_s peak_memory_bytes seed world_size "
+        "device torch attention config audit started finished".split())
+    assert list(result["stages"]) == ["pre_quant", "quantized", "sliding"]
+    for stage in result["stages"].values():
+        assert set(stage) == {"val_loss", "val_bpb", "tokens", "bytes", "seconds"}
+        assert stage["tokens"] == result["val_tokens"] and stage["bytes"] == result["val_bytes"]
+    assert result["val_bpb"] == result["stages"]["sliding"]["val_bpb"]
+    assert result["steps"] == 20 and result["tokens_seen"] == 20 * 1536
+    assert result["val_docs"] == 6 and result["val_complete"] is True
+    assert result["model_bytes"] == (folder / "final_model.int6.ptz").stat().st_size
+    assert result["code_bytes"] == (folder / "train_gpt.packed.py").stat().st_size < 30_000
+    assert result["bytes_total"] == result["model_bytes"] + result["code_bytes"] and result["fits"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "final_model.int6.ptz", "final_model.pt", "metrics.jsonl", "result.json", "train.log", "train_gpt.packed.py"]
+    console = [line for line in done.stdout.splitlines() if line]
+    assert console == (folder / "train.log").read_text().splitlines()
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [set(m) for m in metrics if "step" in m] == 20 * [
+        {"step", "train_loss", "lr_scale", "tokens", "seconds", "tok_per_s"}]
+    assert [m["stage"] for m in metrics if "stage" in m] == ["pre_quant", "quantized", "sliding"]
+
+
+def test_bytes_are_those_of_the_decoded_documents(finished, tiny):
+    assert read_result(finished[0])["val_bytes"] == decoded_bytes(tiny)
+
+
+def test_training_learns_and_compression_costs_little(finished):
+    stages = read_result(finished[0])["stages"]
+    losses = read_losses(finished[0])
+    assert losses[-1] < losses[0] - 0.8
+    assert abs(stages["quantized"]["val_bpb"] - stages["pre_quant"]["val_bpb"]) < 0.02
+    assert stages["sliding"]["val_bpb"] < stages["quantized"]["val_bpb"]  # more context helps
+
+
+def test_packed_script_and_artifact_alone_give_the_same_score(finished, tiny, tmp_path):
+    folder, _ = finished
+    for name in ("train_gpt.packed.py", "final_model.int6.ptz"):
+        shutil.copy(folder / name, tmp_path)
+    data = {k: tiny[k] for k in ("DATA_PATH", "TOKENIZER_PATH", "DTYPE", "DEVICE")}
+    done = run_script(data | {"EVAL_ONLY": "final_model.int6.ptz", "ARTIFACT_DIR": "out"}, cwd=tmp_path,
+                      script=tmp_path / "train_gpt.packed.py")
+    assert done.returncode == 0, done.stderr
+    result, original = read_result(tmp_path / "out"), read_result(folder)
+    assert abs(result["val_bpb"] - original["val_bpb"]) < 1e-6
+    assert list(result["stages"]) == ["quantized", "sliding"]
+    assert result["bytes_total"] == original["bytes_total"] and result["steps"] == 0
+    assert (tmp_path / "out/train_gpt.packed.py").read_bytes() == (tmp_path / "train_gpt.packed.py").read_bytes()
+
+
+def test_same_seed_gives_the_same_artifact_and_warmup_leaves_no_trace(finished, tiny, tmp_path):
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "WARMUP_STEPS": "0"})
+    assert done.returncode == 0, done.stderr
+    name = "final_model.int6.ptz"
+    assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+    assert read_losses(tmp_path) == read_losses(finished[0])
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_any_number_of_processes_trains_and_scores_alike(finished, tiny, tmp_path, processes):
+    train = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "train")}, processes=processes)
+    assert train.returncode == 0, train.stderr
+    ours, theirs = read_losses(tmp_path / "train"), read_losses(finished[0])
+    assert len(ours) == 20 and max(abs(a - b) for a, b in zip(ours, theirs)) < 1e-4
+    assert read_result(tmp_path / "train")["world_size"] == processes
+    score = run_script(tiny | {"EVAL_ONLY": str(finished[0] / "final_model.int6.ptz"),
+                               "ARTIFACT_DIR": str(tmp_path / "score")}, processes=processes)
+    assert score.returncode == 0, score.stderr
+    assert abs(read_result(tmp_path / "score")["val_bpb"] - read_result(finished[0])["val_bpb"]) < 1e-6
+
+
+def test_over_budget_is_written_and_ends_with_status_2(finished, tiny, tmp_path):
+    done = run_script(tiny | {"EVAL_ONLY": str(finished[0] / "final_model.int6.ptz"), "ARTIFACT_DIR": str(tmp_path),
+                              "ARTIFACT_BUDGET_BYTES": "20000", "EVAL_STRIDE": "0"})
+    result = read_result(tmp_path)
+    assert done.returncode == 2 and result["fits"] is False and list(result["stages"]) == ["quantized"]
+    assert f"OVER by {result['bytes_total'] - 20000}" in done.stdout
+
+
+def test_the_clock_stops_training_and_keeps_time_for_calibration(tiny, tmp_path):
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MAX_WALLCLOCK_SECONDS": "4", "ITERATIONS": "100000",
+                              "GPTQ_RESERVE_SECONDS": "1", "EVAL_STRIDE": "0", "VAL_LOSS_EVERY": "30"})
+    assert done.returncode == 0, done.stderr
+    result, metrics = read_result(tmp_path), (tmp_path / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in metrics if '"train_loss"' in line]
+    assert result["steps"] == steps[-1]["step"] > 5
+    assert 2 < steps[-1]["seconds"] <= 3 and result["train_seconds"] <= 4
+    assert steps[-1]["lr_scale"] < 0.2 and steps[0]["lr_scale"] == 1
+    assert "stage" in metrics[-1] and any('"step:30"' in line for line in metrics)
+
+
+def error_of(done: subprocess.CompletedProcess) -> str:
+    """The one line on stderr of a run that could not run."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def test_missing_or_wrong_data_is_one_line(tiny, tmp_path):
+    out = {"ARTIFACT_DIR": str(tmp_path / "out")}
+    (tmp_path / "empty").mkdir()
+    assert "no fineweb_val_" in error_of(run_script(tiny | out | {"DATA_PATH": str(tmp_path / "empty")}))
+    shutil.copytree(tiny["DATA_PATH"], tmp_path / "no_train")
+    (tmp_path / "no_train/fineweb_train_000000.bin").unlink()
+    assert "run_smoke_1gpu.sh" in error_of(run_script(tiny | out | {"DATA_PATH": str(tmp_path / "no_train")}))
+    shutil.copytree(tiny["DATA_PATH"], tmp_path / "cut")
+    with open(tmp_path / "cut/fineweb_val_000000.bin", "r+b") as file:
+        file.truncate(5000)
+    message = error_of(run_script(tiny | out | {"DATA_PATH": str(tmp_path / "cut")}))
+    assert "fineweb_val_000000.bin: expected" in message and "found 5000" in message
+    assert "has 512 pieces, expected VOCAB_SIZE=500" in error_of(run_script(tiny | out | {"VOCAB_SIZE": "500"}))
+    assert "no such file" in error_of(run_script(tiny | out | {"TOKENIZER_PATH": "nowhere.model"}))
+    assert not (tmp_path / "out/result.json").exists()
+
+
+def test_bad_artifacts_are_one_line(finished, tiny, tmp_path):
+    good = (finished[0] / "final_model.int6.ptz").read_bytes()
+    cases = {"short": good[:-1], "flipped": good[:500] + bytes([good[500] ^ 1]) + good[501:], "other": b"hello",
+             "empty": b""}
+    for name, data in cases.items():
+        (tmp_path / name).write_bytes(data)
+        message = error_of(run_script(tiny | {"EVAL_ONLY": str(tmp_path / name), "ARTIFACT_DIR": str(tmp_path / "o")}))
+        assert str(tmp_path / name) in message
+    message = error_of(run_script(tiny | {"EVAL_ONLY": str(finished[0] / "final_model.int6.ptz"), "NUM_LAYERS": "4",
+                                          "ARTIFACT_DIR": str(tmp_path / "out")}))
+    assert "made with NUM_LAYERS=3, this run has NUM_LAYERS=4" in message
+    assert "No such file" in error_of(run_script(tiny | {"EVAL_ONLY": str(tmp_path / "nowhere")}))
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert str(tmp_path / "file") in error_of(run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "file")}))
+    assert str(tmp_path / "file") in error_of(run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "file/below")}))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny, tmp_path):
+    limit = 40_000  # bytes a file may have: enough for the log, not for the artifact
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "2"},
+                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert f"cannot write {tmp_path}/final_model.int6.ptz: File too large" in error_of(done)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
+
+
+def test_nan_loss_names_the_step(tiny, tmp_path):
+    message = error_of(run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "SCALAR_LR": "1e30", "TRAIN_LOG_EVERY": "7"}))
+    assert "train_loss is nan at step" in message or "train_loss is inf at step" in message
+    step = int(message.split("at step ")[1].split(";")[0])
+    assert 2 <= step <= 7
+
+
+@pytest.mark.parametrize("moment", ["step:3/", "quantized in", "stage:quantized"])
+def test_a_killed_run_leaves_no_result_not_even_an_old_one(tiny, tmp_path, moment):
+    (tmp_path / "result.json").write_text('{"val_bpb": 0.5}')  # of an earlier run in the same folder
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], stdout=subprocess.PIPE, text=True,
+                               env=clean_environment(tiny | {"ARTIFACT_DIR": str(tmp_path)}))
+    for line in process.stdout:
+        if line.startswith(moment):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_two_processes_fail_with_one_line_when_one_cannot_go_on(tiny, tmp_path):
+    shutil.copytree(tiny["DATA_PATH"], tmp_path / "data")
+    shutil.copy(tmp_path / "data/fineweb_train_000000.bin", tmp_path / "data/fineweb_train_000001.bin")
+    with open(tmp_path / "data/fineweb_train_000001.bin", "r+b") as file:  # rank 1's to check: a token out of range
+        file.seek(-2, os.SEEK_END)
+        file.write(b"\xff\xff")
+    start = time.monotonic()
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "out"), "DATA_PATH": str(tmp_path / "data")}, processes=2)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode != 0 and len(errors) == 1
+    assert "fineweb_train_000001.bin: expected token ids below" in errors[0]
+    assert time.monotonic() - start < 60

@@ -1,0 +1,353 @@
+"""GPTQ against textbook Optimal Brain Quantization, SDClip against its formula, and what the groups cover."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+import train_gpt as tg
+
+
+def tiny(folder, **changes) -> tg.Settings:
+    values = {"num_layers": 3, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
+              "vocab_size": 41, "train_seq_len": 8, "train_batch_tokens": 16, "micro_batch_tokens": 16,
+              "eval_stride": 4, "device": "cpu", "dtype": "fp32", "artifact_dir": str(folder),
+              "quant_min_weights": 0, "matrix_clip_sigmas": 9.0, "embed_clip_sigmas": 12.0}
+    return tg.Settings(**values | changes)
+
+
+def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
+    generator = torch.Generator().manual_seed(seed)
+    model = tg.GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.2 * torch.randn(p.shape, generator=generator) + (0.5 if p.ndim < 3 else 0.0))
+    return model
+
+
+def problem(rows: int, cols: int, count: int = 1, seed: int = 0, correlated: bool = True):
+    """Weights (count, rows, cols), Hessians of correlated inputs, and 4-bit scales that clip a few weights."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(count, rows, cols, generator=generator)
+    x = torch.randn(count, 5 * cols, cols, generator=generator, dtype=torch.float64)
+    if correlated:
+        x = x @ torch.randn(count, cols, cols, generator=generator, dtype=torch.float64)
+        x = x * (0.2 + torch.rand(count, 1, cols, generator=generator, dtype=torch.float64))
+    hessian = (x.mT @ x).float()
+    scale = (weight.std(-1) * (2.2 + torch.rand(count, rows, generator=generator)) / 7).half()
+    return weight, hessian, scale
+
+
+def nearest(weight: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    levels = 2 ** (bits - 1) - 1
+    return (weight.double() / scale.double()[..., None]).round().clamp(-levels, levels).to(torch.int8)
+
+
+def textbook(weight: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes of one matrix, row by row: round a weight, then solve exactly for those not yet rounded.
+
+    Columns in descending diag(H), H with 1 % of its mean diagonal; the inverse of what remains is taken anew each time.
+    """
+    levels, cols = 2 ** (bits - 1) - 1, weight.size(1)
+    hessian = hessian.double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(cols, dtype=torch.float64)
+    order = sorted(range(cols), key=lambda j: -float(hessian[j, j]))
+    codes = torch.zeros(weight.shape, dtype=torch.int8)
+    inverses = [torch.linalg.inv(damped[order[k:]][:, order[k:]]) for k in range(cols)]
+    for i, row in enumerate(weight.double()):
+        row, step = row.clone(), float(scale[i])
+        for k, j in enumerate(order):
+            code = max(-levels, min(levels, round(float(row[j]) / step)))
+            error = float(row[j]) - code * step
+            codes[i, j] = code
+            row[order[k:]] += -error / inverses[k][0, 0] * inverses[k][0]
+    return codes
+
+
+def loss(weight: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, scale: torch.Tensor) -> float:
+    """tr(E H Eᵀ) of one matrix."""
+    e = weight.double() - codes.double() * scale.double()[:, None]
+    return float((e @ hessian.double() * e).sum())
+
+
+@pytest.fixture
+def rt(tmp_path):
+    runtime = tg.Runtime(tiny(tmp_path), tg.Launch())
+    yield runtime
+    runtime.close()
+
+
+# ----- GPTQ
+
+
+@pytest.mark.parametrize("bits", [2, 4, 6])
+def test_gptq_gives_the_textbook_codes(bits):
+    weight, hessian, scale = problem(6, 40)
+    scale = (scale.float() * 7 / (2 ** (bits - 1) - 1)).half()
+    got = tg.gptq(weight, hessian, scale, bits)
+    expected = textbook(weight[0], hessian[0], scale[0], bits)
+    assert got.dtype == torch.int8 and got.shape == weight.shape
+    assert torch.equal(got[0], expected)
+    assert (expected != nearest(weight[0], scale[0], bits)).float().mean() > 0.05
+
+
+def test_codes_stay_within_the_levels():
+    weight, hessian, scale = problem(6, 40)
+    for bits in (2, 3, 8):
+        levels = 2 ** (bits - 1) - 1
+        codes = tg.gptq(weight * 100, hessian, scale, bits).int()
+        assert codes.max() == levels and codes.min() == -levels
+
+
+def test_diagonal_hessian_is_round_to_nearest():
+    weight, _, scale = problem(7, 30, 2)
+    hessian = torch.diag_embed(0.1 + torch.rand(2, 30, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(tg.gptq(weight, hessian, scale, 4), nearest(weight, scale, 4))
+
+
+def test_error_is_below_round_to_nearest():
+    for seed in range(5):
+        weight, hessian, scale = problem(16, 48, seed=seed)
+        scale = scale * 2
+        ours = loss(weight[0], tg.gptq(weight, hessian, scale, 4)[0], hessian[0], scale[0])
+        assert ours < 0.6 * loss(weight[0], nearest(weight[0], scale[0], 4), hessian[0], scale[0])
+
+
+@pytest.mark.parametrize("block", [1, 8, 30, 300])
+def test_blocks_do_not_change_the_codes(block):
+    weight, hessian, scale = problem(6, 150)
+    assert torch.equal(tg.gptq(weight, hessian, scale, 5, block), tg.gptq(weight, hessian, scale, 5))
+
+
+def test_batched_equals_one_by_one():
+    weight, hessian, scale = problem(6, 33, count=4)
+    together = tg.gptq(weight, hessian, scale, 4)
+    for i in range(4):
+        one = slice(i, i + 1)
+        assert torch.equal(together[one], tg.gptq(weight[one], hessian[one], scale[one], 4))
+
+
+def test_inputs_that_never_fire_are_rounded():
+    weight, hessian, scale = problem(5, 24)
+    dead = [0, 7, 23]
+    hessian[:, dead] = 0
+    hessian[:, :, dead] = 0
+    codes = tg.gptq(weight, hessian, scale, 4)
+    alive = [j for j in range(24) if j not in dead]
+    assert torch.equal(codes[:, :, dead], nearest(weight, scale, 4)[:, :, dead])
+    assert torch.equal(codes[0], textbook(weight[0], hessian[0], scale[0], 4))
+    assert not torch.equal(codes[:, :, alive], nearest(weight, scale, 4)[:, :, alive])
+
+
+def test_no_input_at_all_is_round_to_nearest():
+    weight, hessian, scale = problem(5, 24)
+    assert torch.equal(tg.gptq(weight, hessian * 0, scale, 4), nearest(weight, scale, 4))
+
+
+def test_rank_deficient_hessian():
+    weight, _, scale = problem(5, 24)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    hessian = (x.T @ x)[None]
+    assert torch.equal(tg.gptq(weight, hessian, scale, 6)[0], textbook(weight[0], hessian[0], scale[0], 6))
+
+
+def test_huge_and_small_hessians_give_the_same_codes():
+    weight, hessian, scale = problem(5, 24)
+    expected = tg.gptq(weight, hessian, scale, 4)
+    for factor in (2.0**-40, 2.0**40):
+        assert torch.equal(tg.gptq(weight, hessian * factor, scale, 4), expected)
+
+
+def test_all_zero_weights():
+    _, hessian, _ = problem(5, 24)
+    weight = torch.zeros(1, 5, 24)
+    scale = tg.clip_scales(weight, 6, 12.85)
+    assert (scale > 0).all()
+    assert not tg.gptq(weight, hessian, scale, 6).any()
+
+
+def test_inputs_are_left_alone():
+    given = problem(5, 24)
+    copies = [t.clone() for t in given]
+    tg.gptq(*given, 4)
+    assert all(torch.equal(a, b) for a, b in zip(given, copies))
+
+
+# ----- SDClip
+
+
+@pytest.mark.parametrize("bits, sigmas", [(6, 12.85), (8, 20.0), (4, 3.0), (2, 1.5)])
+def test_scale_is_sigmas_of_the_row_over_the_levels(bits, sigmas):
+    weight = torch.randn(2, 3, 4096, generator=torch.Generator().manual_seed(0)) + 0.3
+    weight[0, 1] *= 50
+    scale = tg.clip_scales(weight, bits, sigmas)
+    assert scale.dtype == torch.float16 and scale.shape == (2, 3)
+    for i in range(2):
+        for j in range(3):
+            row = weight[i, j].double()
+            std = float(((row - row.mean()) ** 2).mean()) ** 0.5
+            assert float(scale[i, j]) == pytest.approx(sigmas * std / (2 ** (bits - 1) - 1), rel=1e-3)
+
+
+# ----- the whole model
+
+
+def test_groups_cover_every_matrix_once(tmp_path):
+    cfg = tiny(tmp_path)
+    model = tg.GPT(cfg)
+    state = {name: torch.zeros(p.shape) for name, p in model.named_parameters()}
+    for group in tg.quant_groups(cfg):
+        view = group.view(state[group.param])
+        assert view.ndim == 3
+        view += 1
+    for name, counts in state.items():
+        assert (counts == (name in model.banks() or name == "tok_emb")).all(), name
+
+
+def test_groups_take_bits_and_sigmas_of_their_kind(tmp_path):
+    cfg = tiny(tmp_path, matrix_bits=5, embed_bits=7, attn_clip_sigmas=3.0, mlp_clip_sigmas=4.0, embed_clip_sigmas=5.0)
+    expected = {"qo_bank": (5, 3.0), "kv_bank": (5, 3.0), "mlp_up_bank": (5, 4.0), "mlp_down_bank": (5, 4.0),
+                "tok_emb": (7, 5.0)}
+    assert {(g.param, g.bits, g.sigmas) for g in tg.quant_groups(cfg)} == {(n, *v) for n, v in expected.items()}
+
+
+def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
+    cfg = tiny(tmp_path)
+    model = random_model(cfg)
+    ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(0))
+    inputs = []
+
+    class Linears(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is F.linear:
+                inputs.append((args[0].flatten(0, -2).double(), args[1].clone()))
+            return function(*args, **(kwargs or {}))
+
+    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    with Linears(), torch.no_grad():
+        tg.add_hessians(model, hessians, ids)
+    for group in tg.quant_groups(cfg):
+        for i, weight in enumerate(group.view(dict(model.named_parameters())[group.param])):
+            x, = (x for x, w in inputs if torch.equal(w, weight))
+            expected = sum(torch.outer(row, row) for row in x)
+            got = hessians[group.hessian][i].double()
+            assert (got - expected).abs().max() < 1e-5 * expected.abs().max(), (group.name, i)
+
+
+def diagonal_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
+    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    for hessian in hessians.values():
+        hessian.diagonal(dim1=1, dim2=2).add_(1 + torch.rand(hessian.shape[:2]))
+    return hessians
+
+
+def test_diagonal_hessian_leaves_at_most_half_a_step(rt, tmp_path):
+    cfg = tiny(tmp_path)
+    state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
+    back = tg.dequantize(cfg, tg.quantize(cfg, rt, state, diagonal_hessians(cfg)))
+    assert set(back) == set(state)
+    for name, weight in state.items():
+        assert back[name].dtype == torch.float32 and back[name].shape == weight.shape
+        if name.endswith("_bank") or name == "tok_emb":
+            sigmas, levels = (12.0, 127) if name == "tok_emb" else (9.0, 31)
+            step = sigmas * weight.std(-1, correction=0, keepdim=True) / levels
+            error = (back[name] - weight).abs() / step
+            assert error.max() < 0.505 and error.mean() > 0.2, name
+        else:
+            assert torch.equal(back[name], weight.half().float()), name
+
+
+def test_stored_form_is_codes_and_halves(rt, tmp_path):
+    cfg = tiny(tmp_path)
+    state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
+    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    codes = {n: t for n, t in stored.items() if t.dtype == torch.int8}
+    assert sum(t.numel() for t in codes.values()) == sum(
+        w.numel() for n, w in state.items() if n.endswith("_bank") or n == "tok_emb")
+    assert all(t.dtype == torch.float16 for n, t in stored.items() if n not in codes)
+    for n, t in codes.items():
+        assert t.int().abs().max() <= (127 if n.startswith("emb") else 31)
+
+
+def test_small_matrices_stay_fp16(rt, tmp_path):
+    cfg = tiny(tmp_path, quant_min_weights=1025)  # q, o: 1024 weights; k, v: 512; up, down: 2048; embedding: 1312
+    state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
+    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    assert sum(t.numel() for t in stored.values() if t.dtype == torch.int8) == 3 * 2 * 2048 + 1312
+    back = tg.dequantize(cfg, stored)
+    for name in ("qo_bank", "kv_bank"):
+        assert torch.equal(back[name], state[name].half().float())
+    assert not torch.equal(back["mlp_up_bank"], state["mlp_up_bank"].half().float())
+    assert any(t.dtype == torch.int8 and t.numel() == 3 * 1024 for t in tg.quantize(
+        tiny(tmp_path, quant_min_weights=1024), rt, state, diagonal_hessians(cfg)).values())
+
+
+def test_quantizing_twice_gives_the_same(rt, tmp_path):
+    cfg = tiny(tmp_path)
+    model = random_model(cfg)
+    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    tg.add_hessians(model, hessians, torch.randint(0, 41, (2, 8)))
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    first, second = (tg.quantize(cfg, rt, state, hessians) for _ in range(2))
+    assert list(first) == list(second)
+    assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+def test_gptq_on_the_model_uses_the_hessians(rt, tmp_path):
+    cfg = tiny(tmp_path, matrix_bits=3, matrix_clip_sigmas=3.0)
+    model = random_model(cfg)
+    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    tg.add_hessians(model, hessians, torch.randint(0, 41, (40, 8)))
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    full, plain = (tg.dequantize(cfg, tg.quantize(cfg, rt, state, h)) for h in (hessians, diagonal_hessians(cfg)))
+    for group in tg.quant_groups(cfg):
+        errors = []
+        for back in (full, plain):
+            e = (group.view(back[group.param]) - group.view(state[group.param])).double()
+            errors.append(float((e @ hessians[group.hessian].double() * e).sum()))
+        assert errors[0] < 0.95 * errors[1], group.name
+
+
+@pytest.mark.parametrize("calibration", ["random", "train"])
+def test_calibration_sums_all_batches_whatever_the_number_of_ranks(rt, tmp_path, monkeypatch, calibration):
+    cfg = tiny(tmp_path, gptq_calibration=calibration, gptq_calibration_batches=5, max_wallclock_seconds=0.0)
+    model, tokens = random_model(cfg), torch.randint(0, 41, (99, 8), generator=torch.Generator().manual_seed(1))
+    asked = []
+
+    class FakeWindows:
+        def batch(self, first, real, size):
+            assert real == size == 2
+            asked.extend(range(first, first + real))
+            return tokens[first : first + size], None
+
+    def hessians(rank, world):
+        rt.rank, rt.world = rank, world
+        monkeypatch.setattr(rt, "sum_", lambda t: t)
+        monkeypatch.setattr(rt, "largest", lambda value: value)
+        clock = tg.Clock(rt, 0.0, 0.0)
+        clock.start()
+        return tg.calibrate(cfg, rt, model, FakeWindows(), 7, clock)
+
+    alone = hessians(0, 1)
+    parts = [hessians(rank, 3) for rank in range(3)]
+    rt.rank, rt.world = 0, 1
+    assert sorted(asked) == (sorted(2 * list(range(7, 17))) if calibration == "train" else [])
+    for role, hessian in alone.items():
+        assert hessian.abs().max() > 0
+        assert torch.allclose(sum(p[role] for p in parts), hessian, rtol=1e-4, atol=1e-4), role
+
+
+def test_calibration_stops_with_the_clock(rt, tmp_path, monkeypatch):
+    cfg = tiny(tmp_path, gptq_calibration_batches=8)
+    model, seconds, batches = random_model(cfg), [0.0], []
+
+    class FakeWindows:
+        def batch(self, first, real, size):
+            batches.append(first)
+            seconds[0] += 1.0
+            return torch.zeros(2, 8, dtype=torch.int64), None
+
+    clock = tg.Clock(rt, 3.5, 0.0)
+    monkeypatch.setattr(clock, "seconds", lambda: seconds[0])
+    tg.calibrate(cfg, rt, model, FakeWindows(), 0, clock)
+    assert len(batches) == 3
