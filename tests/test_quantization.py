@@ -235,9 +235,9 @@ def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
 
 
 def diagonal_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
-    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    hessians, generator = tg.empty_hessians(cfg, torch.device("cpu")), torch.Generator().manual_seed(3)
     for hessian in hessians.values():
-        hessian.diagonal(dim1=1, dim2=2).add_(1 + torch.rand(hessian.shape[:2]))
+        hessian.diagonal(dim1=1, dim2=2).add_(1 + torch.rand(hessian.shape[:2], generator=generator))
     return hessians
 
 
@@ -286,7 +286,7 @@ def test_quantizing_twice_gives_the_same(rt, tmp_path):
     cfg = tiny(tmp_path)
     model = random_model(cfg)
     hessians = tg.empty_hessians(cfg, torch.device("cpu"))
-    tg.add_hessians(model, hessians, torch.randint(0, 41, (2, 8)))
+    tg.add_hessians(model, hessians, torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(2)))
     state = {n: p.detach() for n, p in model.named_parameters()}
     first, second = (tg.quantize(cfg, rt, state, hessians) for _ in range(2))
     assert list(first) == list(second)
@@ -297,7 +297,7 @@ def test_gptq_on_the_model_uses_the_hessians(rt, tmp_path):
     cfg = tiny(tmp_path, matrix_bits=3, matrix_clip_sigmas=3.0)
     model = random_model(cfg)
     hessians = tg.empty_hessians(cfg, torch.device("cpu"))
-    tg.add_hessians(model, hessians, torch.randint(0, 41, (40, 8)))
+    tg.add_hessians(model, hessians, torch.randint(0, 41, (40, 8), generator=torch.Generator().manual_seed(2)))
     state = {n: p.detach() for n, p in model.named_parameters()}
     full, plain = (tg.dequantize(cfg, tg.quantize(cfg, rt, state, h)) for h in (hessians, diagonal_hessians(cfg)))
     for group in tg.quant_groups(cfg):

@@ -1,0 +1,400 @@
+"""The artifact container under damage and malice, the settings it carries, and the packed script."""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+import train_gpt as tg
+
+SCRIPT = Path(tg.__file__)
+NAME = "dir/model.ptz"
+NO_NOTES = tg.Notes(frozenset(), {}, ())
+
+
+def tiny(**changes) -> tg.Settings:
+    values = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 2.0, "rope_dims": 4,
+              "vocab_size": 30, "device": "cpu"}
+    return tg.Settings(**values | changes)
+
+
+def codes(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+
+
+def halves(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def sample_tensors() -> dict[str, torch.Tensor]:
+    """Odd shapes, both dtypes in turn, extremes, a tensor without elements and one without dimensions."""
+    return {"a.codes": codes(3, 5, 7), "a.scales": halves(3, 5), "one": codes(1, 1, 1), "vector": halves(13, seed=1),
+            "empty": halves(2, 0), "wide": codes(1, 2, 301, seed=2), "scalar": torch.tensor(2.5).half(),
+            "extreme": torch.tensor([65504.0, -65504.0, 6e-8, -0.0, 0.0]).half(), "deep": halves(2, 1, 3, 2)}
+
+
+def pack(compressor: str = "lzma", tensors: dict | None = None, settings: dict | None = None) -> bytes:
+    stored = {"num_layers": 3, "mlp_mult": 2.5, "ln_scale": True} if settings is None else settings
+    return tg.write_artifact(stored, sample_tensors() if tensors is None else tensors, compressor)
+
+
+def seal(body: bytes) -> bytes:
+    """A container whose checksum is right, whatever the body."""
+    return b"PGLF" + hashlib.blake2b(body, digest_size=16).digest() + body
+
+
+def with_header(header, streams: bytes = b"", compressor: str = "lzma") -> bytes:
+    head = tg.compress(header if isinstance(header, bytes) else json.dumps(header).encode(), compressor)
+    return seal(bytes([1, ("brotli", "lzma").index(compressor)]) + struct.pack("<I", len(head)) + head + streams)
+
+
+def assert_refused(data: bytes) -> None:
+    with pytest.raises(tg.RunError, match="dir/model.ptz: "):
+        tg.read_artifact(data, NAME)
+
+
+def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(got) == set(expected)
+    for name, tensor in expected.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        assert got[name].contiguous().numpy().tobytes() == tensor.contiguous().numpy().tobytes(), name
+
+
+# ----- round trips
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_artifact_round_trip(compressor):
+    stored = {"num_layers": 3, "mlp_mult": 2.5, "ln_scale": True, "name": "ü"}
+    settings, tensors = tg.read_artifact(pack(compressor, settings=stored), NAME)
+    assert settings == stored and type(settings["ln_scale"]) is bool
+    assert_same(tensors, sample_tensors())
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("tensors", [{"only": codes(2, 3, 5)}, {"only": halves(3)}, {}],
+                         ids=["codes", "halves", "none"])
+def test_artifact_without_one_kind_of_tensor(compressor, tensors):
+    assert_same(tg.read_artifact(pack(compressor, tensors), NAME)[1], tensors)
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_artifact_is_deterministic(compressor):
+    assert pack(compressor) == pack(compressor)
+
+
+def test_artifact_of_a_transposed_view():
+    tensors = {"c": codes(2, 5, 3).mT, "h": halves(4, 3).T}
+    assert_same(tg.read_artifact(pack(tensors=tensors), NAME)[1], tensors)
+
+
+def test_zeros_become_small():
+    assert len(pack("brotli", {"c": torch.zeros(4, 300, 300, dtype=torch.int8), "h": halves(2)})) < 400
+
+
+@pytest.mark.parametrize("tensor", [codes(3, 4), codes(2, 3, 5), codes(1, 1, 1), codes(2, 0, 3), halves(1), halves(7),
+                                    halves(2, 3, 5)])
+def test_stream_round_trip(tensor):
+    back = tg.from_stream(tg.to_stream(tensor), tensor.dtype, list(tensor.shape))
+    assert_same({"t": back}, {"t": tensor})
+
+
+def test_streams_lie_as_documented():
+    assert tg.to_stream(torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int8)) == bytes([1, 4, 2, 5, 3, 6])
+    low_high = [struct.pack("<e", x) for x in (1.5, -7.25, 3e-5)]
+    expected = bytes(b[0] for b in low_high) + bytes(b[1] for b in low_high)
+    assert tg.to_stream(torch.tensor([1.5, -7.25, 3e-5]).half()) == expected
+
+
+@pytest.mark.parametrize("dtype, shape", [(torch.int8, [2, 3]), (torch.float16, [2, 3])])
+def test_stream_of_another_length_is_a_value_error(dtype, shape):
+    for wrong in (0, 1, 5, 7, 11, 13, 24):
+        with pytest.raises(ValueError):
+            tg.from_stream(bytes(wrong), dtype, shape)
+
+
+# ----- damage
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_every_changed_byte_is_noticed(compressor):
+    data = pack(compressor, {"c": codes(1, 3, 5), "h": halves(4)})
+    for place in range(len(data)):
+        for change in (1, 128, 255):
+            assert_refused(data[:place] + bytes([data[place] ^ change]) + data[place + 1 :])
+
+
+def test_every_truncation_is_noticed():
+    data = pack()
+    for length in range(len(data)):
+        assert_refused(data[:length])
+
+
+def test_bytes_at_the_end_are_noticed():
+    for extra in (b"\0", b"PGLF", bytes(100)):
+        assert_refused(pack() + extra)
+
+
+def test_garbage_is_refused():
+    rng = random.Random(0)
+    for i in range(2000):
+        assert_refused(b"PGLF" * (i % 2) + rng.randbytes(rng.randrange(80)))
+
+
+def test_random_corruptions_are_refused():
+    rng, data = random.Random(0), pack()
+    for _ in range(2000):
+        damaged = bytearray(data)
+        for _ in range(rng.randint(2, 12)):
+            damaged[rng.randrange(len(data))] = rng.randrange(256)
+        if bytes(damaged) != data:
+            assert_refused(bytes(damaged))
+
+
+def test_damage_under_a_right_checksum_is_an_artifact_or_refused():
+    rng, body = random.Random(1), pack()[20:]
+    for _ in range(400):
+        damaged = bytearray(body)
+        damaged[rng.randrange(len(body))] ^= rng.randrange(1, 256)
+        try:
+            tg.read_artifact(seal(bytes(damaged[: rng.choice([None, rng.randrange(len(body))])])), NAME)
+        except tg.RunError as e:
+            assert NAME in str(e)
+
+
+# ----- malice
+
+
+@pytest.mark.parametrize("body", [b"", b"\1", b"\1\1", b"\1\1\0\0", b"\1\1\0\0\0\0", b"\1\1\xff\xff\xff\xff",
+                                  b"\1\2" + bytes(9), b"\2\1" + bytes(9), b"\0\0" + bytes(9)])
+def test_short_or_foreign_bodies_are_refused(body):
+    assert_refused(seal(body))
+
+
+GOOD = {"settings": {}, "halves": [["h", [2]]], "codes": [["c", [1, 1, 3]]]}
+STREAMS = [tg.compress(bytes(4), "lzma"), tg.compress(bytes(3), "lzma")]
+
+
+def nonsense(**changes) -> bytes:
+    return with_header(GOOD | {"bytes": [len(s) for s in STREAMS]} | changes, b"".join(STREAMS))
+
+
+def test_the_header_that_is_spoilt_below_is_good():
+    assert set(tg.read_artifact(nonsense(), NAME)[1]) == {"h", "c"}
+
+
+@pytest.mark.parametrize("changes", [
+    {"settings": None}, {"settings": 5}, {"settings": "text"}, {"settings": [1, 2]},
+    {"halves": None}, {"halves": [["h"]]}, {"halves": [["h", 2]]}, {"halves": [["h", [3]]]}, {"halves": [["h", [1]]]},
+    {"halves": [["h", [-1]]]}, {"halves": [["h", ["2"]]]}, {"halves": [["h", [10**30]]]}, {"halves": []},
+    {"codes": None}, {"codes": []}, {"codes": [["c", [4]]]}, {"codes": [["c", [1, 1, 4]]]}, {"codes": [["c", []]]},
+    {"codes": [["c", [1, 1, 3]], ["d", [1, 1, 3]]]}, {"codes": [["c", [1, 1, 10**30]]]}, {"codes": "text"},
+    {"bytes": []}, {"bytes": None}, {"bytes": [1]}, {"bytes": [1, 2, 3]}, {"bytes": [-3, 5]}, {"bytes": ["a", "b"]},
+    {"bytes": [10**30, 1]}, {"bytes": [10**9, 1]}, {"bytes": {"a": 1}},
+], ids=str)
+def test_nonsense_in_the_header_is_refused(changes):
+    assert_refused(nonsense(**changes))
+
+
+@pytest.mark.parametrize("header", [None, 5, "text", [], {}, {"settings": {}}, b"", b"\xff\xfe", b"[" * 100_000,
+                                    b'{"settings":', b"NaN"])
+def test_headers_of_another_kind_are_refused(header):
+    assert_refused(with_header(header))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-10**12, 10**12) | st.floats() | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=6)
+
+
+@hypothesis_settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.dictionaries(st.sampled_from(["settings", "halves", "codes", "bytes"]), json_values))
+def test_any_json_header_is_an_artifact_or_refused(changes):
+    try:
+        tg.read_artifact(nonsense(**changes), NAME)
+    except tg.RunError as e:
+        assert NAME in str(e)
+
+
+class Bomb:
+    """Unpickling one writes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_not_executed(tmp_path):
+    mark = tmp_path / "executed"
+    bomb = pickle.dumps(Bomb(mark))
+    torch.save({"x": Bomb(mark)}, tmp_path / "bomb.pt")
+    for data in (bomb, seal(bomb), with_header(bomb), seal(b"\1\1" + bomb), (tmp_path / "bomb.pt").read_bytes(),
+                 nonsense()[:-3] + bomb):
+        assert_refused(data)
+    stream = tg.compress(bomb, "lzma")
+    head = GOOD | {"halves": [], "codes": [], "bytes": [len(stream)]}
+    assert_refused(with_header(head, stream))
+    assert not mark.exists()
+    pickle.loads(bomb)
+    assert mark.exists()
+
+
+# ----- the settings in it
+
+
+def stored_settings(**changes) -> dict:
+    """What comes back from an artifact: through JSON."""
+    return json.loads(json.dumps(tg.artifact_settings(tiny(**changes))))
+
+
+def explicit(**values) -> tuple[tg.Settings, tg.Notes]:
+    return tg.Settings(**values), tg.Notes(frozenset(values), {}, ())
+
+
+def test_artifact_settings_are_adopted():
+    made = tiny(rope_base=50.0, skip_gates_enabled=False, eval_stride=32)
+    cfg = tg.adopt_settings(tg.Settings(), NO_NOTES, stored_settings(rope_base=50.0, skip_gates_enabled=False,
+                                                                     eval_stride=32), NAME)
+    for name in ["vocab_size", *tg.Settings.group("model"), "eval_seq_len", "eval_stride"]:
+        assert getattr(cfg, name) == getattr(made, name), name
+
+
+def test_every_setting_the_weights_depend_on_is_stored():
+    needed = {"num_layers", "model_dim", "num_heads", "num_kv_heads", "mlp_mult", "rope_dims", "rope_base",
+              "xsa_last_n", "ln_scale", "skip_gates_enabled", "logit_softcap", "vocab_size", "eval_seq_len",
+              "eval_stride"}
+    assert needed <= set(stored_settings())
+
+
+@pytest.mark.parametrize("name, value", [("num_layers", 3), ("vocab_size", 31), ("rope_base", 123.0),
+                                         ("ln_scale", False), ("logit_softcap", 29.0)])
+def test_another_model_setting_is_refused_by_name(name, value):
+    cfg, notes = explicit(**{name: value})
+    with pytest.raises(tg.RunError, match=f"dir/model.ptz: .*{name.upper()}=") as caught:
+        tg.adopt_settings(cfg, notes, stored_settings(), NAME)
+    assert str(value) in str(caught.value)
+
+
+def test_the_same_setting_given_again_is_fine():
+    cfg, notes = explicit(num_layers=2, vocab_size=30)
+    assert tg.adopt_settings(cfg, notes, stored_settings(), NAME).num_layers == 2
+
+
+def test_evaluation_settings_may_differ():
+    cfg, notes = explicit(eval_stride=16, eval_seq_len=512, data_path="elsewhere", device="cpu")
+    adopted = tg.adopt_settings(cfg, notes, stored_settings(), NAME)
+    assert (adopted.eval_stride, adopted.eval_seq_len, adopted.data_path) == (16, 512, "elsewhere")
+    assert adopted.model_dim == 16
+
+
+def test_settings_of_another_version_are_refused():
+    with pytest.raises(tg.RunError, match="dir/model.ptz: .*WARP_DRIVE"):
+        tg.adopt_settings(tg.Settings(), NO_NOTES, stored_settings() | {"warp_drive": 1}, NAME)
+    older = stored_settings()
+    del older["rope_dims"]
+    with pytest.raises(tg.RunError, match="dir/model.ptz: .*ROPE_DIMS"):
+        tg.adopt_settings(tg.Settings(), NO_NOTES, older, NAME)
+
+
+@pytest.mark.parametrize("name, value", [("num_layers", "eleven"), ("num_layers", None), ("num_layers", 2.5),
+                                         ("model_dim", [16]), ("num_heads", 0), ("num_heads", 7), ("rope_base", "x"),
+                                         ("ln_scale", "maybe"), ("vocab_size", {}), ("eval_seq_len", "long")])
+def test_nonsense_settings_are_refused(name, value):
+    with pytest.raises(tg.RunError):
+        tg.adopt_settings(tg.Settings(), NO_NOTES, stored_settings() | {name: value}, NAME)
+
+
+# ----- weights into the model
+
+
+def stored_weights(cfg: tg.Settings, model: tg.GPT, folder: Path) -> dict[str, torch.Tensor]:
+    rt = tg.Runtime(tiny(artifact_dir=str(folder)), tg.Launch())
+    hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
+    stored = tg.quantize(cfg, rt, {n: p.detach() for n, p in model.named_parameters()}, hessians)
+    rt.close()
+    return stored
+
+
+def test_loaded_weights_are_the_dequantized_ones(tmp_path):
+    cfg = tiny(quant_min_weights=512)
+    source, target = tg.GPT(cfg), tg.GPT(cfg)
+    with torch.no_grad():
+        for p in source.parameters():
+            p.normal_(generator=torch.Generator().manual_seed(0))
+        for p in target.parameters():
+            p.fill_(float("nan"))
+    stored = stored_weights(cfg, source, tmp_path)
+    tg.load_weights(target, cfg, tg.read_artifact(pack("brotli", stored), NAME)[1], NAME)
+    expected = tg.dequantize(cfg, stored)
+    for name, p in target.named_parameters():
+        assert torch.equal(p, expected[name]), name
+        assert (p - dict(source.named_parameters())[name]).abs().max() < 0.5
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path):
+    cfg = tiny(quant_min_weights=512)
+    model = tg.GPT(cfg)
+    good = stored_weights(cfg, model, tmp_path)
+    tg.load_weights(model, cfg, good, NAME)
+    tensors = [{n: t for n, t in good.items() if n != name} for name in good] + [good | {"stowaway": halves(3)}]
+    for name, t in good.items():
+        shapes = (t[:, :-1], t[:1], torch.cat((t, t)), t[..., None], t[:0], t.flatten())
+        tensors += [good | {name: other} for other in shapes if other.shape != t.shape]
+    accepted = []
+    for spoilt in tensors:
+        try:
+            tg.load_weights(model, cfg, spoilt, NAME)
+            accepted.append({n: tuple(t.shape) for n, t in spoilt.items() if t is not good.get(n)})
+        except tg.RunError as e:
+            assert NAME in str(e)
+    assert not accepted
+
+
+# ----- the packed script
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("packed") / "train_gpt.packed.py"
+    path.write_bytes(tg.pack_code(SCRIPT.read_bytes()))
+    return path
+
+
+def test_packed_script_is_small_and_plain(packed):
+    code = packed.read_bytes()
+    assert len(code) < 30_000
+    assert b"\0" not in code and b"\r" not in code
+
+
+def test_packing_is_deterministic_and_idempotent(packed):
+    code = packed.read_bytes()
+    assert tg.pack_code(SCRIPT.read_bytes()) == code
+    assert tg.pack_code(code) == code
+
+
+def test_packed_script_answers_like_the_source(packed):
+    environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR")}
+    environ |= {"RUN_ID": "same", "ARTIFACT_DIR": "same", "NUM_LAYERS": "7", "COMPRESSOR": "pergroup", "MLP_MULT": "3"}
+    for arguments, status in ((["--config"], 0), (["--help"], 0), (["--nonsense"], 1)):
+        running = [subprocess.Popen([sys.executable, str(path), *arguments], cwd=packed.parent, env=environ,
+                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                   for path in (SCRIPT, packed)]
+        done = [(*process.communicate(timeout=60), process.returncode) for process in running]
+        assert done[0] == done[1]
+        assert done[1][2] == status
+        if arguments == ["--config"]:
+            assert json.loads(done[1][0])["num_layers"] == 7
+    assert sorted(p.name for p in packed.parent.iterdir()) == [packed.name]
