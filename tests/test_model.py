@@ -178,6 +178,8 @@ class Products(TorchFunctionMode):
     {"num_layers": 4, "skip_gates_enabled": False, "ln_scale": False},
     {"num_layers": 4, "xsa_last_n": 0, "rope_dims": 8},
     {"num_layers": 3, "num_kv_heads": 4, "xsa_last_n": 9, "rope_dims": 0},
+    {"num_layers": 7, "rope_dims": 6},
+    {"num_layers": 6, "skip_gates_enabled": False},
     {"num_layers": 1, "num_kv_heads": 1, "rope_dims": 2},
 ])
 def test_losses_equal_the_reference(changes):

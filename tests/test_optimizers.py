@@ -359,3 +359,9 @@ def test_warm_up_leaves_no_trace(rt, tmp_path):
             t.step(global_batch(6, 2, seed), 1.0, 0.9)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     assert all(torch.equal(p, q) for p, q in zip(trainer.ema, fresh.ema))
+
+
+def test_an_explicit_reserve_is_kept(rt, tmp_path):
+    cfg = tiny(tmp_path, warmup_steps=0, max_wallclock_seconds=600.0, gptq_reserve_seconds=400.0)
+    model = random_model(cfg)
+    assert tg.warm_up(cfg, rt, tg.Trainer(cfg, rt, model, model)) == 400.0

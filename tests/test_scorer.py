@@ -88,8 +88,9 @@ def windows_by_hand(n: int, length: int, stride: int) -> dict[int, int]:
     return begins
 
 
-CASES = [(50, 8, 3, 2), (50, 8, 8, 4), (50, 8, 1, 3), (5, 8, 3, 2), (2, 8, 8, 1), (9, 8, 4, 3), (10, 8, 4, 3), (8, 8, 2, 1),
-         (49, 8, 4, 7), (17, 8, 8, 5), (18, 8, 8, 2), (33, 16, 5, 1), (40, 1, 1, 6), (64, 4, 3, 100), (3, 2, 1, 1)]
+CASES = [(50, 8, 3, 2), (50, 8, 8, 4), (50, 8, 1, 3), (5, 8, 3, 2), (2, 8, 8, 1), (9, 8, 4, 3), (10, 8, 4, 3),
+         (8, 8, 2, 1), (49, 8, 4, 7), (17, 8, 8, 5), (18, 8, 8, 2), (33, 16, 5, 1), (40, 1, 1, 6),
+         (64, 4, 3, 100), (3, 2, 1, 1)]
 
 
 # ----- the scorer alone
@@ -259,7 +260,7 @@ def test_sliding_equals_the_model_on_each_context(stride):
         score = tg.evaluate(cfg, FakeRuntime(), model, val, stride, "test")
     expected = []
     for target, begin in sorted(windows_by_hand(n, length, stride).items()):
-        logits = model(tokens[None, begin:target].long())[0, -1].double()
+        logits = model(tokens[None, begin:target].long())[0, -1].detach().double()
         expected.append(float(logits.logsumexp(0) - logits[int(tokens[target])]))
     assert scorers[0].losses[1:].tolist() == pytest.approx(expected, abs=1e-5)
     assert score.val_loss == pytest.approx(sum(expected) / (n - 1), abs=1e-6)
