@@ -18,19 +18,21 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
 
-import ast
 import dataclasses
 import glob
 import hashlib
 import inspect
+import io
 import json
 import lzma
 import math
 import os
 import re
 import resource
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -53,23 +55,23 @@ class RunError(Exception):
     """Something the user can mend: main() prints it as one line, `error: ...`, and exits with status 1."""
 
 
-def setting(default, group, meaning, *, kind=None, low=None, high=None, choices=None, aliases=None) -> Any:
-    """One field of Settings. None as a default means `auto`; then `kind` says the type of an explicit value.
+def setting(default, group, meaning, *, low=None, high=None, choices=None, aliases=None) -> Any:
+    """One field of Settings. None as a default means `auto`.
 
     `aliases` maps another environment name to {its value: ours}, or to {} when it takes the same values. Under the
     field's own name the map translates values of the field's other scripts (COMPRESSOR=pergroup).
     """
-    meta = {"group": group, "help": meaning, "kind": kind or type(default), "low": low, "high": high}
-    return dataclasses.field(default=default, metadata=meta | {"choices": choices, "aliases": aliases or {}})
+    meta = {"group": group, "help": meaning, "low": low, "high": high, "choices": choices, "aliases": aliases or {}}
+    return dataclasses.field(default=default, metadata=meta)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
     """Every setting of a run. A field's environment name is its name in capitals. An instance is always valid."""
 
-    run_id: str | None = setting(None, "run", "name of the run; auto: time and seed", kind=str)
-    artifact_dir: str | None = setting(None, "run", "folder for everything a run writes; auto: logs/<RUN_ID>", kind=str)
-    seed: int = setting(1337, "run", "seed of initial weights and of the data order", low=0)
+    run_id: str | None = setting(None, "run", "name of the run; auto: time and seed")
+    artifact_dir: str | None = setting(None, "run", "folder for everything a run writes; auto: logs/<RUN_ID>")
+    seed: int = setting(1337, "run", "seed of initial weights and of the data order", low=0, high=2**63 - 1)
     device: str = setting("auto", "run", "where to run", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", "run", "dtype of matrix products; auto: bf16 where the hardware has it",
                          choices=("auto", "bf16", "fp32"))
@@ -78,14 +80,16 @@ class Settings:
                              choices=("auto", "fa3", "fa2", "varlen", "sdpa"))
     eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
+    checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none", low=0)
+    resume: bool = setting(False, "run", "go on from ARTIFACT_DIR's checkpoint.pt")
     train_log_every: int = setting(50, "run", "steps between log lines", low=1)
     val_loss_every: int = setting(0, "run", "steps between validations during training; 0: none", low=0)
 
     data_dir: str = setting("./data", "data", "folder that holds datasets/ and tokenizers/")
     data_path: str | None = setting(
-        None, "data", "folder of the shards; auto: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>", kind=str)
+        None, "data", "folder of the shards; auto: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>")
     tokenizer_path: str | None = setting(
-        None, "data", "SentencePiece model; auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model", kind=str)
+        None, "data", "SentencePiece model; auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = setting(8192, "data", "tokens in the vocabulary", low=2, high=65536)
 
     num_layers: int = setting(11, "model", "physical transformer layers", low=1)
@@ -99,67 +103,129 @@ class Settings:
     xsa_last_n: int = setting(11, "model", "last layers whose attention drops its own value's direction", low=0)
     ln_scale: bool = setting(True, "model", "scale normed inputs by 1/sqrt(layer+1)")
     skip_gates_enabled: bool = setting(True, "model", "U-Net skips join by a learned gate instead of a sum")
+    loop_start: int = setting(3, "model", "first looped layer", low=0)
+    loop_end: int = setting(5, "model", "last looped layer", low=0)
+    num_loops: int = setting(0, "model", "how often the looped layers run again; 0: no depth recurrence", low=0)
+    recur_blend: str = setting(
+        "none", "model", "how a layer's revisits join the stream", choices=("none", "alpha", "ab", "gate"),
+        aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": None}, "RECUR_AB_ENABLED": {"1": "ab", "0": None}})
+    recur_alpha_init: float = setting(1.0, "model", "initial alpha of RECUR_BLEND=alpha")
+    recur_a_init: float = setting(1.0, "model", "initial a of RECUR_BLEND=ab")
+    recur_b_init: float = setting(0.0, "model", "initial b of RECUR_BLEND=ab")
+    parallel_start_layer: int | None = setting(
+        None, "model", "first layer whose attention and MLP run in parallel; auto: none", low=0,
+        aliases={"PARALLEL_RESIDUAL_START": {}})
+    parallel_mode: str = setting("gptj", "model", "how they run in parallel", choices=("gptj", "lanes", "crossed"))
+    parallel_final_lane: str = setting("mean", "model", "what PARALLEL_MODE=crossed ends with",
+                                       choices=("mean", "attn", "mlp"))
+    varlen_enabled: bool = setting(False, "model", "attention stays inside documents, which are packed in order")
+    bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: none", low=0)
+    bigram_dim: int = setting(112, "model", "width of the bigram embedding", low=1)
+    smear_gate_enabled: bool = setting(False, "model", "mix the previous token of the document into the input")
+    smear_gate_mode: str = setting("input", "model", "before the input norm by a gate, or after it by channel",
+                                   choices=("input", "vector"))
+    ve_enabled: bool = setting(False, "model", "add an embedding of the token to the values")
+    ve_dim: int = setting(128, "model", "width of the value embedding", low=1)
+    ve_layers: str = setting("9,10", "model", "layers that get it")
+    sparse_attn_gate_enabled: bool = setting(False, "model", "gate each head's output by GATE_WINDOW inputs")
+    sparse_attn_gate_scale: float = setting(1.0, "model", "factor on that gate's argument")
+    gated_attn_enabled: bool = setting(False, "model", "gate each head's output by the whole input")
+    attn_out_gate_enabled: bool = setting(False, "model", "the same by GATE_WINDOW inputs, 1 at the start")
+    gate_window: int = setting(12, "model", "inputs that the sparse, output and smear gates read", low=1)
+    rope_yarn: bool = setting(False, "model", "stretch the rotary base beyond the training length")
+    tie_embeddings: bool = setting(True, "model", "the head is the embedding")
+    embedding_dim: int = setting(0, "model", "width of a factorised embedding; 0: MODEL_DIM", low=0)
     logit_softcap: float = setting(30.0, "model", "c in logits = c tanh(z/c)", low=1e-3)
     tied_embed_init_std: float = setting(0.005, "model", "standard deviation of the initial embedding", low=0.0)
 
-    train_batch_tokens: int = setting(786432, "training", "tokens of one optimizer step, over all processes", low=1)
-    train_seq_len: int = setting(2048, "training", "tokens of one training window", low=2)
+    train_batch_tokens: int = setting(786432, "train", "tokens of one optimizer step, over all processes", low=1)
+    train_seq_len: int = setting(2048, "train", "tokens of one training window", low=2)
     micro_batch_tokens: int | None = setting(
-        None, "training", "most tokens of one forward pass; auto: 98304 on a GPU, 8192 on CPU", kind=int, low=1)
-    iterations: int = setting(20000, "training", "most optimizer steps; 0: only the clock", low=0)
-    max_wallclock_seconds: float = setting(600.0, "training", "training clock, calibration included; 0: none", low=0.0)
-    warmup_steps: int = setting(20, "training", "compile warm-up steps on random tokens before the clock", low=0)
-    warmdown_frac: float = setting(0.72, "training", "last share of training over which the LR falls to 0", low=0.0,
+        None, "train", "most tokens of one forward pass; auto: 98304 on a GPU, 8192 on CPU", low=1)
+    iterations: int = setting(20000, "train", "most optimizer steps; 0: only the clock", low=0)
+    max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none", low=0.0)
+    warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock", low=0)
+    warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", low=0.0,
                                    high=1.0)
-    matrix_lr: float = setting(0.026, "training", "Muon learning rate", low=0.0)
-    muon_momentum: float = setting(0.97, "training", "Muon momentum after its warm-up", low=0.0, high=1.0)
-    muon_momentum_warmup_start: float = setting(0.92, "training", "Muon momentum at step 0", low=0.0, high=1.0)
-    muon_momentum_warmup_steps: int = setting(1500, "training", "steps of Muon's momentum warm-up", low=0)
-    muon_backend_steps: int = setting(5, "training", "Newton-Schulz iterations", low=1)
-    muon_wd: float = setting(0.095, "training", "decoupled weight decay of the matrices", low=0.0)
-    tied_embed_lr: float = setting(0.03, "training", "AdamW learning rate of the embedding", low=0.0)
-    embed_wd: float = setting(0.085, "training", "weight decay of the embedding", low=0.0)
-    scalar_lr: float = setting(0.02, "training", "AdamW learning rate of vectors and scalars", low=0.0)
-    adam_wd: float = setting(0.02, "training", "weight decay of vectors and scalars", low=0.0)
-    beta1: float = setting(0.9, "training", "AdamW beta 1", low=0.0, high=1.0)
-    beta2: float = setting(0.95, "training", "AdamW beta 2", low=0.0, high=1.0)
-    adam_eps: float = setting(1e-8, "training", "AdamW epsilon", low=0.0)
-    grad_clip_norm: float = setting(0.3, "training", "clip the global gradient norm to this; 0: off", low=0.0)
-    ema_decay: float = setting(0.9965, "training", "decay of the weight average that is kept; 0: off", low=0.0,
+    warmdown_shape: str = setting("linear", "train", "how it falls", choices=("linear", "cosine"))
+    min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", low=0.0, high=1.0)
+    enable_looping_at: float = setting(
+        0.35, "train", "share of training after which looped layers loop; above 1: a step", low=0.0)
+    loop_schedule: str = setting("", "train", "loops in stages instead: 0.35:1,0.55:2 is 1 from 0.35, 2 from 0.55")
+    matrix_lr: float = setting(0.026, "train", "Muon learning rate", low=0.0)
+    muon_momentum: float = setting(0.97, "train", "Muon momentum after its warm-up", low=0.0, high=1.0)
+    muon_momentum_warmup_start: float = setting(0.92, "train", "Muon momentum at step 0", low=0.0, high=1.0)
+    muon_momentum_warmup_steps: int = setting(1500, "train", "steps of Muon's momentum warm-up", low=0)
+    muon_backend_steps: int = setting(5, "train", "Newton-Schulz iterations", low=1)
+    muon_ns: str = setting("quintic", "train", "coefficients of the iterations", choices=("quintic", "polar"))
+    muon_row_normalize: bool = setting(False, "train", "MuonEq-R: rows to norm 1 before them",
+                                       aliases={"MUON_EQR": {}})
+    muon_wd: float = setting(0.095, "train", "decoupled weight decay of the matrices", low=0.0)
+    tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding", low=0.0)
+    head_lr: float = setting(0.008, "train", "AdamW learning rate of an untied head", low=0.0)
+    embed_wd: float = setting(0.085, "train", "weight decay of the embedding", low=0.0)
+    scalar_lr: float = setting(0.02, "train", "AdamW learning rate of vectors and scalars", low=0.0)
+    adam_wd: float = setting(0.02, "train", "weight decay of vectors and scalars", low=0.0)
+    beta1: float = setting(0.9, "train", "AdamW beta 1", low=0.0, high=0.999999)
+    beta2: float = setting(0.95, "train", "AdamW beta 2", low=0.0, high=0.999999)
+    adam_eps: float = setting(1e-8, "train", "AdamW epsilon", low=0.0)
+    grad_clip_norm: float = setting(0.3, "train", "clip the global gradient norm to this; 0: off", low=0.0)
+    ema_decay: float = setting(0.9965, "train", "decay of the weight average that is kept; 0: off", low=0.0,
                                high=0.999999)
+    swa_enabled: bool = setting(False, "train", "average snapshots of the end of training (tight SWA)")
+    swa_every: int = setting(50, "train", "steps between snapshots", low=1)
+    swa_start_scale: float = setting(0.2, "train", "LR factor below which they are taken", low=0.0)
+    average: str | None = setting(
+        None, "train", "weights that are kept; ema+swa: snapshots of the EMA; auto: of those, what is enabled",
+        choices=("ema", "swa", "ema+swa"))
+    qat_enabled: bool = setting(False, "train", "late QAT: straight-through rounding to the grid GPTQ will use")
+    qat_start_scale: float = setting(0.15, "train", "LR factor below which it starts", low=0.0)
+    qat_lite_enabled: bool = setting(False, "train", "pull some matrices to a grid by a penalty now and then")
+    qat_lite_start_frac: float = setting(0.55, "train", "share of training after which it starts", low=0.0, high=1.0)
+    qat_lite_every: int = setting(4, "train", "steps between penalties", low=1)
+    qat_lite_lambda: float = setting(0.02, "train", "weight of the penalty at the end of its linear ramp", low=0.0)
+    qat_lite_bits: int = setting(6, "train", "bits of its grid", low=2, high=8)
+    qat_lite_clip_sigmas: float = setting(12.85, "train", "half-width of its grid, in a row's std", low=0.1)
+    qat_lite_layer_start: int = setting(7, "train", "first layer it acts on", low=0)
+    qat_lite_targets: str = setting("qk", "train", "matrices it acts on", choices=("qk",))
+    qat_lite_penalty: str = setting("mse", "train", "rounding error, excess over the grid, or both",
+                                    choices=("mse", "clip", "hybrid"))
+    qat_lite_depth_power: float = setting(0.0, "train", "layers weigh ((layer+1)/NUM_LAYERS) to this power")
 
-    matrix_bits: int = setting(6, "quantization", "bits of the matrices", low=2, high=8)
-    embed_bits: int = setting(8, "quantization", "bits of the tied embedding", low=2, high=8)
-    matrix_clip_sigmas: float = setting(12.85, "quantization", "grid half-width of a row, in its std", low=0.1)
+    matrix_bits: int = setting(6, "quant", "bits of the matrices", low=2, high=8)
+    embed_bits: int = setting(8, "quant", "bits of the tied embedding", low=2, high=8)
+    matrix_clip_sigmas: float = setting(12.85, "quant", "grid half-width of a row, in its std", low=0.1)
     attn_clip_sigmas: float | None = setting(
-        None, "quantization", "the same for attention matrices; auto: MATRIX_CLIP_SIGMAS", kind=float, low=0.1)
+        None, "quant", "the same for attention matrices; auto: MATRIX_CLIP_SIGMAS", low=0.1)
     mlp_clip_sigmas: float | None = setting(
-        None, "quantization", "the same for MLP matrices; auto: MATRIX_CLIP_SIGMAS", kind=float, low=0.1)
-    embed_clip_sigmas: float = setting(20.0, "quantization", "the same for the embedding", low=0.1)
-    quant_min_weights: int = setting(65536, "quantization", "matrices with fewer weights stay fp16", low=0)
-    gptq_calibration: str = setting("train", "quantization", "text behind the Hessians", choices=("train", "random"))
-    gptq_calibration_batches: int = setting(16, "quantization", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
+        None, "quant", "the same for MLP matrices; auto: MATRIX_CLIP_SIGMAS", low=0.1)
+    embed_clip_sigmas: float = setting(20.0, "quant", "the same for the embedding", low=0.1)
+    quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16", low=0)
+    gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices=("train", "random"))
+    gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
     gptq_reserve_seconds: float | None = setting(
-        None, "quantization", "clock kept for calibration; auto: measured in the warm-up", kind=float, low=0.0)
+        None, "quant", "clock kept for calibration; auto: measured in the warm-up", low=0.0)
 
-    compressor: str = setting("brotli", "packing", "entropy coder of the artifact", choices=("brotli", "lzma"),
+    compressor: str = setting("brotli", "pack", "entropy coder of the artifact", choices=("brotli", "lzma"),
                               aliases={"COMPRESSOR": {"pergroup": "brotli"}})
-    artifact_budget_bytes: int = setting(16_000_000, "packing", "most bytes of model and code together", low=1)
+    artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
 
-    eval_seq_len: int | None = setting(None, "evaluation", "tokens a prediction may see; auto: TRAIN_SEQ_LEN",
-                                       kind=int, low=1)
-    eval_stride: int = setting(64, "evaluation", "step of the sliding window; 0: no sliding evaluation", low=0)
+    eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
+    eval_stride: int = setting(64, "eval", "step of the sliding window; 0: no sliding evaluation", low=0)
     eval_batch_tokens: int | None = setting(
-        None, "evaluation", "most tokens of one forward pass; auto: MICRO_BATCH_TOKENS", kind=int, low=1)
+        None, "eval", "most tokens of one forward pass; auto: MICRO_BATCH_TOKENS", low=1)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
+        run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}"
         for name, value in {
-            "run_id": f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}",
-            "artifact_dir": os.path.join("logs", self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}"),
+            "run_id": run_id,
+            "artifact_dir": os.path.join("logs", run_id),
             "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}"),
             "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model"),
+            "parallel_start_layer": self.num_layers,
+            "average": "+".join(n for n, on in (("ema", self.ema_decay), ("swa", self.swa_enabled)) if on) or "ema",
             "attn_clip_sigmas": self.matrix_clip_sigmas,
             "mlp_clip_sigmas": self.matrix_clip_sigmas,
             "eval_seq_len": self.train_seq_len,
@@ -176,12 +242,30 @@ class Settings:
             (self.num_heads % self.num_kv_heads, "num_kv_heads", f"a divisor of NUM_HEADS={self.num_heads}"),
             (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims", f"an even number up to {head_dim}, the "
              "width of a head"),
+            (int(self.mlp_mult * self.model_dim) < 1, "mlp_mult", f"at least 1/MODEL_DIM={1 / self.model_dim:g}"),
             (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens",
              f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
             ((self.micro_batch_tokens or self.train_seq_len) < self.train_seq_len, "micro_batch_tokens",
              f"at least TRAIN_SEQ_LEN={self.train_seq_len}"),
             ((self.eval_batch_tokens or self.eval_seq_len) < self.eval_seq_len, "eval_batch_tokens",
              f"at least EVAL_SEQ_LEN={self.eval_seq_len}"),
+            (self.num_loops and not self.loop_start <= self.loop_end < self.num_layers, "loop_end",
+             f"a layer from LOOP_START={self.loop_start} to {self.num_layers - 1}"),
+            (self.num_loops and self.parallel_mode != "gptj" and self.parallel_start_layer <= self.loop_end,
+             "parallel_start_layer", f"more than LOOP_END={self.loop_end} with PARALLEL_MODE={self.parallel_mode}"),
+            (self.gated_attn_enabled + self.sparse_attn_gate_enabled + self.attn_out_gate_enabled > 1,
+             "gated_attn_enabled", "at most one of the three output gates"),
+            (self.gate_window > self.model_dim, "gate_window", f"at most MODEL_DIM={self.model_dim}"),
+            (self.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
+            (self.rope_yarn and self.rope_dims < 4, "rope_dims", "at least 4 with ROPE_YARN=1"),
+            (self.ve_enabled and not re.fullmatch(r"\d+(,\d+)*", self.ve_layers), "ve_layers", "layers, as 9,10"),
+            (not re.fullmatch(r"([\d.]+:\d+(,|$))*", self.loop_schedule), "loop_schedule",
+             "stages, as 0.35:1,0.55:2"),
+            (self.loop_schedule and not self.loop_schedule.endswith(f":{self.num_loops}"), "loop_schedule",
+             f"a last stage of NUM_LOOPS={self.num_loops} loops, which is what is evaluated"),
+            ("ema" in self.average and "swa" in self.average and not self.ema_decay, "average",
+             "swa, since EMA_DECAY=0 keeps no EMA"),
+            ("swa" in self.average and not self.swa_enabled, "average", "ema, or SWA_ENABLED=1"),
             (self.eval_stride > self.eval_seq_len, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
             (not (self.iterations or self.max_wallclock_seconds), "iterations",
              "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
@@ -191,23 +275,40 @@ class Settings:
             if wrong:
                 raise RunError(f"{name.upper()}={getattr(self, name)}: takes {takes}")
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of one row of a batch: a training window, or with VARLEN up to 8 that documents are packed into."""
+        if not self.varlen_enabled:
+            return self.train_seq_len
+        windows, most = self.train_batch_tokens // self.train_seq_len, (self.micro_batch_tokens or self.train_seq_len)
+        return self.train_seq_len * max(n for n in range(1, 9) if windows % n == 0 and n * self.train_seq_len <= most)
+
     @classmethod
     def group(cls, *names: str) -> list[str]:
         """Names of the fields in these groups, in order."""
         return [f.name for f in dataclasses.fields(cls) if f.metadata["group"] in names]
 
 
-def check_range(f: dataclasses.Field, value) -> None:
-    """Raise RunError unless `value` is in the field's range; None (auto) passes where it is the default."""
-    meta, name = f.metadata, f.name.upper()
+def check_range(f: dataclasses.Field, value, source: str = "") -> None:
+    """Raise RunError, naming `source`, unless `value` has the field's type and range; None (auto) if it is default."""
+    meta, kind, name = f.metadata, kind_of(f), source or f.name.upper()
     if value is None and f.default is None:
         return
+    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
+        value = float(value)
+    if type(value) is not kind:
+        raise RunError(f"{name}={value}: takes {type_name(kind)}")
     if meta["choices"] and value not in meta["choices"]:
         raise RunError(f"{name}={value}: takes one of {', '.join(meta['choices'])}")
     low, high = meta["low"], meta["high"]
     if (low is not None and not value >= low) or (high is not None and not value <= high):  # `not >=` also stops nan
         bounds = f"from {low} to {high}" if low is not None and high is not None else f"of at least {low}"
-        raise RunError(f"{name}={value}: takes {type_name(meta['kind'])} {bounds}")
+        raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
+
+
+def kind_of(f: dataclasses.Field) -> type:
+    """The type of a field's values: T where it is annotated `T` or `T | None`."""
+    return f.type if isinstance(f.type, type) else f.type.__args__[0]
 
 
 def type_name(kind: type) -> str:
@@ -216,13 +317,13 @@ def type_name(kind: type) -> str:
 
 def parse_value(f: dataclasses.Field, name: str, raw: str):
     """The typed value of environment variable `name`; RunError when `raw` is not one."""
-    kind, raw = f.metadata["kind"], raw.strip()
+    kind, raw = kind_of(f), raw.strip()
     if f.default is None and raw.lower() in ("", "auto"):
         return None
     try:
         if kind is bool:
             return {"0": False, "1": True, "false": False, "true": True}[raw.lower()]
-        value = kind(raw.replace("_", "") if kind is int else raw)
+        value = kind(raw)
         if kind is float and not math.isfinite(value):
             raise ValueError
         return value
@@ -232,23 +333,31 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
 
 
 class Notes(NamedTuple):
-    """What reading the environment found beside the values."""
+    """What the environment says."""
 
-    explicit: frozenset[str]  # fields the user set
-    aliases: dict[str, str]  # environment name as given -> what it set
+    explicit: dict[str, Any]  # field -> value, what the user set
+    aliases: dict[str, str]  # environment name and value as given -> what it set
     ignored: tuple[str, ...]  # unknown names that start like one of ours
 
 
 def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
     """Settings from environment variables. RunError on a bad value, a contradiction or a misspelt name."""
+    notes = read_environment(environ)
+    return Settings(**notes.explicit), notes
+
+
+def read_environment(environ: dict[str, str]) -> Notes:
+    """The values of all environment variables that are settings or their aliases, each checked by itself."""
     known: dict[str, tuple[dataclasses.Field, dict[str, str]]] = {}
     for f in dataclasses.fields(Settings):
         known |= {f.name.upper(): (f, {}), **{alias: (f, values) for alias, values in f.metadata["aliases"].items()}}
     chosen, source, aliases = {}, {}, {}
     for name in sorted(set(environ) & set(known)):
         (f, values), raw = known[name], environ[name]
+        if values.get(raw, raw) is None:  # an alias that says no to something
+            continue
         value = parse_value(f, name, values.get(raw, raw))
-        check_range(f, value)
+        check_range(f, value, name)
         if f.name in chosen and chosen[f.name] != value:
             raise RunError(f"{name}={raw}: contradicts {source[f.name]}={environ[source[f.name]]}")
         if name != f.name.upper() or raw in values:
@@ -262,7 +371,7 @@ def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
             raise RunError(f"{name}={environ[name]}: no such setting; did you mean {meant}?")
         if "_" in name and name.split("_")[0] in first_words:
             ignored.append(name)
-    return Settings(**chosen), Notes(frozenset(chosen), aliases, tuple(ignored))
+    return Notes(chosen, aliases, tuple(ignored))
 
 
 def is_typo(name: str, known: str) -> bool:
@@ -282,18 +391,18 @@ def help_text() -> str:
         lines.append(f"{group}:")
         for name in Settings.group(group):
             f = Settings.__dataclass_fields__[name]
-            default = "auto" if f.default is None else int(f.default) if f.default in (True, False) else f.default
+            default = "auto" if f.default is None else int(f.default) if kind_of(f) is bool else f.default
             choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             also = [a for a in f.metadata["aliases"] if a != name.upper()]
             alias = f" [also {', '.join(also)}]" if also else ""
-            kind = f.metadata["kind"].__name__
+            kind = kind_of(f).__name__
             lines.append(f"  {name.upper():28}{kind:6}{default!s:11}{f.metadata['help']}{choices}{alias}")
         lines.append("")
     return "\n".join(lines)
 
 
 class Launch(NamedTuple):
-    """This process among the ones torchrun started (its variables RANK, LOCAL_RANK, WORLD_SIZE)."""
+    """This process among the ones torchrun started."""
 
     rank: int = 0
     local_rank: int = 0
@@ -301,7 +410,9 @@ class Launch(NamedTuple):
 
     @classmethod
     def read(cls, environ: dict[str, str]) -> "Launch":
-        return cls(*(int(environ.get(n, d)) for n, d in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))))
+        """From torchrun's variables; without all three there is one process."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        return cls(*(int(environ[n]) for n in names)) if all(environ.get(n, "").isdigit() for n in names) else cls()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -326,6 +437,14 @@ def atomic_write(path: str) -> Iterator[Any]:
         raise
 
 
+def save_tensors(path: str, content: dict[str, Any]) -> None:
+    """torch.save, atomically; by way of memory, because its own writer hides what the disk says."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with atomic_write(path) as file:
+        file.write(buffer.getbuffer())
+
+
 class Runtime:
     """Device, processes and log of one run. Rank 0 speaks and writes; the others compute."""
 
@@ -334,22 +453,29 @@ class Runtime:
         cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: this machine has no GPU that PyTorch can use; takes cpu or auto")
+        if cuda and cfg.device != "cpu" and self.local_rank >= torch.cuda.device_count():
+            raise RunError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; lower "
+                           "--nproc_per_node or take DEVICE=cpu")
         self.device = torch.device("cuda", self.local_rank) if cuda and cfg.device != "cpu" else torch.device("cpu")
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.folder, self.log_file, self.metrics_file, self.events = cfg.artifact_dir, None, None, []
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.cuda.reset_peak_memory_stats()
+        if self.world > 1:  # CPU tensors always go by Gloo: the clock agrees without waiting for the GPU
+            warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+    def open_logs(self, append: bool) -> None:
+        """Start writing into the run's folder; only once its inputs are known to be good."""
         if self.rank == 0:
             os.makedirs(self.folder, exist_ok=True)
             if os.path.exists(self.path("result.json")):
                 os.remove(self.path("result.json"))  # a result is of the run that finished, never of the one before
-            self.log_file = open(self.path("train.log"), "w", encoding="utf-8")
-            self.metrics_file = open(self.path("metrics.jsonl"), "w", encoding="utf-8")
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-            torch.cuda.reset_peak_memory_stats()
-        if self.world > 1:  # CPU tensors always go by Gloo: the clock agrees without waiting for the GPU
-            backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            mode = "a" if append else "w"
+            self.log_file = open(self.path("train.log"), mode, encoding="utf-8")
+            self.metrics_file = open(self.path("metrics.jsonl"), mode, encoding="utf-8")
 
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
@@ -372,9 +498,9 @@ class Runtime:
         if self.rank == 0:
             print(json.dumps(values), file=self.metrics_file, flush=True)
 
-    def progress(self, items: Iterable, what: str, total: int | None = None) -> tqdm:
+    def progress(self, items: Iterable, what: str) -> tqdm:
         """A bar on rank 0's terminal; nothing where the output is a file."""
-        return tqdm(items, desc=what, total=total, leave=False, disable=None if self.rank == 0 else True)
+        return tqdm(items, desc=what, leave=False, disable=None if self.rank == 0 else True)
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -435,8 +561,9 @@ class Clock:
     `limit` 0 means no clock. Training must end by `limit - reserve`; the reserve is for calibration.
     """
 
-    def __init__(self, rt: Runtime, limit: float, reserve: float):
-        self.rt, self.limit, self.reserve = rt, limit, min(reserve, limit)
+    def __init__(self, rt: Runtime, limit: float, reserve: float, lap: float = 0.0):
+        """`lap`: seconds of a step as far as known before the first."""
+        self.rt, self.limit, self.reserve, self.lap = rt, limit, min(reserve, limit), lap
         self.spent, self.started, self.laps = 0.0, None, []
 
     def start(self) -> None:
@@ -459,9 +586,9 @@ class Clock:
 
     def allows_step(self) -> bool:
         """Whether one more step ends in time, judged by the slowest of the last five (the GPU may lag by two)."""
-        if not self.limit or len(self.laps) < 2:
+        if not self.limit:
             return True
-        lap = max(b - a for a, b in pairwise(self.laps))
+        lap = max((b - a for a, b in pairwise(self.laps)), default=self.lap)
         steps = 3 if self.rt.device.type == "cuda" else 1
         return self.laps[-1] + steps * lap <= self.limit - self.reserve
 
@@ -474,8 +601,8 @@ SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 IGNORE = -100  # target of a position that is not scored
 
 
-def read_shard(path: str, vocab_size: int, check_tokens: bool = True) -> np.ndarray:
-    """Tokens of a shard, (count,) uint16, memory-mapped. RunError when header, size or token range is wrong."""
+def read_shard(path: str, vocab_size: int | None = None) -> np.ndarray:
+    """Tokens of a shard, (count,) uint16, memory-mapped. RunError when header or size is wrong, or a token given V."""
     size = os.path.getsize(path)
     header = np.fromfile(path, dtype="<i4", count=256)
     if len(header) < 256:
@@ -488,9 +615,14 @@ def read_shard(path: str, vocab_size: int, check_tokens: bool = True) -> np.ndar
     if count == 0:
         return np.zeros(0, dtype="<u2")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=SHARD_HEADER_BYTES, shape=(count,))
-    if check_tokens and int(tokens.max()) >= vocab_size:
-        raise RunError(f"{path}: expected token ids below VOCAB_SIZE={vocab_size}, found {int(tokens.max())}")
+    if vocab_size is not None:
+        check_tokens(tokens, vocab_size, path)
     return tokens
+
+
+def check_tokens(tokens: np.ndarray, vocab_size: int, path: str) -> None:
+    if int(tokens.max()) >= vocab_size:
+        raise RunError(f"{path}: expected token ids below VOCAB_SIZE={vocab_size}, found {int(tokens.max())}")
 
 
 def shard_paths(cfg: Settings, split: str) -> list[str]:
@@ -507,7 +639,7 @@ class ByteTable(NamedTuple):
 
     length: Tensor  # (V,) int32: UTF-8 bytes of the piece without its leading space
     space: Tensor  # (V,) int32: 1 where the piece starts with a space
-    boundary: Tensor  # (V,) bool: control, unknown and unused pieces; text decodes from them to nothing
+    boundary: Tensor  # (V,) bool: control, unknown and unused pieces, which cost no bytes
     space_after_boundary: int  # bytes of a space that opens a document: 0 where decoding strips it
     bos: int  # id of the token that starts a document, -1 if the tokenizer has none
 
@@ -559,6 +691,7 @@ class Validation(NamedTuple):
     bytes: Tensor  # (N,) int32: bytes charged to each
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
+    bos: int = 1
 
     @classmethod
     def load(cls, cfg: Settings, table: ByteTable) -> "Validation":
@@ -569,7 +702,7 @@ class Validation(NamedTuple):
                            "score")
         docs = int((tokens == table.bos).sum())
         found = {"files_val": len(paths), "tokens_val": len(tokens), "docs_val": docs}
-        return cls(tokens, table.of(tokens), docs, matches_manifest(cfg.data_path, found))
+        return cls(tokens, table.of(tokens), docs, matches_manifest(cfg.data_path, found), table.bos)
 
 
 def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
@@ -580,7 +713,7 @@ def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
             try:
                 with open(path, encoding="utf-8") as file:
                     datasets = json.load(file)["datasets"]
-                stats = next((d["stats"] for d in datasets if d["name"] == os.path.basename(folder)), {})
+                stats = next((dict(d["stats"]) for d in datasets if d["name"] == os.path.basename(folder)), {})
             except (ValueError, KeyError, TypeError):
                 raise RunError(f"{os.path.normpath(path)}: not a manifest as data/tokenize_docs.py writes it") from None
             shared = [k for k in found if k in stats]
@@ -589,53 +722,64 @@ def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
     return None
 
 
-class Windows:
-    """Shuffled fixed windows of the training shards, in one global order that no number of ranks changes.
+class Batch(NamedTuple):
+    """Rows of tokens on the device, and with VARLEN where documents begin and end in them."""
 
-    Window g of the run is window g mod n of epoch g // n; an epoch is a permutation drawn from (SEED, epoch). A window
-    holds TRAIN_SEQ_LEN + 1 tokens; the next one starts at its last token. Position in the run is the one number g.
+    ids: Tensor  # (rows, length) int64
+    targets: Tensor  # (rows, length) int64: the tokens after them; IGNORE in rows of padding
+    bounds: "Bounds | None" = None
+
+
+class Windows:
+    """Rows of the training shards in one global order that no number of ranks changes.
+
+    Row g of the run is row g mod n of epoch g // n: shuffled windows of TRAIN_SEQ_LEN, an epoch being a permutation
+    drawn from (SEED, epoch); or with VARLEN longer rows of documents, in the order of the shards. A row holds one token
+    more than its length, the next one starts at that token. The position in the run is the one number g.
     """
 
-    def __init__(self, cfg: Settings, rt: Runtime):
-        self.seq_len, self.seed, self.rt = cfg.train_seq_len, cfg.seed, rt
+    def __init__(self, cfg: Settings, rt: Runtime, bos: int = 1):
+        self.cfg, self.rt, self.bos, self.length = cfg, rt, bos, cfg.row_tokens
         paths = shard_paths(cfg, "train")
-        self.shards = [read_shard(p, cfg.vocab_size, i % rt.world == rt.rank) for i, p in enumerate(paths)]
-        per_shard = [max(0, (len(s) - 1) // self.seq_len) for s in self.shards]
-        self.first = np.concatenate(([0], np.cumsum(per_shard)))  # index of each shard's first window
+        self.paths, self.shards = paths, [read_shard(p) for p in paths]
+        per_shard = [max(0, (len(s) - 1) // self.length) for s in self.shards]
+        self.first = np.concatenate(([0], np.cumsum(per_shard)))  # index of each shard's first row
         self.count = int(self.first[-1])
         if self.count == 0:
-            raise RunError(f"DATA_PATH={cfg.data_path}: no train shard holds one window of TRAIN_SEQ_LEN="
-                           f"{self.seq_len} tokens and the next")
+            raise RunError(f"DATA_PATH={cfg.data_path}: no train shard holds one row of {self.length} tokens and the "
+                           "next token; lower TRAIN_SEQ_LEN")
         self.epoch, self.order = -1, None
 
     def window(self, g: int) -> np.ndarray:
-        """(seq_len + 1,) uint16 tokens of the run's g-th window."""
+        """(length + 1,) uint16 tokens of the run's g-th row."""
         epoch, index = divmod(g, self.count)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            shuffle = np.random.default_rng([self.cfg.seed, epoch]).permutation
+            self.epoch, self.order = epoch, (np.arange if self.cfg.varlen_enabled else shuffle)(self.count)
         w = int(self.order[index])
         shard = int(np.searchsorted(self.first, w, side="right")) - 1
-        start = (w - int(self.first[shard])) * self.seq_len
-        return self.shards[shard][start : start + self.seq_len + 1]
+        start = (w - int(self.first[shard])) * self.length
+        tokens = self.shards[shard][start : start + self.length + 1]
+        check_tokens(tokens, self.cfg.vocab_size, self.paths[shard])  # here, not at start: reading costs clock time
+        return tokens
 
-    def batch(self, first: int, real: int, size: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets, (size, seq_len) int64 on the device, of `real` windows from `first`; the rest is padding.
-
-        Padding rows repeat no text: their targets are IGNORE, so they cost time but add nothing to loss or gradient.
-        """
-        tokens = np.zeros((size, self.seq_len + 1), dtype=np.int64)
+    def batch(self, first: int, real: int, size: int) -> Batch:
+        """`size` rows: `real` ones from `first` on, then padding, which costs time but adds nothing to the loss."""
+        tokens = np.zeros((size, self.length + 1), dtype=np.int64)
         for row in range(real):
             tokens[row] = self.window(first + row)
-        batch = torch.from_numpy(tokens)
-        ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        whole = torch.from_numpy(tokens)
+        ids, targets = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
         targets[real:] = IGNORE
+        bounds = Bounds.find(ids, self.bos, self.cfg.train_seq_len) if self.cfg.varlen_enabled else None
         if self.rt.device.type == "cuda":
             ids, targets = ids.pin_memory(), targets.pin_memory()
-        return ids.to(self.rt.device, non_blocking=True), targets.to(self.rt.device, non_blocking=True)
+        ids, targets = (t.to(self.rt.device, non_blocking=True) for t in (ids, targets))
+        return Batch(ids, targets, bounds.to(self.rt.device) if bounds else None)
 
 
 class StepPlan(NamedTuple):
-    """How one global batch is dealt: each rank takes `per_rank` windows in `micro` forward passes of `size`."""
+    """How one global batch is dealt: each rank takes `per_rank` rows in `micro` forward passes of `size`."""
 
     windows: int
     per_rank: int
@@ -644,13 +788,13 @@ class StepPlan(NamedTuple):
 
     @classmethod
     def of(cls, cfg: Settings, world: int) -> "StepPlan":
-        windows = cfg.train_batch_tokens // cfg.train_seq_len
+        windows = cfg.train_batch_tokens // cfg.row_tokens
         per_rank = -(-windows // world)
-        micro = -(-per_rank // (cfg.micro_batch_tokens // cfg.train_seq_len))
+        micro = -(-per_rank // (cfg.micro_batch_tokens // cfg.row_tokens))
         return cls(windows, per_rank, micro, -(-per_rank // micro))
 
     def parts(self, rank: int) -> list[tuple[int, int]]:
-        """(first window within the step, how many are real) of each of the rank's forward passes."""
+        """(first row within the step, how many are real) of each of the rank's forward passes."""
         end = min((rank + 1) * self.per_rank, self.windows)
         firsts = [rank * self.per_rank + m * self.size for m in range(self.micro)]
         return [(first, max(0, min(self.size, end - first))) for first in firsts]
@@ -659,15 +803,17 @@ class StepPlan(NamedTuple):
 class Feeder:
     """The batches of successive steps for this rank, the next step's prepared while this one runs."""
 
-    def __init__(self, windows: Windows, plan: StepPlan):
-        self.windows, self.plan, self.position = windows, plan, 0
-        self.pool, self.ready = ThreadPoolExecutor(1), None
+    def __init__(self, windows: Windows, plan: StepPlan, position: int = 0):
+        self.windows, self.plan, self.position, self.ready = windows, plan, position, None
+        device = windows.rt.device  # a thread starts on GPU 0, whatever the process uses
+        self.pool = ThreadPoolExecutor(1, initializer=torch.cuda.set_device if device.type == "cuda" else None,
+                                       initargs=(device,) if device.type == "cuda" else ())
 
-    def _load(self, position: int) -> list[tuple[Tensor, Tensor]]:
+    def _load(self, position: int) -> list[Batch]:
         parts = self.plan.parts(self.windows.rt.rank)
         return [self.windows.batch(position + first, real, self.plan.size) for first, real in parts]
 
-    def next(self) -> list[tuple[Tensor, Tensor]]:
+    def next(self) -> list[Batch]:
         batches = self.ready.result() if self.ready else self._load(self.position)
         self.position += self.plan.windows
         self.ready = self.pool.submit(self._load, self.position)
@@ -690,15 +836,24 @@ class Bounds(NamedTuple):
 
     @classmethod
     def find(cls, ids: Tensor, bos: int, max_len: int) -> "Bounds":
-        """Bounds of ids (B, T): a document starts at each `bos`, at each row, and after every `max_len` tokens."""
+        """Bounds of ids (B, T): a document starts at each `bos`, at each row, and after every `max_len` tokens.
+
+        cu_seqlens is filled up with N, documents of no tokens, to a length that hardly ever changes: a compiled graph
+        is made for one length.
+        """
         starts = ids == bos
         starts[:, 0] = True
-        flat = starts.flatten().nonzero().flatten().tolist() + [ids.numel()]
-        cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)] + [ids.numel()]
-        cu = torch.tensor(cuts, dtype=torch.int32, device=ids.device)
-        segment = torch.repeat_interleave(torch.arange(len(cu) - 1, dtype=torch.int32, device=ids.device),
-                                          cu.diff().long())
+        flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
+        cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
+        room = max(8, ids.numel() // 256)
+        while room <= len(cuts):
+            room *= 2
+        cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
+        segment = torch.repeat_interleave(torch.arange(room, dtype=torch.int32, device=ids.device), cu.diff().long())
         return cls(cu, segment, max_len)
+
+    def to(self, device: torch.device) -> "Bounds":
+        return Bounds(*(t.to(device, non_blocking=True) for t in self[:2]), self.max_len)
 
 
 Attend = Callable[[Tensor, Tensor, Tensor, Bounds | None], Tensor]
@@ -774,7 +929,7 @@ def load_attention(name: str) -> Attend:
             from kernels import get_kernel  # prebuilt; comes from the hub's cache once downloaded
 
             try:
-                fa = get_kernel("kernels-community/flash-attn3")
+                fa = get_kernel("kernels-community/flash-attn3", version=1)
             except Exception as e:  # whatever the hub client raises: no network, no build for this machine
                 raise ImportError(f"no prebuilt FlashAttention 3: {e}") from None
         return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func)
@@ -791,20 +946,30 @@ def load_attention(name: str) -> Attend:
     return attend_sdpa
 
 
-def pick_attention(choice: str, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend]:
-    """Name and function of the backend. All but SDPA need a GPU and bf16; RunError if the one asked for is missing."""
-    flash = device.type == "cuda" and dtype == torch.bfloat16
-    if choice not in ("auto", "sdpa") and not flash:
-        raise RunError(f"ATTENTION={choice}: needs a GPU and bf16; takes sdpa or auto here")
-    for name in (("fa3", "fa2", "varlen", "sdpa") if flash else ("sdpa",)) if choice == "auto" else (choice,):
+def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend, list[str]]:
+    """Name and function of the backend, and why faster ones were passed over.
+
+    All but SDPA need a GPU and bf16. Each is tried on a small input, forward and backward. RunError if the one that
+    ATTENTION asks for does not work.
+    """
+    choice, skipped = cfg.attention, []
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        if choice not in ("auto", "sdpa"):
+            raise RunError(f"ATTENTION={choice}: needs a GPU and bf16; takes sdpa or auto here")
+        return "sdpa", attend_sdpa, []
+    for name in ("fa3", "fa2", *(["varlen"] if cfg.varlen_enabled else []), "sdpa") if choice == "auto" else (choice,):
         try:
             if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
-                raise ImportError("FlashAttention 3 needs a Hopper GPU")
-            return name, load_attention(name)
-        except ImportError as e:
-            if choice != "auto":
-                raise RunError(f"ATTENTION={choice}: not available here ({e}); takes auto or sdpa") from None
-    raise AssertionError("sdpa always loads")
+                raise ImportError("needs a Hopper GPU")
+            attend, width = load_attention(name), cfg.model_dim // cfg.num_heads
+            q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
+                       for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+            bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long), 0, 16).to(device) if cfg.varlen_enabled else None
+            attend(q, k, v, bounds).sum().backward()
+            return name, attend, skipped
+        except Exception as e:  # an extension that does not fit the machine can raise anything
+            skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
+    raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -838,11 +1003,16 @@ class Hooks(NamedTuple):
 NO_HOOKS = Hooks()
 
 
-def linear(x: Tensor, weight: Tensor, site: Site, hooks: Hooks) -> Tensor:
-    """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
+def capture(x: Tensor, site: Site, hooks: Hooks) -> None:
+    """Add Σ x xᵀ over the rows of x (..., in) to the Hessian of this site, if one is collected."""
     if hooks.hessians is not None and site.role in hooks.hessians:
         rows = x.detach().flatten(0, -2).float()
         hooks.hessians[site.role][site.layer].addmm_(rows.T, rows)
+
+
+def linear(x: Tensor, weight: Tensor, site: Site, hooks: Hooks) -> Tensor:
+    """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
+    capture(x, site, hooks)
     if hooks.fake_quant is not None:
         weight = hooks.fake_quant(weight, site)
     y = F.linear(x, weight.to(x.dtype))
@@ -852,13 +1022,26 @@ def linear(x: Tensor, weight: Tensor, site: Site, hooks: Hooks) -> Tensor:
     return y
 
 
+def lookup(table: Tensor, ids: Tensor, site: Site, hooks: Hooks, dtype: torch.dtype) -> Tensor:
+    """Rows of table (rows, dim) by ids (B, T) -> (B, T, dim) in `dtype`. The one place where a table is read."""
+    if hooks.fake_quant is not None:
+        table = hooks.fake_quant(table, site)
+    return F.embedding(ids, table).to(dtype)
+
+
 def rms_norm(x: Tensor) -> Tensor:
     """x / sqrt(mean(x²) + eps) over the last dimension; no learned weight."""
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
 
-def rotary_table(length: int, dims: int, base: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, dims / 2) fp32, of position times base^(-2i/dims)."""
+def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, r/2) fp32, of position times base^(-2i/r), r = ROPE_DIMS.
+
+    ROPE_YARN stretches the base where attention spans more than TRAIN_SEQ_LEN tokens: by (span / trained)^(r/(r-2)).
+    """
+    dims, base = cfg.rope_dims, cfg.rope_base
+    if cfg.rope_yarn and span > cfg.train_seq_len:
+        base *= (span / cfg.train_seq_len) ** (dims / (dims - 2))
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
     angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -881,47 +1064,151 @@ def exclude_self(y: Tensor, v: Tensor) -> Tensor:
     return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
-class GPT(nn.Module):
-    """The language model. Matrices of one role live in one 3-D bank, vectors of one kind in one stacked parameter."""
+def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
+    """(physical layer, visit) in running order: LOOP_START..LOOP_END run `loops` times more, in a row (PR 1204)."""
+    if not loops:
+        return [(layer, 0) for layer in range(cfg.num_layers)]
+    looped = range(cfg.loop_start, cfg.loop_end + 1)
+    return [*((layer, 0) for layer in range(cfg.loop_start)),
+            *((layer, visit) for visit in range(loops + 1) for layer in looped),
+            *((layer, 0) for layer in range(cfg.loop_end + 1, cfg.num_layers))]
 
-    def __init__(self, cfg: Settings, attend: Attend = attend_sdpa, dtype: torch.dtype = torch.float32):
-        """Weights are fp32; `dtype` is that of activations and matrix products."""
+
+class Shared(NamedTuple):
+    """What all blocks of one forward pass share."""
+
+    x0: Tensor  # (B, T, d) normed input
+    rope: tuple[Tensor, Tensor]
+    banks: dict[str, tuple[Tensor, ...]]  # name -> matrices
+    values: Tensor | None  # (B, T, Hkv dh) value embedding
+    bounds: Bounds | None
+    hooks: Hooks
+
+
+class GPT(nn.Module):
+    """The language model. Matrices of one role live in one 3-D bank, vectors of one kind in one stacked parameter.
+
+    Names say how a parameter is trained: `*_bank` by Muon, `tok_emb`, `head` and `*_table` as embeddings, the rest as
+    scalars. A technique that is off has no parameters.
+    """
+
+    def __init__(self, cfg: Settings, attend: Attend = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = 1):
+        """Weights are fp32; activations and matrix products are of `dtype`; `bos` is the id that opens a document."""
         super().__init__()
-        self.cfg, self.attend, self.dtype = cfg, attend, dtype
-        layers, d, heads = cfg.num_layers, cfg.model_dim, cfg.num_heads
-        kv, hidden = cfg.num_kv_heads * (d // heads), int(cfg.mlp_mult * d)
-        self.order = [(layer, 0) for layer in range(layers)]  # virtual layers: (physical layer, visit)
-        skips = len(self.order) // 2
-        self.tok_emb = nn.Parameter(torch.randn(cfg.vocab_size, d) * cfg.tied_embed_init_std)
-        self.qo_bank = nn.Parameter(torch.cat((orthogonal(layers, d, d), torch.zeros(layers, d, d))))
-        self.kv_bank = nn.Parameter(orthogonal(2 * layers, kv, d))
-        self.mlp_up_bank = nn.Parameter(orthogonal(layers, hidden, d))
-        self.mlp_down_bank = nn.Parameter(torch.zeros(layers, d, hidden))
-        self.resid_mix = nn.Parameter(torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))
-        self.attn_scale = nn.Parameter(torch.ones(layers, d))
-        self.mlp_scale = nn.Parameter(torch.ones(layers, d))
-        self.q_gain = nn.Parameter(torch.full((layers, heads), cfg.qk_gain_init))
-        self.skip_weight = nn.Parameter(torch.ones(skips, d))
-        if cfg.skip_gates_enabled:
-            self.skip_gate = nn.Parameter(torch.zeros(skips, d))
+        self.cfg, self.attend, self.dtype, self.bos = cfg, attend, dtype, bos
+        layers, d, heads, loops = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_loops
+        kv, hidden, e = cfg.num_kv_heads * (d // heads), int(cfg.mlp_mult * d), cfg.embedding_dim or d
+        skips, parallel = len(virtual_layers(cfg, loops)) // 2, layers - cfg.parallel_start_layer
+        self.ve_layers = [int(layer) for layer in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
+
+        def new(name: str, value: Tensor) -> None:
+            self.register_parameter(name, nn.Parameter(value))
+
+        new("tok_emb", torch.randn(cfg.vocab_size, e) * cfg.tied_embed_init_std)
+        new("qo_bank", torch.cat((orthogonal(layers, d, d), torch.zeros(layers, d, d))))
+        new("kv_bank", orthogonal(2 * layers, kv, d))
+        new("mlp_up_bank", orthogonal(layers, hidden, d))
+        new("mlp_down_bank", torch.zeros(layers, d, hidden))
+        new("resid_mix", torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))
+        new("attn_scale", torch.ones(layers, d))
+        new("mlp_scale", torch.ones(layers, d))
+        new("q_gain", torch.full((layers, heads), cfg.qk_gain_init))
+        if skips:
+            new("skip_weight", torch.ones(skips, d))
+        if skips and cfg.skip_gates_enabled:
+            new("skip_gate", torch.zeros(skips, d))
+        if e != d:
+            new("embed_in_bank", orthogonal(1, d, e))
+            new("embed_out_bank", orthogonal(1, e, d))
+        if not cfg.tie_embeddings:
+            new("head", torch.zeros(cfg.vocab_size, e))
+        if cfg.recur_blend != "none" and loops:
+            init = {"alpha": [cfg.recur_alpha_init], "ab": [cfg.recur_a_init, cfg.recur_b_init], "gate": [4.0]}
+            new("recur_blend", torch.tensor(init[cfg.recur_blend]).repeat(loops, cfg.loop_end - cfg.loop_start + 1, 1))
+        if cfg.parallel_mode == "lanes" and parallel > 0:
+            new("lane_mix", torch.tensor(0.5))
+        elif cfg.parallel_mode == "crossed" and parallel > 0:
+            new("lane_keep", torch.full((parallel, 2), 1.1))
+            new("lane_write", torch.ones(parallel, 2, 2))
+        if cfg.bigram_vocab_size:
+            new("bigram_table", torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim))
+            new("bigram_bank", orthogonal(1, d, cfg.bigram_dim))
+            new("bigram_scale", torch.tensor(0.05))
+        if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
+            new("smear_weight", torch.zeros(1, cfg.gate_window))
+            new("smear_scale", torch.tensor(0.0))
+        elif cfg.smear_gate_enabled:
+            new("smear_theta", torch.zeros(d))
+        if cfg.ve_enabled:
+            new("ve_table", torch.randn(cfg.vocab_size, cfg.ve_dim) * 0.01)
+            new("ve_bank", orthogonal(1, kv, cfg.ve_dim))
+            new("ve_scale", torch.tensor(0.1))
+            new("ve_layer_scale", torch.ones(len(self.ve_layers)))
+        if cfg.gated_attn_enabled:
+            new("attn_gate", torch.randn(layers, heads, d) * 0.01)
+        elif cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
+            new("attn_gate", torch.zeros(layers, heads, cfg.gate_window))
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
-                hooks: Hooks = NO_HOOKS) -> Tensor:
+                hooks: Hooks = NO_HOOKS, loops: int | None = None) -> Tensor:
         """Losses (B, T) fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
 
-        ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch.
+        ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
+        looped layers run again; None: NUM_LOOPS.
         """
-        x = rms_norm(F.embedding(ids, self.tok_emb).to(self.dtype))
-        x0, skips, half = x, [], len(self.order) // 2
-        rope = rotary_table(ids.size(1), self.cfg.rope_dims, self.cfg.rope_base, ids.device)
-        banks = [bank.unbind(0) for bank in (self.qo_bank, self.kv_bank, self.mlp_up_bank, self.mlp_down_bank)]
-        for n, (layer, visit) in enumerate(self.order):
+        cfg = self.cfg
+        banks = {name: bank.unbind(0) for name, bank in self.banks().items()}
+        x, values = self.embed(ids, document_starts(ids, bounds, self.bos), banks, hooks)
+        rope = rotary_table(cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
+        shared = Shared(x, rope, banks, values, bounds, hooks)
+        order = virtual_layers(cfg, cfg.num_loops if loops is None else loops)
+        half, skips, lane1, outputs = len(order) // 2, [], None, {}
+        for n, (layer, visit) in enumerate(order):
             if n >= half and skips:
                 x = self.join_skip(x, skips.pop(), n - half)
-            x = self.block(x, x0, layer, visit, banks, rope, bounds, hooks)
+            if cfg.parallel_mode != "gptj" and layer >= cfg.parallel_start_layer:
+                x, lane1 = self.lanes(x, x if lane1 is None else lane1, layer, shared)
+            else:
+                y = self.block(x, layer, visit, shared)
+                x = self.blend(x, y, outputs[layer], layer, visit) if visit and cfg.recur_blend != "none" else y
+                outputs[layer] = x
             if n < half:
                 skips.append(x)
-        logits = linear(rms_norm(x), self.tok_emb, Site("head"), hooks).float()
+        if lane1 is not None:
+            x = self.merge_lanes(x, lane1)
+        return self.predict(x, targets, banks, hooks)
+
+    def embed(self, ids: Tensor, starts: Tensor, banks: dict, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
+        """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
+        cfg = self.cfg
+        x = lookup(self.tok_emb, ids, Site("emb"), hooks, self.dtype)
+        if cfg.embedding_dim:
+            x = linear(x, banks["embed_in_bank"][0], Site("embed_in"), hooks)
+        if cfg.bigram_vocab_size:  # PR 162
+            buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
+            y = lookup(self.bigram_table, buckets, Site("bigram_table"), hooks, self.dtype)
+            x = x + self.bigram_scale.to(x.dtype) * linear(y, banks["bigram_bank"][0], Site("bigram"), hooks)
+        smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
+        if smear == "input":  # PR 1667
+            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, Site("smear"), hooks))
+            x = x + self.smear_scale.to(x.dtype) * gate * previous(x, starts)
+        x = rms_norm(x)
+        if smear == "vector":  # PR 65
+            x = torch.lerp(x, previous(x, starts), torch.sigmoid(self.smear_theta).to(x.dtype))
+        if not cfg.ve_enabled:
+            return x, None
+        values = lookup(self.ve_table, ids, Site("ve_table"), hooks, self.dtype)
+        return x, self.ve_scale.to(x.dtype) * linear(values, banks["ve_bank"][0], Site("ve"), hooks)
+
+    def predict(self, x: Tensor, targets: Tensor | None, banks: dict, hooks: Hooks) -> Tensor:
+        """Losses, or logits without targets, from the last residual stream x (B, T, d)."""
+        x = rms_norm(x)
+        if self.cfg.embedding_dim:
+            x = linear(x, banks["embed_out_bank"][0], Site("embed_out"), hooks)
+        if hooks.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
+            capture(x, Site("head"), hooks)
+            return x
+        logits = linear(x, self.tok_emb if self.cfg.tie_embeddings else self.head, Site("head"), hooks).float()
         logits = self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
         if targets is None:
             return logits
@@ -935,45 +1222,112 @@ class GPT(nn.Module):
             return torch.lerp(skip, x, torch.sigmoid(self.skip_gate[i]).to(x.dtype))
         return x + skip
 
-    def block(self, x: Tensor, x0: Tensor, layer: int, visit: int, banks: list, rope: tuple[Tensor, Tensor],
-              bounds: Bounds | None, hooks: Hooks) -> Tensor:
-        """One virtual layer: mix in x0, then attention, then MLP, each added to the residual stream x (B, T, d)."""
-        scale = (layer + 1) ** -0.5 if self.cfg.ln_scale else 1.0
+    def blend(self, x: Tensor, y: Tensor, before: Tensor, layer: int, visit: int) -> Tensor:
+        """What a revisited layer passes on: its input x, its output y, its output `before` at the visit before."""
+        weight = self.recur_blend[visit - 1, layer - self.cfg.loop_start].to(x.dtype)
+        if self.cfg.recur_blend == "ab":  # PR 1894
+            return weight[0] * y + weight[1] * before
+        return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0]))
+
+    def mix_input(self, x: Tensor, layer: int, shared: Shared) -> Tensor:
         mix = self.resid_mix[layer].to(x.dtype)
-        x = mix[0] * x + mix[1] * x0
-        y = self.attention(rms_norm(x) * scale, layer, visit, banks, rope, bounds, hooks)
-        x = x + self.attn_scale[layer].to(x.dtype) * y
-        y = self.mlp(rms_norm(x) * scale, layer, visit, banks, hooks)
-        return x + self.mlp_scale[layer].to(x.dtype) * y
+        return mix[0] * x + mix[1] * shared.x0
 
-    def attention(self, n: Tensor, layer: int, visit: int, banks: list, rope: tuple[Tensor, Tensor],
-                  bounds: Bounds | None, hooks: Hooks) -> Tensor:
-        """Attention half of a block on normed input n (B, T, d)."""
-        (qo, kv, _, _), layers, dh = banks, self.cfg.num_layers, self.cfg.model_dim // self.cfg.num_heads
+    def block(self, x: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+        """One virtual layer on the residual stream x (B, T, d): mix in x0, then add attention and MLP."""
+        u = self.mix_input(x, layer, shared)
+        y = u + self.attention_half(u, layer, visit, shared)
+        if layer >= self.cfg.parallel_start_layer:  # both read u (GPT-J; PR 1412)
+            return y + self.mlp_half(u, layer, visit, shared)
+        return y + self.mlp_half(y, layer, visit, shared)
 
-        def heads(weight: Tensor, role: str) -> Tensor:
-            return linear(n, weight, Site(role, layer, visit), hooks).unflatten(-1, (-1, dh))
+    def lanes(self, lane0: Tensor, lane1: Tensor, layer: int, shared: Shared) -> tuple[Tensor, Tensor]:
+        """One parallel layer on two streams: attention reads lane 0, the MLP lane 1 (PR 1523; crossed: PR 1529)."""
+        u = self.mix_input(lane0, layer, shared)
+        a, m = self.attention_half(u, layer, 0, shared), self.mlp_half(lane1, layer, 0, shared)
+        if self.cfg.parallel_mode == "lanes":
+            return u + a, lane1 + m
+        keep = self.lane_keep[layer - self.cfg.parallel_start_layer].to(a.dtype)
+        write = self.lane_write[layer - self.cfg.parallel_start_layer].to(a.dtype)
+        return (keep[0] * lane0 + write[0, 0] * a + write[1, 0] * m,
+                keep[1] * lane1 + write[0, 1] * a + write[1, 1] * m)
 
-        q, k, v = heads(qo[layer], "q"), heads(kv[layer], "k"), heads(kv[layers + layer], "v")
-        q, k = rotate(rms_norm(q), *rope), rotate(rms_norm(k), *rope)
+    def merge_lanes(self, lane0: Tensor, lane1: Tensor) -> Tensor:
+        if self.cfg.parallel_mode == "lanes":
+            return torch.lerp(lane1, lane0, self.lane_mix.to(lane0.dtype))
+        return {"mean": 0.5 * (lane0 + lane1), "attn": lane0, "mlp": lane1}[self.cfg.parallel_final_lane]
+
+    def attention_half(self, u: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+        """What attention adds to the stream u (B, T, d)."""
+        cfg, layers, hooks = self.cfg, self.cfg.num_layers, shared.hooks
+        n, (qo, kv) = self.norm(u, layer), (shared.banks["qo_bank"], shared.banks["kv_bank"])
+
+        def project(weight: Tensor, role: str) -> Tensor:
+            return linear(n, weight, Site(role, layer, visit), hooks)
+
+        q, k, v = project(qo[layer], "q"), project(kv[layer], "k"), project(kv[layers + layer], "v")
+        if layer in self.ve_layers:  # PR 374
+            v = v + self.ve_layer_scale[self.ve_layers.index(layer)].to(v.dtype) * shared.values
+        q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
+        q, k = rotate(rms_norm(q), *shared.rope), rotate(rms_norm(k), *shared.rope)
         q = q * self.q_gain[layer].to(q.dtype)[:, None]
-        y = self.attend(q, k, v, bounds)
-        if layer >= layers - self.cfg.xsa_last_n:
+        y = self.attend(q, k, v, shared.bounds)
+        if layer >= layers - cfg.xsa_last_n:
             y = exclude_self(y, v)
-        return linear(y.flatten(2), qo[layers + layer], Site("o", layer, visit), hooks)
+        if hasattr(self, "attn_gate"):
+            window = n if cfg.gated_attn_enabled else n[..., : cfg.gate_window]
+            gate = linear(window, self.attn_gate[layer], Site("gate", layer, visit), hooks)
+            if cfg.sparse_attn_gate_enabled:  # PR 1787
+                gate = cfg.sparse_attn_gate_scale * gate
+            gate = torch.sigmoid(gate) * (2.0 if cfg.attn_out_gate_enabled else 1.0)  # PR 1667; arXiv 2505.06708
+            y = y * gate[..., None]
+        y = linear(y.flatten(2), qo[layers + layer], Site("o", layer, visit), hooks)
+        return self.attn_scale[layer].to(y.dtype) * y
 
-    def mlp(self, n: Tensor, layer: int, visit: int, banks: list, hooks: Hooks) -> Tensor:
-        """MLP half of a block: LeakyReLU(0.5)² (PR 493) on normed input n (B, T, d)."""
-        h = F.leaky_relu(linear(n, banks[2][layer], Site("up", layer, visit), hooks), 0.5).square()
-        return linear(h, banks[3][layer], Site("down", layer, visit), hooks)
+    def mlp_half(self, u: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+        """What the MLP adds to the stream u (B, T, d): LeakyReLU(0.5)² (PR 493)."""
+        up, down = shared.banks["mlp_up_bank"][layer], shared.banks["mlp_down_bank"][layer]
+        h = linear(self.norm(u, layer), up, Site("up", layer, visit), shared.hooks)
+        y = linear(F.leaky_relu(h, 0.5).square(), down, Site("down", layer, visit), shared.hooks)
+        return self.mlp_scale[layer].to(y.dtype) * y
+
+    def norm(self, u: Tensor, layer: int) -> Tensor:
+        return rms_norm(u) * (layer + 1) ** -0.5 if self.cfg.ln_scale else rms_norm(u)
 
     def banks(self) -> dict[str, nn.Parameter]:
         """The matrices that Muon trains."""
         return {name: p for name, p in self.named_parameters() if name.endswith("_bank")}
 
+    def tables(self) -> dict[str, nn.Parameter]:
+        """Embeddings, one row a token or a hash."""
+        return {n: p for n, p in self.named_parameters() if n in ("tok_emb", "head") or n.endswith("_table")}
+
     def vectors(self) -> dict[str, nn.Parameter]:
         """Everything small: scales, gains, mixes, gates."""
-        return {name: p for name, p in self.named_parameters() if not name.endswith("_bank") and name != "tok_emb"}
+        large = self.banks() | self.tables()
+        return {name: p for name, p in self.named_parameters() if name not in large}
+
+
+def document_starts(ids: Tensor, bounds: Bounds | None, bos: int) -> Tensor:
+    """(B, T) bool: tokens with no token before them in their document. Rows start one, and so does `bos`."""
+    if bounds is None:
+        inner = ids[:, 1:] == bos
+    else:
+        segment = bounds.segment.view_as(ids)
+        inner = segment[:, 1:] != segment[:, :-1]
+    return F.pad(inner, (1, 0), value=True)
+
+
+def previous(x: Tensor, starts: Tensor) -> Tensor:
+    """x (B, T, d) of the token before; 0 at a document's start, or the one before it would leak in (PR 1851)."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(starts[..., None], 0.0)
+
+
+def bigram_bucket(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
+    """(B, T) int32 hash of each token and the one before it; the last bucket where there is none (PR 162)."""
+    tokens = ids.int()
+    pair = (36313 * tokens) ^ (27191 * F.pad(tokens, (1, 0))[:, :-1])
+    return torch.where(starts, buckets - 1, pair % (buckets - 1))
 
 
 def orthogonal(count: int, rows: int, cols: int) -> Tensor:
@@ -981,10 +1335,10 @@ def orthogonal(count: int, rows: int, cols: int) -> Tensor:
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
 
 
-def build_model(cfg: Settings, rt: Runtime, attend: Attend) -> GPT:
+def build_model(cfg: Settings, rt: Runtime, attend: Attend, bos: int) -> GPT:
     """The model with its initial weights from SEED, drawn on the CPU so that they do not depend on the device."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, attend, rt.dtype).to(rt.device)
+    model = GPT(cfg, attend, rt.dtype, bos).to(rt.device)
     if rt.world > 1:
         for p in model.parameters():
             dist.broadcast(p.data, 0)
@@ -995,16 +1349,23 @@ def build_model(cfg: Settings, rt: Runtime, attend: Attend) -> GPT:
 # Optimizers
 
 
-def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kind: str = "quintic") -> Tensor:
     """Nearly orthogonal matrices with the singular vectors of `matrices` (n, rows, cols); singular values go to ~1.
 
-    Quintic iteration X <- aX + (bA + cA²)X with A = XXᵀ on the short side (Muon, K. Jordan 2024).
+    Iterates X <- aX + (bA + cA²)X with A = XXᵀ on the short side. quintic: one triple for all steps (Muon, K. Jordan
+    2024); polar: one a step, the last of them from then on (Polar Express, arXiv 2505.16932).
     """
-    a, b, c = 3.4445, -4.7750, 2.0315
+    triples = {"quintic": [(3.4445, -4.7750, 2.0315)], "polar": [
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}[kind]
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
-    for _ in range(steps):
+    for step in range(steps):
+        a, b, c = triples[min(step, len(triples) - 1)]
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).to(matrices.dtype)
@@ -1044,8 +1405,11 @@ class Muon:
         gathered = []
         for p, share, m, grad in zip(self.params, self.share, self.momentum, self.shards):
             m.mul_(momentum).add_(grad)
-            update = newton_schulz(grad.add(m, alpha=momentum), self.cfg.muon_backend_steps,
-                                   torch.bfloat16 if p.is_cuda else torch.float32)
+            update = grad.add(m, alpha=momentum)
+            if self.cfg.muon_row_normalize:  # MuonEq-R, arXiv 2603.28254
+                update = F.normalize(update, dim=-1)
+            update = newton_schulz(update, self.cfg.muon_backend_steps, torch.bfloat16 if p.is_cuda else torch.float32,
+                                   self.cfg.muon_ns)
             work = None
             if self.rt.world > 1:
                 mine, update = update, torch.empty(share * self.rt.world, *p.shape[1:], device=p.device)
@@ -1058,6 +1422,22 @@ class Muon:
             shape_scale = max(1.0, p.size(1) / p.size(2)) ** 0.5
             p.data.mul_(1 - lr * self.cfg.muon_wd).add_(update[: p.size(0)], alpha=-lr * shape_scale)
 
+    def state(self) -> list[Tensor]:
+        """Momentum of whole banks, gathered from all ranks, so that any number of ranks can go on with it."""
+        whole = []
+        for p, m in zip(self.params, self.momentum):
+            parts = m
+            if self.rt.world > 1:
+                parts = torch.empty(self.rt.world * len(m), *m.shape[1:], device=m.device)
+                dist.all_gather_into_tensor(parts, m)
+            whole.append(parts[: len(p)].cpu())
+        return whole
+
+    def load(self, state: list[Tensor]) -> None:
+        for whole, m, share in zip(state, self.momentum, self.share):
+            mine = whole[self.rt.rank * share : (self.rt.rank + 1) * share]
+            m.zero_()[: len(mine)] = mine.to(m.device)
+
 
 class Optimizer:
     """Muon on the banks, AdamW on the embedding and the vectors, one gradient norm over all."""
@@ -1066,9 +1446,13 @@ class Optimizer:
         self.cfg, self.rt = cfg, rt
         self.muon = Muon(list(model.banks().values()), cfg, rt)
         groups = [
-            {"params": [model.tok_emb], "lr": cfg.tied_embed_lr, "weight_decay": cfg.embed_wd},
+            {"params": [p for n, p in model.tables().items() if n != "head"], "lr": cfg.tied_embed_lr,
+             "weight_decay": cfg.embed_wd},
+            {"params": [p for n, p in model.tables().items() if n == "head"], "lr": cfg.head_lr,
+             "weight_decay": cfg.embed_wd},
             {"params": list(model.vectors().values()), "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd},
         ]
+        groups = [g for g in groups if g["params"]]
         self.small = [p for g in groups for p in g["params"]]
         self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                        fused=rt.device.type == "cuda")
@@ -1077,11 +1461,12 @@ class Optimizer:
     def reduce_gradients(self) -> Tensor:
         """Sum gradients over ranks and clip them; returns the norm before clipping, a 0-dim tensor."""
         self.muon.start_reduce()
+        used = [p for p in self.small if p.grad is not None]  # a blend, say, has no gradient until looping starts
         if self.rt.world > 1:  # the small ones travel as one flat vector
-            flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.small]))
-            for p, grad in zip(self.small, flat.split([p.numel() for p in self.small])):
+            flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in used]))
+            for p, grad in zip(used, flat.split([p.numel() for p in used])):
                 p.grad = grad.view_as(p)
-        shards, small = self.muon.finish_reduce(), [p.grad for p in self.small]
+        shards, small = self.muon.finish_reduce(), [p.grad for p in used]
         square = self.rt.sum_(sum(s.square().sum() for s in shards)) + sum(g.square().sum() for g in small)
         norm = square.sqrt()
         if self.cfg.grad_clip_norm > 0:
@@ -1103,8 +1488,14 @@ class Optimizer:
 
 
 def lr_factor(cfg: Settings, frac: float) -> float:
-    """Learning-rate factor when the share `frac` of training is done: 1, then linear to 0 (PR 1395)."""
-    return min(1.0, max(1.0 - frac, 0.0) / cfg.warmdown_frac) if cfg.warmdown_frac > 0 else 1.0
+    """Learning-rate factor when the share `frac` of training is done: 1, then down in the last WARMDOWN_FRAC (PR 1395).
+
+    linear: max(left / WARMDOWN_FRAC, MIN_LR); cosine: half a cosine between the same ends.
+    """
+    left = min(1.0, max(1.0 - frac, 0.0) / cfg.warmdown_frac) if cfg.warmdown_frac > 0 else 1.0
+    if cfg.warmdown_shape == "cosine":
+        return cfg.min_lr + (1 - cfg.min_lr) * 0.5 * (1 - math.cos(math.pi * left))
+    return max(left, cfg.min_lr)
 
 
 def muon_momentum(cfg: Settings, step: int) -> float:
@@ -1113,108 +1504,228 @@ def muon_momentum(cfg: Settings, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
+def loop_stages(cfg: Settings) -> list[tuple[float, int]]:
+    """(from when, loops), in order; before the first stage nothing loops."""
+    if not cfg.num_loops:
+        return []
+    text = cfg.loop_schedule or f"{cfg.enable_looping_at}:{cfg.num_loops}"
+    return [(float(at), int(loops)) for at, loops in (stage.split(":") for stage in text.split(","))]
+
+
+class Phase(NamedTuple):
+    """What the schedules say for one step."""
+
+    lr_scale: float = 1.0
+    momentum: float = 0.95
+    loops: int | None = None  # None: NUM_LOOPS
+    qat: bool = False
+    penalty: float = 0.0  # weight of QAT-lite's penalty
+    snapshot: bool = False  # for SWA
+
+    @classmethod
+    def at(cls, cfg: Settings, step: int, frac: float) -> "Phase":
+        """Step `step` (from 0), when the share `frac` of training is done."""
+        scale = lr_factor(cfg, frac)
+        due = [loops for at, loops in loop_stages(cfg) if (step >= at if at > 1 else frac >= at)]
+        start, penalty = cfg.qat_lite_start_frac, 0.0
+        if cfg.qat_lite_enabled and frac >= start and step % cfg.qat_lite_every == 0:
+            penalty = cfg.qat_lite_lambda * ((frac - start) / (1 - start) if start < 1 else 1.0)
+        return cls(scale, muon_momentum(cfg, step), due[-1] if due else 0, cfg.qat_enabled and
+                   scale < cfg.qat_start_scale, penalty,
+                   cfg.swa_enabled and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0)
+
+
+def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
+    """QAT-lite (PR 1894): mean over the weights of q and k of the later layers of what rounding would change, squared.
+
+    mse: (W - grid(W))²; clip: the excess over the grid's ends, squared; hybrid: both. 0-dim.
+    """
+    total, weights = torch.zeros((), device=model.tok_emb.device), 0
+    for layer in range(cfg.qat_lite_layer_start, cfg.num_layers):
+        depth = ((layer + 1) / cfg.num_layers) ** cfg.qat_lite_depth_power
+        for w in (model.qo_bank[layer], model.kv_bank[layer]):
+            bits, sigmas = cfg.qat_lite_bits, cfg.qat_lite_clip_sigmas
+            limit = clip_scales(w.detach(), bits, sigmas).float()[:, None] * (2 ** (bits - 1) - 1)
+            if cfg.qat_lite_penalty != "clip":
+                total = total + depth * (w - on_grid(w.detach(), bits, sigmas)).square().sum()
+            if cfg.qat_lite_penalty != "mse":
+                total = total + depth * F.relu(w.abs() - limit).square().sum()
+            weights += w.numel()
+    return total / max(weights, 1)
+
+
 class Trainer:
-    """What one training step needs: the model, its compiled forward, optimizer and weight average."""
+    """What one training step needs: the model, its compiled forward, optimizer and weight averages."""
 
     def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
         self.cfg, self.rt, self.model, self.forward = cfg, rt, model, forward
-        self.plan = StepPlan.of(cfg, rt.world)
+        self.plan, self.qat_hooks = StepPlan.of(cfg, rt.world), Hooks(fake_quant=fake_quantizer(cfg))
         self.reset()
 
     def reset(self) -> None:
-        """Fresh optimizer and average for the model's present weights."""
+        """Fresh optimizer and averages for the model's present weights."""
         self.optimizer = Optimizer(self.model, self.cfg, self.rt)
         self.params = list(self.model.parameters())
         self.ema = [p.detach().clone() for p in self.params] if self.cfg.ema_decay > 0 else None
+        self.swa, self.snapshots = None, 0
 
-    def step(self, batches: list[tuple[Tensor, Tensor]], lr_scale: float, momentum: float) -> Tensor:
+    def step(self, batches: list[Batch], phase: Phase) -> Tensor:
         """Forward, backward and update over one global batch; returns this rank's share of the mean loss, 0-dim."""
         total = torch.zeros((), device=self.rt.device)
-        for ids, targets in batches:
-            loss = self.forward(ids, targets).sum() / (self.plan.windows * self.cfg.train_seq_len)
+        hooks = self.qat_hooks if phase.qat else NO_HOOKS
+        for ids, targets, bounds in batches:
+            loss = self.forward(ids, targets, bounds=bounds, hooks=hooks, loops=phase.loops).sum()
+            loss = loss / self.cfg.train_batch_tokens
             loss.backward()
             total += loss.detach()
+        if phase.penalty:  # gradients are summed over ranks
+            (phase.penalty / self.rt.world * qat_lite_penalty(self.cfg, self.model)).backward()
         self.optimizer.reduce_gradients()
-        self.optimizer.step(lr_scale, momentum)
+        self.optimizer.step(phase.lr_scale, phase.momentum)
+        now = [p.detach() for p in self.params]
         if self.ema is not None:
-            torch._foreach_lerp_(self.ema, [p.detach() for p in self.params], 1 - self.cfg.ema_decay)
+            torch._foreach_lerp_(self.ema, now, 1 - self.cfg.ema_decay)
+        if phase.snapshot:  # the mean of the snapshots so far
+            source = self.ema if "ema" in self.cfg.average else now
+            self.swa, self.snapshots = self.swa or [torch.zeros_like(p) for p in now], self.snapshots + 1
+            torch._foreach_lerp_(self.swa, source, 1 / self.snapshots)
         return total
 
-    def use_average(self) -> None:
-        """Put the averaged weights into the model."""
-        if self.ema is not None:
-            torch._foreach_copy_([p.data for p in self.params], self.ema)
+    def use_average(self) -> str:
+        """Put the weights that AVERAGE asks for into the model; returns what they are."""
+        name, source = ("swa", self.swa) if "swa" in self.cfg.average and self.swa else ("ema", self.ema)
+        if source is None:
+            return "the last step's weights"
+        torch._foreach_copy_([p.data for p in self.params], source)
+        return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
+
+    def save(self, step: int, seconds: float) -> None:
+        """Write checkpoint.pt atomically: everything a run needs to go on as if it had not stopped.
+
+        Training draws no random numbers: the data order follows from SEED and the position, which is the step.
+        """
+        momentum = self.optimizer.muon.state()
+        if self.rt.rank == 0:
+            save_tensors(self.rt.path("checkpoint.pt"), {
+                "step": step, "seconds": seconds, "settings": artifact_settings(self.cfg), "muon": momentum,
+                "params": [p.detach() for p in self.params], "adamw": self.optimizer.adamw.state_dict(),
+                "ema": self.ema, "swa": self.swa, "snapshots": self.snapshots})
+
+    def load(self) -> tuple[int, float]:
+        """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another model."""
+        path = self.rt.path("checkpoint.pt")
+        if not os.path.exists(path):
+            raise RunError(f"RESUME=1: no {path}; CHECKPOINT_EVERY writes one")
+        try:
+            saved = torch.load(path, map_location=self.rt.device, weights_only=True)
+            settings = saved["settings"]
+        except Exception as e:  # whatever a damaged file makes the reader raise
+            raise RunError(f"{path}: not a whole checkpoint ({type(e).__name__})") from None
+        for key, value in artifact_settings(self.cfg).items():
+            if settings.get(key) != value:
+                raise RunError(f"{path}: made with {key.upper()}={settings.get(key)}, this run has {value}")
+        torch._foreach_copy_([p.data for p in self.params], saved["params"])
+        self.optimizer.muon.load(saved["muon"])
+        self.optimizer.adamw.load_state_dict(saved["adamw"])
+        self.ema, self.swa, self.snapshots = saved["ema"], saved["swa"], saved["snapshots"]
+        return saved["step"], saved["seconds"]
 
 
-def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> float:
-    """Compile every graph a run needs on random tokens, then put everything back; returns the calibration reserve.
+def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]:
+    """Compile every graph a run needs on random tokens, then put everything back.
 
-    The reserve (seconds) is GPTQ_RESERVE_SECONDS, or measured here: one batch's time over all of a rank's batches.
+    Returns the seconds to keep for calibration, GPTQ_RESERVE_SECONDS or measured here (one batch's time over all of a
+    rank's batches), and the seconds of the last step.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
 
-    def random_batch(rows: int, length: int) -> Tensor:
-        return torch.randint(cfg.vocab_size, (rows, length), generator=generator).to(rt.device)
+    def random_batch(rows: int, length: int, max_len: int) -> Batch:
+        ids, targets = torch.randint(cfg.vocab_size, (2, rows, length), generator=generator)
+        bounds = Bounds.find(ids, trainer.model.bos, max_len).to(rt.device) if cfg.varlen_enabled else None
+        return Batch(ids.to(rt.device), targets.to(rt.device), bounds)
 
     initial = [p.detach().clone() for p in trainer.params]
-    rows, length = trainer.plan.size, cfg.train_seq_len
-    for _ in rt.progress(range(cfg.warmup_steps), "warm-up"):
-        batches = [(random_batch(rows, length), random_batch(rows, length)) for _ in range(trainer.plan.micro)]
-        trainer.step(batches, 1.0, cfg.muon_momentum)
+    variants = [Phase(loops=loops, qat=qat) for qat in ((False, True) if cfg.qat_enabled else (False,))
+                for loops in sorted({0, *(loops for _, loops in loop_stages(cfg))})]
+    row = (trainer.plan.size, cfg.row_tokens, cfg.train_seq_len)
+    lap = 0.0
+    for phase in rt.progress([v for v in variants for _ in range(cfg.warmup_steps)], "warm-up"):
+        start = time.perf_counter()
+        trainer.step([random_batch(*row) for _ in range(trainer.plan.micro)], phase)
+        rt.sync()
+        lap = time.perf_counter() - start
     if cfg.warmup_steps:
         with torch.no_grad():
-            shape = (cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len)
-            trainer.forward(random_batch(*shape), random_batch(*shape))
-    reserve = cfg.gptq_reserve_seconds or 0.0
-    if cfg.gptq_reserve_seconds is None and cfg.gptq_calibration == "train" and cfg.max_wallclock_seconds:
-        hessians, ids = empty_hessians(cfg, rt.device), random_batch(cfg.micro_batch_tokens // length, length)
+            rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
+            ids, targets, bounds = random_batch(rows, length, length)
+            trainer.forward(ids, targets, bounds=bounds, loops=None)
+    reserve = cfg.gptq_reserve_seconds if cfg.gptq_calibration == "train" else 0.0
+    if reserve is None and cfg.max_wallclock_seconds:
+        hessians = empty_hessians(cfg, rt.device)
+        batch = random_batch(cfg.micro_batch_tokens // cfg.row_tokens, *row[1:])
         times = []
         for _ in range(2):  # the first pays for allocation
             rt.sync()
             start = time.perf_counter()
-            add_hessians(trainer.model, hessians, ids)
+            add_hessians(trainer.model, hessians, batch.ids, batch.bounds)
             rt.sync()
             times.append(time.perf_counter() - start)
-        reserve = rt.largest(1.2 * times[-1] * -(-cfg.gptq_calibration_batches // rt.world) + 0.1)
+        reserve = rt.largest(1.2 * times[-1] * -(-cfg.gptq_calibration_batches // rt.world) + 0.2)
+        reserve = min(reserve, 0.5 * cfg.max_wallclock_seconds)
     for p, value in zip(trainer.params, initial):
         p.data.copy_(value)
     trainer.reset()
-    return min(reserve, 0.5 * cfg.max_wallclock_seconds)
+    return reserve or 0.0, rt.largest(lap)
 
 
-def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: Clock, validate: Callable) -> int:
-    """Train until the clock or ITERATIONS says stop; returns the number of steps. RunError when the loss turns NaN."""
-    step, scale, pending, validated = 0, 1.0, [], 0
+def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: Clock, validate: Callable,
+          step: int = 0) -> int:
+    """Train from `step` until the clock or ITERATIONS says stop; returns the number of steps. RunError on NaN."""
+    phase, pending, first = Phase(), [], step
     clock.start()
     while True:
         now = clock.tick()
         last = (cfg.iterations and step >= cfg.iterations) or not clock.allows_step()
         if pending and (last or step <= 5 or step % cfg.train_log_every == 0):
-            losses = rt.sum_(torch.stack(pending)).tolist()  # the one wait for the GPU, on logged steps
-            bad = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), None)
-            if bad is not None:
-                raise RunError(f"train_loss is {losses[bad]} at step {step - len(losses) + bad + 1}; no checkpoint was "
-                               "asked for; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
-            tokens, pending = step * cfg.train_batch_tokens, []
-            rt.log(f"step:{step}/{cfg.iterations or '-'} train_loss:{losses[-1]:.4f} train_time:{now * 1e3:.0f}ms "
-                   f"step_avg:{now / step * 1e3:.2f}ms tok/s:{tokens / now:,.0f} lr:{scale:.3f}")
-            rt.metric(step=step, train_loss=losses[-1], lr_scale=scale, tokens=tokens, seconds=now,
-                      tok_per_s=tokens / now)
-        if last:
-            break
-        if cfg.val_loss_every and step and step % cfg.val_loss_every == 0 and step != validated:
+            log_losses(cfg, rt, pending, step, now, phase)
+            pending = []
+        if step > first and cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
             clock.stop()
-            validate(f"step:{step}")
+            trainer.save(step, clock.spent)
             clock.start()
-            validated = step
+        if last:
+            return step
+        if step > first and cfg.val_loss_every and step % cfg.val_loss_every == 0:
+            clock.stop()
+            validate(step, phase.loops)
+            clock.start()
         frac = step / cfg.iterations if cfg.iterations else 0.0
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
-        scale = lr_factor(cfg, frac)
-        pending.append(trainer.step(feeder.next(), scale, muon_momentum(cfg, step)))
+        phase = Phase.at(cfg, step, min(frac, 1.0))
+        pending.append(trainer.step(feeder.next(), phase))
         rt.throttle()
         step += 1
-    return step
+
+
+def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now: float, phase: Phase) -> None:
+    """Log the last of the steps whose `losses` (0-dim, this rank's share) end at `step`; RunError if one is not finite.
+
+    This is the one place where a training step waits for the GPU.
+    """
+    values = rt.sum_(torch.stack(losses)).tolist()
+    bad = next((i for i, loss in enumerate(values) if not math.isfinite(loss)), None)
+    if bad is not None:
+        saved = os.path.exists(rt.path("checkpoint.pt"))
+        raise RunError(f"train_loss is {values[bad]} at step {step - len(values) + bad + 1}; "
+                       f"{'the last good checkpoint is ' + rt.path('checkpoint.pt') if saved else 'no checkpoint'}; "
+                       "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+    tokens = step * cfg.train_batch_tokens
+    rt.log(f"step:{step}/{cfg.iterations or '-'} train_loss:{values[-1]:.4f} train_time:{now * 1e3:.0f}ms "
+           f"step_avg:{now / step * 1e3:.2f}ms tok/s:{tokens / now:,.0f} lr:{phase.lr_scale:.3f}"
+           f"{f' loops:{phase.loops}' if phase.loops else ''}{' qat' if phase.qat else ''}")
+    rt.metric(step=step, train_loss=values[-1], lr_scale=phase.lr_scale, tokens=tokens, seconds=now,
+              tok_per_s=tokens / now)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1224,11 +1735,11 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
 class Group(NamedTuple):
     """Matrices that are quantized alike: slices start..stop of a parameter, seen as (stop - start, rows, cols)."""
 
-    name: str
+    name: str  # also the role of their projection
     param: str
     start: int
     stop: int
-    hessian: str  # role whose inputs they share
+    hessian: str | None  # role whose inputs they share; None: a table, rows looked up one by one
     bits: int
     sigmas: float
 
@@ -1237,40 +1748,55 @@ class Group(NamedTuple):
 
 
 def quant_groups(cfg: Settings) -> list[Group]:
-    """All matrices of the model by role; together they cover the banks and the embedding."""
+    """All matrices of the model by role; together they cover the banks and the tables."""
     n, bits = cfg.num_layers, cfg.matrix_bits
-    return [
-        Group("q", "qo_bank", 0, n, "q", bits, cfg.attn_clip_sigmas),
-        Group("o", "qo_bank", n, 2 * n, "o", bits, cfg.attn_clip_sigmas),
-        Group("k", "kv_bank", 0, n, "q", bits, cfg.attn_clip_sigmas),
-        Group("v", "kv_bank", n, 2 * n, "q", bits, cfg.attn_clip_sigmas),
-        Group("up", "mlp_up_bank", 0, n, "up", bits, cfg.mlp_clip_sigmas),
-        Group("down", "mlp_down_bank", 0, n, "down", bits, cfg.mlp_clip_sigmas),
-        Group("emb", "tok_emb", 0, 1, "head", cfg.embed_bits, cfg.embed_clip_sigmas),
+    attn, mlp, embed = cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas, (cfg.embed_bits, cfg.embed_clip_sigmas)
+    groups = [
+        Group("q", "qo_bank", 0, n, "q", bits, attn),
+        Group("o", "qo_bank", n, 2 * n, "o", bits, attn),
+        Group("k", "kv_bank", 0, n, "q", bits, attn),
+        Group("v", "kv_bank", n, 2 * n, "q", bits, attn),
+        Group("up", "mlp_up_bank", 0, n, "up", bits, mlp),
+        Group("down", "mlp_down_bank", 0, n, "down", bits, mlp),
+        Group("emb", "tok_emb", 0, 1, "head" if cfg.tie_embeddings else None, *embed),
     ]
+    if not cfg.tie_embeddings:
+        groups.append(Group("head", "head", 0, 1, "head", *embed))
+    for on, names in ((cfg.embedding_dim, ("embed_in", "embed_out")), (cfg.bigram_vocab_size, ("bigram",)),
+                      (cfg.ve_enabled, ("ve",))):
+        groups += [Group(name, f"{name}_bank", 0, 1, name, bits, cfg.matrix_clip_sigmas) for name in names if on]
+        groups += [Group(f"{n}_table", f"{n}_table", 0, 1, None, *embed) for n in names if on and n in ("bigram", "ve")]
+    return groups
 
 
 def empty_hessians(cfg: Settings, device: torch.device) -> dict[str, Tensor]:
     """Zero sums of x xᵀ, (layers, in, in) fp32, for each input that some matrix reads."""
-    d, n = cfg.model_dim, cfg.num_layers
-    widths = {"q": (n, d), "o": (n, d), "up": (n, d), "down": (n, int(cfg.mlp_mult * d)), "head": (1, d)}
-    return {role: torch.zeros(count, width, width, device=device) for role, (count, width) in widths.items()}
+    d, n, e = cfg.model_dim, cfg.num_layers, cfg.embedding_dim or cfg.model_dim
+    widths = {"q": (n, d), "o": (n, d), "up": (n, d), "down": (n, int(cfg.mlp_mult * d)), "head": (1, e),
+              "embed_in": (1, e), "embed_out": (1, d), "bigram": (1, cfg.bigram_dim), "ve": (1, cfg.ve_dim)}
+    used = {group.hessian for group in quant_groups(cfg)}
+    return {role: torch.zeros(count, width, width, device=device) for role, (count, width) in widths.items()
+            if role in used}
 
 
 @torch.no_grad()
-def add_hessians(model: GPT, hessians: dict[str, Tensor], ids: Tensor) -> None:
+def add_hessians(model: GPT, hessians: dict[str, Tensor], ids: Tensor, bounds: Bounds | None = None) -> None:
     """Add Σ x xᵀ of every matrix's inputs over ids (B, T), all visits of a layer."""
-    model(ids, hooks=Hooks(hessians=hessians))
+    precision = torch.get_float32_matmul_precision()
+    if model.dtype == torch.bfloat16:  # products of bf16 values are exact in TF32
+        torch.set_float32_matmul_precision("high")
+    model(ids, bounds=bounds, hooks=Hooks(hessians=hessians))
+    torch.set_float32_matmul_precision(precision)
 
 
 def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: int, clock: Clock) -> dict[str, Tensor]:
-    """Hessians summed over all ranks, from training windows `first`... not trained on yet, or from random tokens.
+    """Hessians summed over all ranks, from the training rows that come next, `first` on, or from random tokens.
 
     Batches are dealt to ranks one by one, so the sum does not depend on how many there are. Training text is read on
-    the running clock: a round that would not end in time is left out.
+    the running clock: after the first round, one that would not end in time is left out.
     """
     hessians, longest, done = empty_hessians(cfg, rt.device), 0.0, 0
-    rows = cfg.micro_batch_tokens // cfg.train_seq_len
+    rows = cfg.micro_batch_tokens // cfg.row_tokens
     generator = torch.Generator()
     for round_ in rt.progress(range(-(-cfg.gptq_calibration_batches // rt.world)), "calibration"):
         before = rt.largest(clock.seconds())
@@ -1280,11 +1806,12 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
         batch = round_ * rt.world + rt.rank
         if batch < cfg.gptq_calibration_batches:
             if cfg.gptq_calibration == "train":
-                ids, _ = windows.batch(first + batch * rows, rows, rows)
+                ids, _, bounds = windows.batch(first + batch * rows, rows, rows)
             else:
                 generator.manual_seed(cfg.seed + batch)
-                ids = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len), generator=generator).to(rt.device)
-            add_hessians(model, hessians, ids)
+                ids = torch.randint(cfg.vocab_size, (rows, cfg.row_tokens), generator=generator).to(rt.device)
+                bounds = Bounds.find(ids, model.bos, cfg.train_seq_len) if cfg.varlen_enabled else None
+            add_hessians(model, hessians, ids, bounds)
         rt.sync()
         longest = max(longest, rt.largest(clock.seconds()) - before)
         done = min((round_ + 1) * rt.world, cfg.gptq_calibration_batches)
@@ -1297,6 +1824,26 @@ def clip_scales(weight: Tensor, bits: int, sigmas: float) -> Tensor:
     """SDClip (PR 1394): step of each row's symmetric grid, (..., rows) fp16, for weight (..., rows, cols)."""
     scale = sigmas * weight.float().std(dim=-1, correction=0) / (2 ** (bits - 1) - 1)
     return scale.clamp(2.0**-14, 60000.0).half()  # the least normal fp16: rows of zeros get a step too
+
+
+def fake_quantizer(cfg: Settings) -> Callable[[Tensor, Site], Tensor]:
+    """Late QAT's hook: weights rounded to the grid that quantize() will use, gradients passed straight through."""
+    groups = {group.name: group for group in quant_groups(cfg)}
+
+    def fake_quant(weight: Tensor, site: Site) -> Tensor:
+        group = groups.get("emb" if site.role == "head" and cfg.tie_embeddings else site.role)
+        if group is None or weight.numel() < cfg.quant_min_weights:
+            return weight
+        # the grid's value exactly, since w - w is 0, and the gradient of w
+        return on_grid(weight.detach(), group.bits, group.sigmas) + (weight - weight.detach())
+
+    return fake_quant
+
+
+def on_grid(weight: Tensor, bits: int, sigmas: float) -> Tensor:
+    """weight (..., rows, cols) rounded to the nearest point of SDClip's grid."""
+    levels, step = 2 ** (bits - 1) - 1, clip_scales(weight, bits, sigmas).float()[..., None]
+    return (weight / step).round().clamp(-levels, levels) * step
 
 
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int = 128) -> Tensor:
@@ -1345,7 +1892,8 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
             stored[group.name] = weight.half()
             continue
         scales = clip_scales(weight, group.bits, group.sigmas)
-        stored[f"{group.name}.codes"] = gptq(weight, hessians[group.hessian], scales, group.bits)
+        hessian = hessians[group.hessian] if group.hessian else torch.eye(weight.size(2), device=weight.device)[None]
+        stored[f"{group.name}.codes"] = gptq(weight, hessian, scales, group.bits)
         stored[f"{group.name}.scales"] = scales
     covered = {g.param for g in quant_groups(cfg)}
     stored |= {name: tensor.half() for name, tensor in state.items() if name not in covered}
@@ -1353,17 +1901,20 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
 
 
 def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's parameters, fp32, from what `quantize` stored. KeyError when something is missing."""
+    """The model's parameters, fp32, from what `quantize` stored. KeyError or ValueError when it does not fit."""
     state: dict[str, Any] = {}
     for group in quant_groups(cfg):
         if f"{group.name}.codes" in stored:
             codes, scales = stored[f"{group.name}.codes"], stored[f"{group.name}.scales"]
+            if codes.shape[:-1] != scales.shape:
+                raise ValueError(f"{group.name}: codes {list(codes.shape)}, scales {list(scales.shape)}")
             weight = codes.float() * scales.float()[..., None]
         else:
             weight = stored[group.name].float()
+        if len(weight) != group.stop - group.start:
+            raise ValueError(f"{group.name}: {len(weight)} matrices instead of {group.stop - group.start}")
         state.setdefault(group.param, []).append(weight)
-    state = {name: torch.cat(parts) for name, parts in state.items()}
-    state["tok_emb"] = state["tok_emb"][0]
+    state = {name: torch.cat(parts) if name.endswith("_bank") else parts[0][0] for name, parts in state.items()}
     names = {g.name for g in quant_groups(cfg)}
     return state | {name: t.float() for name, t in stored.items() if name.split(".")[0] not in names}
 
@@ -1374,7 +1925,6 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 1
 COMPRESSORS = ("brotli", "lzma")
-DTYPES = {"i1": torch.int8, "f2": torch.float16}
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
@@ -1411,19 +1961,20 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
     if dtype == torch.int8:
         array = np.frombuffer(data, np.int8).reshape(*shape[:-2], shape[-1], shape[-2])
         return torch.from_numpy(array.copy()).mT.contiguous()
-    array = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(2, -1).T).view(np.float16)
+    array = np.frombuffer(data, np.uint8).reshape(2, len(data) // 2).T.copy().view(np.float16)
     return torch.from_numpy(array.reshape(shape))
 
 
 def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str) -> bytes:
     """The container: magic, version, compressor, checksum, then header and streams compressed one by one.
 
-    The header is JSON: the settings that must match, and for each tensor its name, dtype, shape and bytes compressed.
-    All fp16 tensors share the first stream; int8 tensors, (..., rows, cols), have one each. Data only: no pickle.
+    The header is JSON: settings, names and shapes of the tensors, the streams' lengths. All fp16 tensors share the
+    first stream; int8 tensors, (..., rows, cols), have one each. Data only: no pickle.
     """
     halves = {n: t for n, t in tensors.items() if t.dtype == torch.float16}
     codes = {n: t for n, t in tensors.items() if t.dtype == torch.int8}
-    raw = [to_stream(torch.cat([t.flatten() for t in halves.values()]))] + [to_stream(t) for t in codes.values()]
+    half = torch.cat([torch.zeros(0, dtype=torch.float16), *(t.flatten() for t in halves.values())])
+    raw = [to_stream(half), *(to_stream(t) for t in codes.values())]
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(lambda data: compress(data, compressor), raw))
     header = {
@@ -1445,8 +1996,8 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
     body = data[20:]
     if hashlib.blake2b(body, digest_size=16).digest() != data[4:20]:
         raise RunError(f"{name}: checksum does not match its {len(data)} bytes: truncated or corrupted")
-    if body[0] != ARTIFACT_VERSION or body[1] >= len(COMPRESSORS):
-        raise RunError(f"{name}: artifact version {body[0]}, this script reads {ARTIFACT_VERSION}")
+    if len(body) < 6 or body[0] != ARTIFACT_VERSION or body[1] >= len(COMPRESSORS):
+        raise RunError(f"{name}: another version of artifact (this script reads {ARTIFACT_VERSION})")
     compressor, size = COMPRESSORS[body[1]], int.from_bytes(body[2:6], "little")
     try:
         header = json.loads(decompress(body[6 : 6 + size], compressor))
@@ -1463,28 +2014,27 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
     except RunError:
         raise
     except Exception as e:  # the checksum held, so someone built it wrong: say so, whatever broke
-        raise RunError(f"{name}: checksum holds but the content is not an artifact ({type(e).__name__}: {e})") from None
+        raise RunError(f"{name}: checksum holds, content is not an artifact ({type(e).__name__}: {e})") from None
 
 
 def artifact_settings(cfg: Settings) -> dict[str, Any]:
     """What stands in the artifact: the settings its weights and its score depend on."""
-    names = ["vocab_size", *Settings.group("model"), "eval_seq_len", "eval_stride"]
+    names = ["vocab_size", *Settings.group("model"), "train_seq_len", "eval_seq_len", "eval_stride"]
     return {name: getattr(cfg, name) for name in names}
 
 
-def adopt_settings(cfg: Settings, notes: Notes, stored: dict[str, Any], name: str) -> Settings:
+def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     """Settings to evaluate an artifact: its own, except what the user set. RunError where the weights would not fit."""
-    ours = {n: getattr(cfg, n) for n in notes.explicit}
-    must_match = {"vocab_size", *Settings.group("model")}
-    for key, value in stored.items():
-        if key not in artifact_settings(cfg):
-            raise RunError(f"{name}: made by another version of this script: it has a setting {key.upper()}")
-        if key in must_match and key in ours and ours[key] != value:
-            raise RunError(f"{name}: made with {key.upper()}={value}, this run has {key.upper()}={ours[key]}")
-    missing = must_match - set(stored)
-    if missing:
-        raise RunError(f"{name}: made by another version of this script: it lacks {min(missing).upper()}")
-    return Settings(**(stored | ours))
+    wrong = set(stored) ^ set(artifact_settings(Settings()))
+    if wrong:
+        raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
+    for key in ("vocab_size", *Settings.group("model")):
+        if notes.explicit.get(key, stored[key]) != stored[key]:
+            raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
+    try:
+        return Settings(**(stored | notes.explicit))
+    except RunError as e:
+        raise RunError(f"{name}: {e}") from None
 
 
 @torch.no_grad()
@@ -1492,7 +2042,7 @@ def load_weights(model: GPT, cfg: Settings, tensors: dict[str, Tensor], name: st
     """Put an artifact's weights into the model. RunError unless every parameter gets one of its own shape."""
     try:
         state = dequantize(cfg, tensors)
-    except (KeyError, RuntimeError) as e:
+    except (KeyError, ValueError, RuntimeError) as e:
         raise RunError(f"{name}: tensors do not fit the model of its settings ({e})") from None
     params = dict(model.named_parameters())
     wrong = sorted(set(params) ^ set(state)) or [n for n in params if params[n].shape != state[n].shape]
@@ -1518,7 +2068,6 @@ def pack_code(source: bytes) -> bytes:
     except ImportError:
         raise RunError("the package python-minifier is not installed; pip install python-minifier") from None
     small = python_minifier.minify(source.decode(), remove_literal_statements=True, hoist_literals=False)
-    ast.parse(small)
     data = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, filters=[
         {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 18}])
     escapes = {"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r", "\0": r"\x00"}
@@ -1571,16 +2120,20 @@ class Scorer:
         nats, n_bytes = float(losses.double().sum()), int(self.target_bytes[1:].sum(dtype=torch.int64))
         if not math.isfinite(nats):
             raise RunError("score refused: a loss is not finite")
-        bpb = nats / (math.log(2) * n_bytes) if n_bytes else math.nan
-        return Score(nats / len(losses), bpb, len(losses), n_bytes, time.perf_counter() - self.began)
+        if not n_bytes:
+            raise RunError("score refused: the validation tokens stand for no text")
+        return Score(nats / len(losses), nats / (math.log(2) * n_bytes), len(losses), n_bytes,
+                     time.perf_counter() - self.began)
 
 
 @torch.no_grad()
-def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, stride: int, what: str) -> Score:
+def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, stride: int, what: str,
+             loops: int | None = None) -> Score:
     """Score the stream by windows of EVAL_SEQ_LEN tokens, `stride` apart (EVAL_SEQ_LEN: windows side by side).
 
     The first window scores all its tokens, later ones those the window before did not reach: at most `stride`, each
     with at least EVAL_SEQ_LEN - stride tokens before it; the last one what is left. Batches are dealt whole to ranks.
+    With VARLEN attention ends at the document's start inside a window.
     """
     length, n = cfg.eval_seq_len, len(val.tokens)
     tokens, scorer = val.tokens.to(rt.device), Scorer(rt, val.bytes)
@@ -1591,10 +2144,11 @@ def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, str
         window = torch.arange(batch * rows, (batch + 1) * rows, device=rt.device)[:, None]
         place = window * stride + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
         fresh_from = torch.where(window == 0, 0, (window - 1) * stride + length)
-        scored = (place >= fresh_from) & (place < n - 1) & (window < windows)
+        scored = (place >= fresh_from) & (place < n - 1)
         ids = tokens[place.clamp(max=n - 1)].long()
         targets = torch.where(scored, tokens[(place + 1).clamp(max=n - 1)].long(), IGNORE)
-        scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets))
+        bounds = Bounds.find(ids, val.bos, length) if cfg.varlen_enabled else None
+        scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))
     return scorer.finish()
 
 
@@ -1615,67 +2169,68 @@ class Run:
     def __init__(self, cfg: Settings, notes: Notes, rt: Runtime):
         self.cfg, self.rt, self.started = cfg, rt, datetime.now(timezone.utc)
         self.stages: dict[str, Score] = {}
-        self.attention, attend = pick_attention(cfg.attention, rt.device, rt.dtype)
-        self.compiled = cfg.compile == "1" or (cfg.compile == "auto" and rt.device.type == "cuda")
-        name = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
+        # inputs first: a run that cannot start leaves the folder, and what is in it, alone
+        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+        self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
+        self.attention, attend, skipped = pick_attention(cfg, rt.device, rt.dtype)
+        with open(__file__, "rb") as file:
+            self.code = pack_code(file.read()) if rt.rank == 0 else b""
+        rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
+        self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
+        compiled = cfg.compile == "1" or (cfg.compile == "auto" and rt.device.type == "cuda")
         rt.log(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
         for given, meant in notes.aliases.items():
             rt.log(f"alias: {given} taken as {meant}")
         if notes.ignored:
             rt.log(f"ignored, no such setting: {', '.join(notes.ignored)}")
-        rt.log(f"environment: python {sys.version.split()[0]}, torch {torch.__version__}, {rt.world} x {name}, dtype "
-               f"{str(rt.dtype)[6:]}, attention {self.attention}, compiled {self.compiled}")
-        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+        rt.log(f"environment: python {sys.version.split()[0]}, torch {torch.__version__}, {rt.world} x {self.device}, "
+               f"dtype {str(rt.dtype)[6:]}, attention {self.attention}, compiled {'yes' if compiled else 'no'}")
+        for why in skipped:
+            rt.log(f"attention: not {why}")
         complete = {None: "unknown, no manifest", True: "yes", False: "NO, not what the manifest lists"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
-        self.model = build_model(cfg, rt, attend)
+        self.model = build_model(cfg, rt, attend, self.val.bos)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
-        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if self.compiled else self.model
-        with open(__file__, "rb") as file:
-            self.code = pack_code(file.read())
+        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
 
-    def stage(self, name: str, stride: int) -> None:
-        """Evaluate, log, and keep the score under `name`."""
-        score = self.stages[name] = evaluate(self.cfg, self.rt, self.forward, self.val, stride, name)
+    def stage(self, name: str, stride: int, loops: int | None = None) -> Score:
+        """Evaluate, log, and return the score."""
+        score = evaluate(self.cfg, self.rt, self.forward, self.val, stride, name, loops)
         self.rt.log(f"stage:{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f} tokens:{score.tokens} "
                     f"bytes:{score.bytes} seconds:{score.seconds:.1f}")
         self.rt.metric(stage=name, val_loss=score.val_loss, val_bpb=score.val_bpb, seconds=score.seconds)
+        return score
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
-        cfg, rt = self.cfg, self.rt
-        windows = Windows(cfg, rt)
-        trainer = Trainer(cfg, rt, self.model, self.forward)
-        rt.log(f"training: {windows.count} windows of {cfg.train_seq_len} tokens; a step is {trainer.plan.windows} of "
-               f"them, {trainer.plan.micro} forward passes of {trainer.plan.size} on each rank")
-        reserve = warm_up(cfg, rt, trainer)
-        clock = Clock(rt, cfg.max_wallclock_seconds, reserve)
+        cfg, rt, trainer = self.cfg, self.rt, Trainer(self.cfg, self.rt, self.model, self.forward)
+        plan, first = trainer.plan, 0
+        rt.log(f"training: {self.windows.count} rows of {cfg.row_tokens} tokens; a step is {plan.windows} of them, "
+               f"{plan.micro} forward passes of {plan.size} on each rank")
+        clock = Clock(rt, cfg.max_wallclock_seconds, *warm_up(cfg, rt, trainer))
         rt.log(f"warm-up done; training clock {clock.limit:.0f}s, {clock.reserve:.1f}s of it kept for calibration")
-        feeder = Feeder(windows, trainer.plan)
-
-        def validate(name: str) -> None:
-            score = evaluate(cfg, rt, self.forward, self.val, cfg.eval_seq_len, name)
-            rt.log(f"{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f}")
-            rt.metric(stage=name, val_loss=score.val_loss, val_bpb=score.val_bpb, seconds=score.seconds)
-
-        steps = train(cfg, rt, trainer, feeder, clock, validate)
+        if cfg.resume:
+            first, clock.spent = trainer.load()
+            rt.log(f"resumed at step {first}, {clock.spent:.1f}s on the clock")
+        feeder = Feeder(self.windows, plan, first * plan.windows)
+        steps = train(cfg, rt, trainer, feeder, clock, lambda step, loops: self.stage(f"step{step}", cfg.eval_seq_len,
+                                                                                     loops), first)
         feeder.close()
         loop_seconds = rt.largest(clock.seconds())
-        trainer.use_average()
+        kept = trainer.use_average()
         if cfg.gptq_calibration == "random":
             clock.stop()
-        hessians = calibrate(cfg, rt, self.model, windows, steps * trainer.plan.windows, clock)
+        hessians = calibrate(cfg, rt, self.model, self.windows, steps * plan.windows, clock)
         seconds, tokens = rt.largest(clock.stop()), steps * cfg.train_batch_tokens
         rt.log(f"trained {steps} steps, {tokens} tokens in {seconds:.1f}s, {seconds - loop_seconds:.1f}s of it "
-               f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}")
+               f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}; kept: {kept}")
         if cfg.save_model and rt.rank == 0:
-            with atomic_write(rt.path("final_model.pt")) as file:
-                torch.save(self.model.state_dict(), file)
-        self.stage("pre_quant", cfg.eval_seq_len)
+            save_tensors(rt.path("final_model.pt"), self.model.state_dict())
+        self.stages["pre_quant"] = self.stage("pre_quant", cfg.eval_seq_len)
         artifact = self.compress(hessians) if rt.rank == 0 else None
         return rt.share_bytes(artifact), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
-                                          "tok_per_s": tokens / loop_seconds}
+                                          "tok_per_s": tokens / max(loop_seconds, 1e-9)}
 
     def compress(self, hessians: dict[str, Tensor]) -> bytes:
         """Quantize and pack on this rank; the artifact's bytes as read back from disk."""
@@ -1695,13 +2250,13 @@ class Run:
             for p in self.model.parameters():
                 p.fill_(math.nan)  # nothing of the trained model may reach the score but through these bytes
         load_weights(self.model, self.cfg, read_artifact(artifact, name)[1], name)
-        self.stage("quantized", self.cfg.eval_seq_len)
+        self.stages["quantized"] = self.stage("quantized", self.cfg.eval_seq_len)
         if self.cfg.eval_stride:
-            self.stage("sliding", self.cfg.eval_stride)
+            self.stages["sliding"] = self.stage("sliding", self.cfg.eval_stride)
         return time.perf_counter() - start
 
     def execute(self, artifact: bytes | None = None) -> int:
-        """The whole run; with an `artifact` only its evaluation. Returns the exit status."""
+        """The whole run; with an `artifact` only its evaluation. Returns the exit status (of rank 0, which writes)."""
         cfg, rt, trained = self.cfg, self.rt, {"steps": 0, "train_seconds": 0.0, "tokens_seen": 0, "tok_per_s": 0.0}
         name = cfg.eval_only or rt.path("final_model.int6.ptz")
         if artifact is None:
@@ -1710,8 +2265,8 @@ class Run:
         fits = total <= cfg.artifact_budget_bytes
         rt.log(f"artifact: model {len(artifact)} + code {len(self.code)} = {total} bytes, budget "
                f"{cfg.artifact_budget_bytes}: {'fits' if fits else f'OVER by {total - cfg.artifact_budget_bytes}'}")
-        eval_seconds = self.score(artifact, name)
-        final = list(self.stages.values())[-1]
+        eval_seconds, final = self.score(artifact, name), list(self.stages.values())[-1]
+        peak_memory = int(rt.largest(rt.peak_memory()))
         result = {
             "val_loss": final.val_loss, "val_bpb": final.val_bpb,
             "stages": {stage: score._asdict() for stage, score in self.stages.items()},
@@ -1719,8 +2274,7 @@ class Run:
             "val_complete": self.val.complete,
             "model_bytes": len(artifact), "code_bytes": len(self.code), "bytes_total": total,
             "budget_bytes": cfg.artifact_budget_bytes, "fits": fits, **trained, "eval_seconds": eval_seconds,
-            "peak_memory_bytes": int(rt.largest(rt.peak_memory())), "seed": cfg.seed, "world_size": rt.world,
-            "device": torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu",
+            "peak_memory_bytes": peak_memory, "seed": cfg.seed, "world_size": rt.world, "device": self.device,
             "torch": torch.__version__, "attention": self.attention, "config": dataclasses.asdict(cfg), "audit": None,
             "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -1731,8 +2285,9 @@ class Run:
             rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
                    f"in {rt.path('result.json')}")
             with atomic_write(rt.path("result.json")) as file:
-                file.write(json.dumps(result, indent=1).encode())
-        return 0 if fits else 2
+                file.write(json.dumps(result, indent=1, allow_nan=False).encode())
+        rt.largest(0.0)  # all wait for the files: torchrun ends everyone when the first process ends with a status
+        return 2 if rt.rank == 0 and not fits else 0
 
 
 def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
@@ -1742,15 +2297,19 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     if arguments == ["--help"]:
         print(help_text())
         return 0
-    cfg, notes = read_settings(environ)
+    notes, artifact = read_environment(environ), None
+    path = notes.explicit.get("eval_only")
+    if path and not arguments:
+        if not os.path.isfile(path):
+            raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
+        with open(path, "rb") as file:
+            artifact = file.read()
+        cfg = adopt_settings(notes, read_artifact(artifact, path)[0], path)
+    else:
+        cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:
         print(json.dumps(dataclasses.asdict(cfg) | {"aliases": notes.aliases}, indent=1))
         return 0
-    artifact = None
-    if cfg.eval_only:
-        with open(cfg.eval_only, "rb") as file:
-            artifact = file.read()
-        cfg = adopt_settings(cfg, notes, read_artifact(artifact, cfg.eval_only)[0], cfg.eval_only)
     rt = Runtime(cfg, launch)
     status = Run(fit_to_device(cfg, rt), notes, rt).execute(artifact)
     rt.close()  # not after an error: the others would see the connection close before they hear why
@@ -1760,6 +2319,8 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
 def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
     launch = Launch.read(dict(os.environ))
+    if launch.world == 1:  # unwind, so that no temporary file stays
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wait = 5 if launch.rank else 0  # what befalls every rank is rank 0's to say: then torchrun ends the others
     try:
         return start(sys.argv[1:], launch, dict(os.environ))
@@ -1774,9 +2335,11 @@ def main() -> int:
     except RuntimeError as e:
         if launch.world == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        message, wait = "another process of this run has ended", 5
+        message, wait = "another process of this run has ended", 1
     time.sleep(wait)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    if launch.world > 1:
+        os._exit(1)  # an orderly exit would wait for the other processes
     return 1
 
 

@@ -201,7 +201,7 @@ def sharded_worker(rank: int, world: int, folder: str, port: int) -> None:
             optimizer.step(1.0 - 0.2 * step, 0.9)
         saved[layers] = {n: p.detach() for n, p in model.named_parameters()} | {"norms": norms}
     cfg = tiny(folder, seed=10 + rank)
-    model = tg.build_model(cfg, rt, tg.attend_sdpa)
+    model = tg.build_model(cfg, rt, tg.attend_sdpa, 1)
     saved["built"] = [p.detach() for p in model.parameters()]
     torch.save(saved, os.path.join(folder, f"rank{rank}.pt"))
     rt.close()
@@ -300,7 +300,7 @@ def test_average_is_the_loop(rt, tmp_path):
     trainer = tg.Trainer(cfg, rt, model, model)
     expected = {n: p.detach().double() for n, p in model.named_parameters()}
     for step in range(4):
-        trainer.step(global_batch(6, 2, step), 1.0, 0.9)
+        trainer.step(global_batch(6, 2, step), tg.Phase(1.0, 0.9))
         expected = {n: 0.7 * expected[n] + 0.3 * p.detach().double() for n, p in model.named_parameters()}
     assert not torch.allclose(model.tok_emb, expected["tok_emb"].float(), atol=1e-3)
     trainer.use_average()
@@ -311,7 +311,7 @@ def test_no_average_keeps_the_last_weights(rt, tmp_path):
     cfg = tiny(tmp_path, ema_decay=0.0)
     model = random_model(cfg)
     trainer = tg.Trainer(cfg, rt, model, model)
-    trainer.step(global_batch(6, 2), 1.0, 0.9)
+    trainer.step(global_batch(6, 2), tg.Phase(1.0, 0.9))
     last = [p.detach().clone() for p in model.parameters()]
     trainer.use_average()
     assert all(torch.equal(a, b) for a, b in zip(last, model.parameters()))
@@ -324,7 +324,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(rt, tmp_path, size):
         cfg = tiny(tmp_path, micro_batch_tokens=8 * cut)
         models.append(random_model(cfg))
         trainer = tg.Trainer(cfg, rt, models[-1], models[-1])
-        losses.append([float(trainer.step(global_batch(6, cut, s), 0.5, 0.9)) for s in range(2)])
+        losses.append([float(trainer.step(global_batch(6, cut, s), tg.Phase(0.5, 0.9))) for s in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
         assert (p - q).abs().max() < 1e-3, name
@@ -335,7 +335,7 @@ def test_gradient_is_that_of_the_mean_loss(rt, tmp_path):
     model, twin = random_model(cfg), random_model(cfg)
     trainer, optimizer = tg.Trainer(cfg, rt, model, model), tg.Optimizer(twin, cfg, rt)
     for seed in range(2):
-        loss = trainer.step(global_batch(6, 2, seed), 1.0, 0.9)
+        loss = trainer.step(global_batch(6, 2, seed), tg.Phase(1.0, 0.9))
         (ids, targets), = global_batch(6, 6, seed)
         mean = twin(ids, targets).mean()
         mean.backward()
@@ -351,12 +351,12 @@ def test_warm_up_leaves_no_trace(rt, tmp_path):
     cfg = tiny(tmp_path, warmup_steps=2, eval_batch_tokens=16, gptq_calibration_batches=2)
     model, untouched = random_model(cfg), random_model(cfg)
     trainer, fresh = tg.Trainer(cfg, rt, model, model), tg.Trainer(cfg, rt, untouched, untouched)
-    reserve = tg.warm_up(cfg, rt, trainer)
+    reserve, _ = tg.warm_up(cfg, rt, trainer)
     assert 0 < reserve <= 300
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     for seed in range(2):
         for t in (trainer, fresh):
-            t.step(global_batch(6, 2, seed), 1.0, 0.9)
+            t.step(global_batch(6, 2, seed), tg.Phase(1.0, 0.9))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     assert all(torch.equal(p, q) for p, q in zip(trainer.ema, fresh.ema))
 
@@ -364,4 +364,4 @@ def test_warm_up_leaves_no_trace(rt, tmp_path):
 def test_an_explicit_reserve_is_kept(rt, tmp_path):
     cfg = tiny(tmp_path, warmup_steps=0, max_wallclock_seconds=600.0, gptq_reserve_seconds=400.0)
     model = random_model(cfg)
-    assert tg.warm_up(cfg, rt, tg.Trainer(cfg, rt, model, model)) == 400.0
+    assert tg.warm_up(cfg, rt, tg.Trainer(cfg, rt, model, model))[0] == 400.0

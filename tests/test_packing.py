@@ -20,7 +20,7 @@ import train_gpt as tg
 
 SCRIPT = Path(tg.__file__)
 NAME = "dir/model.ptz"
-NO_NOTES = tg.Notes(frozenset(), {}, ())
+NO_NOTES = tg.Notes({}, {}, ())
 
 
 def tiny(**changes) -> tg.Settings:
@@ -261,12 +261,12 @@ def stored_settings(**changes) -> dict:
 
 
 def explicit(**values) -> tuple[tg.Settings, tg.Notes]:
-    return tg.Settings(**values), tg.Notes(frozenset(values), {}, ())
+    return tg.Settings(**values), tg.Notes(values, {}, ())
 
 
 def test_artifact_settings_are_adopted():
     made = tiny(rope_base=50.0, skip_gates_enabled=False, eval_stride=32)
-    cfg = tg.adopt_settings(tg.Settings(), NO_NOTES, stored_settings(rope_base=50.0, skip_gates_enabled=False,
+    cfg = tg.adopt_settings(NO_NOTES, stored_settings(rope_base=50.0, skip_gates_enabled=False,
                                                                      eval_stride=32), NAME)
     for name in ["vocab_size", *tg.Settings.group("model"), "eval_seq_len", "eval_stride"]:
         assert getattr(cfg, name) == getattr(made, name), name
@@ -284,29 +284,29 @@ def test_every_setting_the_weights_depend_on_is_stored():
 def test_another_model_setting_is_refused_by_name(name, value):
     cfg, notes = explicit(**{name: value})
     with pytest.raises(tg.RunError, match=f"dir/model.ptz: .*{name.upper()}=") as caught:
-        tg.adopt_settings(cfg, notes, stored_settings(), NAME)
+        tg.adopt_settings(notes, stored_settings(), NAME)
     assert str(value) in str(caught.value)
 
 
 def test_the_same_setting_given_again_is_fine():
     cfg, notes = explicit(num_layers=2, vocab_size=30)
-    assert tg.adopt_settings(cfg, notes, stored_settings(), NAME).num_layers == 2
+    assert tg.adopt_settings(notes, stored_settings(), NAME).num_layers == 2
 
 
 def test_evaluation_settings_may_differ():
     cfg, notes = explicit(eval_stride=16, eval_seq_len=512, data_path="elsewhere", device="cpu")
-    adopted = tg.adopt_settings(cfg, notes, stored_settings(), NAME)
+    adopted = tg.adopt_settings(notes, stored_settings(), NAME)
     assert (adopted.eval_stride, adopted.eval_seq_len, adopted.data_path) == (16, 512, "elsewhere")
     assert adopted.model_dim == 16
 
 
 def test_settings_of_another_version_are_refused():
     with pytest.raises(tg.RunError, match="dir/model.ptz: .*WARP_DRIVE"):
-        tg.adopt_settings(tg.Settings(), NO_NOTES, stored_settings() | {"warp_drive": 1}, NAME)
+        tg.adopt_settings(NO_NOTES, stored_settings() | {"warp_drive": 1}, NAME)
     older = stored_settings()
     del older["rope_dims"]
     with pytest.raises(tg.RunError, match="dir/model.ptz: .*ROPE_DIMS"):
-        tg.adopt_settings(tg.Settings(), NO_NOTES, older, NAME)
+        tg.adopt_settings(NO_NOTES, older, NAME)
 
 
 @pytest.mark.parametrize("name, value", [("num_layers", "eleven"), ("num_layers", None), ("num_layers", 2.5),
@@ -314,7 +314,7 @@ def test_settings_of_another_version_are_refused():
                                          ("ln_scale", "maybe"), ("vocab_size", {}), ("eval_seq_len", "long")])
 def test_nonsense_settings_are_refused(name, value):
     with pytest.raises(tg.RunError):
-        tg.adopt_settings(tg.Settings(), NO_NOTES, stored_settings() | {name: value}, NAME)
+        tg.adopt_settings(NO_NOTES, stored_settings() | {name: value}, NAME)
 
 
 # ----- weights into the model

@@ -68,7 +68,7 @@ class Recorder:
     def __init__(self, length: int, rows: int):
         self.shape, self.context = (rows, length), {}
 
-    def __call__(self, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    def __call__(self, ids: torch.Tensor, targets: torch.Tensor, **_) -> torch.Tensor:
         assert ids.shape == targets.shape == self.shape and ids.dtype == targets.dtype == torch.int64
         for row, column in (targets != tg.IGNORE).nonzero().tolist():
             target = int(targets[row, column])
@@ -207,7 +207,7 @@ def test_many_streams_and_windows():
 def test_the_score_does_not_depend_on_the_ranks(n, length, stride, rows, world):
     cfg, val = config(length, stride, rows), validation(n)
 
-    def forward(ids, targets):
+    def forward(ids, targets, **_):
         return known_loss(ids, targets) / 3  # not exact: the order of adding shows
 
     alone = tg.evaluate(cfg, FakeRuntime(), forward, val, stride, "test")
@@ -272,7 +272,7 @@ def test_evaluation_keeps_no_gradients():
                       eval_seq_len=8, eval_stride=8, eval_batch_tokens=16)
     model, modes = tg.GPT(cfg), []
 
-    def forward(ids, targets):
+    def forward(ids, targets, **_):
         modes.append(torch.is_grad_enabled())
         return model(ids, targets)
 
