@@ -7,15 +7,16 @@ cd "$(dirname "$0")"
 source records/lib.sh
 use_python requirements.txt
 
-if [ -n "${RECIPE:-}" ]; then use_recipe "$RECIPE/recipe.env"; fi
+recipe() { if [ -n "${RECIPE:-}" ]; then use_recipe "$RECIPE/recipe.env"; fi; }
+
 if [ "$(gpu_count)" -gt 0 ] && [ "${DEVICE:-auto}" != cpu ]; then
+    recipe
     default VOCAB_SIZE 8192
     default TRAIN_BATCH_TOKENS 196608
     default MAX_WALLCLOCK_SECONDS 120
     default EVAL_STRIDE 256
-else
+else  # sizes that a CPU can train, whatever the recipe says; its techniques stay
     default VOCAB_SIZE 1024
-    default NUM_LAYERS 4
     default MODEL_DIM 128
     default NUM_HEADS 4
     default NUM_KV_HEADS 2
@@ -24,9 +25,17 @@ else
     default MAX_WALLCLOCK_SECONDS 60
     default WARMUP_STEPS 2
     default MUON_MOMENTUM_WARMUP_STEPS 100
-    default EMA_DECAY 0.98
     default GPTQ_CALIBRATION_BATCHES 8
+    default GPTQ_RESERVE_SECONDS auto
+    default QUANT_MIN_WEIGHTS 8192
     default EVAL_STRIDE 128
+    default SWA_EVERY 5
+    average="${EMA_DECAY:-}" looping="${ENABLE_LOOPING_AT:-}"
+    recipe
+    default NUM_LAYERS 4
+    # a few hundred steps are too few for long averages, and for a step number of a full run
+    if [ -z "$average" ] && [ "${EMA_DECAY:-}" != 0 ]; then export EMA_DECAY=0.98; fi
+    if [ -z "$looping" ] && [[ "${ENABLE_LOOPING_AT:-0}" =~ ^[0-9]{2,}$ ]]; then export ENABLE_LOOPING_AT=0.55; fi
 fi
 if [ -z "${DATA_PATH:-}" ]; then
     name="local_sp$VOCAB_SIZE"

@@ -55,13 +55,14 @@ class RunError(Exception):
     """Something the user can mend: main() prints it as one line, `error: ...`, and exits with status 1."""
 
 
-def setting(default, group, meaning, *, low=None, high=None, choices=None, aliases=None) -> Any:
-    """One field of Settings. None as a default means `auto`.
+def setting(default, group, meaning, *, low=0, high=None, choices="", aliases=None) -> Any:
+    """One field of Settings. None as a default means `auto`; numbers lie from `low` to `high`.
 
     `aliases` maps another environment name to {its value: ours}, or to {} when it takes the same values. Under the
     field's own name the map translates values of the field's other scripts (COMPRESSOR=pergroup).
     """
-    meta = {"group": group, "help": meaning, "low": low, "high": high, "choices": choices, "aliases": aliases or {}}
+    meta = {"group": group, "help": meaning, "low": low, "high": high, "choices": choices.split(),
+            "aliases": aliases or {}}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -71,25 +72,21 @@ class Settings:
 
     run_id: str | None = setting(None, "run", "name of the run; auto: time and seed")
     artifact_dir: str | None = setting(None, "run", "folder for everything a run writes; auto: logs/<RUN_ID>")
-    seed: int = setting(1337, "run", "seed of initial weights and of the data order", low=0, high=2**63 - 1)
-    device: str = setting("auto", "run", "where to run", choices=("auto", "cpu", "cuda"))
-    dtype: str = setting("auto", "run", "dtype of matrix products; auto: bf16 where the hardware has it",
-                         choices=("auto", "bf16", "fp32"))
-    compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices=("auto", "0", "1"))
-    attention: str = setting("auto", "run", "attention backend; auto: the first of these that works here",
-                             choices=("auto", "fa3", "fa2", "varlen", "sdpa"))
+    seed: int = setting(1337, "run", "seed of initial weights and of the data order", high=2**63 - 1)
+    device: str = setting("auto", "run", "where to run", choices="auto cpu cuda")
+    dtype: str = setting("auto", "run", "of matrix products; auto: bf16 where it is fast", choices="auto bf16 fp32")
+    compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
+    attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
     eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
-    checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none", low=0)
+    checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
     resume: bool = setting(False, "run", "go on from ARTIFACT_DIR's checkpoint.pt")
     train_log_every: int = setting(50, "run", "steps between log lines", low=1)
-    val_loss_every: int = setting(0, "run", "steps between validations during training; 0: none", low=0)
+    val_loss_every: int = setting(0, "run", "steps between validations during training; 0: none")
 
     data_dir: str = setting("./data", "data", "folder that holds datasets/ and tokenizers/")
-    data_path: str | None = setting(
-        None, "data", "folder of the shards; auto: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>")
-    tokenizer_path: str | None = setting(
-        None, "data", "SentencePiece model; auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
+    data_path: str | None = setting(None, "data", "shards; auto: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>")
+    tokenizer_path: str | None = setting(None, "data", "auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = setting(8192, "data", "tokens in the vocabulary", low=2, high=65536)
 
     num_layers: int = setting(11, "model", "physical transformer layers", low=1)
@@ -97,33 +94,31 @@ class Settings:
     num_heads: int = setting(8, "model", "query heads", low=1)
     num_kv_heads: int = setting(4, "model", "key/value heads, each shared by a group of query heads", low=1)
     mlp_mult: float = setting(4.0, "model", "MLP hidden width over MODEL_DIM", low=0.1)
-    rope_dims: int = setting(16, "model", "dimensions of each head that are rotated by position", low=0)
+    rope_dims: int = setting(16, "model", "dimensions of each head that are rotated by position")
     rope_base: float = setting(10000.0, "model", "base of the rotary frequencies", low=1.0)
     qk_gain_init: float = setting(5.0, "model", "initial gain on normalised queries, per head")
-    xsa_last_n: int = setting(11, "model", "last layers whose attention drops its own value's direction", low=0)
+    xsa_last_n: int = setting(11, "model", "last layers whose attention drops its own value's direction")
     ln_scale: bool = setting(True, "model", "scale normed inputs by 1/sqrt(layer+1)")
     skip_gates_enabled: bool = setting(True, "model", "U-Net skips join by a learned gate instead of a sum")
-    loop_start: int = setting(3, "model", "first looped layer", low=0)
-    loop_end: int = setting(5, "model", "last looped layer", low=0)
-    num_loops: int = setting(0, "model", "how often the looped layers run again; 0: no depth recurrence", low=0)
-    recur_blend: str = setting(
-        "none", "model", "how a layer's revisits join the stream", choices=("none", "alpha", "ab", "gate"),
-        aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": None}, "RECUR_AB_ENABLED": {"1": "ab", "0": None}})
-    recur_alpha_init: float = setting(1.0, "model", "initial alpha of RECUR_BLEND=alpha")
-    recur_a_init: float = setting(1.0, "model", "initial a of RECUR_BLEND=ab")
-    recur_b_init: float = setting(0.0, "model", "initial b of RECUR_BLEND=ab")
-    parallel_start_layer: int | None = setting(
-        None, "model", "first layer whose attention and MLP run in parallel; auto: none", low=0,
-        aliases={"PARALLEL_RESIDUAL_START": {}})
-    parallel_mode: str = setting("gptj", "model", "how they run in parallel", choices=("gptj", "lanes", "crossed"))
-    parallel_final_lane: str = setting("mean", "model", "what PARALLEL_MODE=crossed ends with",
-                                       choices=("mean", "attn", "mlp"))
+    loop_start: int = setting(3, "model", "first looped layer")
+    loop_end: int = setting(5, "model", "last looped layer")
+    num_loops: int = setting(0, "model", "how often the looped layers run again; 0: no depth recurrence")
+    recur_blend: str = setting("none", "model", "how revisits join the stream", choices="none alpha ab gate",
+                               aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": None},
+                                        "RECUR_AB_ENABLED": {"1": "ab", "0": None}})
+    recur_alpha_init: float = setting(1.0, "model", "initial alpha of RECUR_BLEND=alpha", low=-10)
+    recur_a_init: float = setting(1.0, "model", "initial a of RECUR_BLEND=ab", low=-10)
+    recur_b_init: float = setting(0.0, "model", "initial b of RECUR_BLEND=ab", low=-10)
+    parallel_start_layer: int | None = setting(None, "model", "first layer with attention beside MLP; auto: none",
+                                               aliases={"PARALLEL_RESIDUAL_START": {}})
+    parallel_mode: str = setting("gptj", "model", "how they run in parallel", choices="gptj lanes crossed")
+    parallel_final_lane: str = setting("mean", "model", "end of PARALLEL_MODE=crossed", choices="mean attn mlp")
     varlen_enabled: bool = setting(False, "model", "attention stays inside documents, which are packed in order")
-    bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: none", low=0)
+    bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: none")
     bigram_dim: int = setting(112, "model", "width of the bigram embedding", low=1)
     smear_gate_enabled: bool = setting(False, "model", "mix the previous token of the document into the input")
-    smear_gate_mode: str = setting("input", "model", "before the input norm by a gate, or after it by channel",
-                                   choices=("input", "vector"))
+    smear_gate_mode: str = setting("input", "model", "gated before the norm, or by channel after it",
+                                   choices="input vector")
     ve_enabled: bool = setting(False, "model", "add an embedding of the token to the values")
     ve_dim: int = setting(128, "model", "width of the value embedding", low=1)
     ve_layers: str = setting("9,10", "model", "layers that get it")
@@ -134,86 +129,75 @@ class Settings:
     gate_window: int = setting(12, "model", "inputs that the sparse, output and smear gates read", low=1)
     rope_yarn: bool = setting(False, "model", "stretch the rotary base beyond the training length")
     tie_embeddings: bool = setting(True, "model", "the head is the embedding")
-    embedding_dim: int = setting(0, "model", "width of a factorised embedding; 0: MODEL_DIM", low=0)
+    embedding_dim: int = setting(0, "model", "width of a factorised embedding; 0: MODEL_DIM")
     logit_softcap: float = setting(30.0, "model", "c in logits = c tanh(z/c)", low=1e-3)
-    tied_embed_init_std: float = setting(0.005, "model", "standard deviation of the initial embedding", low=0.0)
+    tied_embed_init_std: float = setting(0.005, "model", "standard deviation of the initial embedding")
 
     train_batch_tokens: int = setting(786432, "train", "tokens of one optimizer step, over all processes", low=1)
     train_seq_len: int = setting(2048, "train", "tokens of one training window", low=2)
-    micro_batch_tokens: int | None = setting(
-        None, "train", "most tokens of one forward pass; auto: 98304 on a GPU, 8192 on CPU", low=1)
-    iterations: int = setting(20000, "train", "most optimizer steps; 0: only the clock", low=0)
-    max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none", low=0.0)
-    warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock", low=0)
-    warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", low=0.0,
-                                   high=1.0)
-    warmdown_shape: str = setting("linear", "train", "how it falls", choices=("linear", "cosine"))
-    min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", low=0.0, high=1.0)
-    enable_looping_at: float = setting(
-        0.35, "train", "share of training after which looped layers loop; above 1: a step", low=0.0)
+    micro_batch_tokens: int | None = setting(None, "train", "most tokens of a forward; auto: 98304, on CPU 8192", low=1)
+    iterations: int = setting(20000, "train", "most optimizer steps; 0: only the clock")
+    max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
+    warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
+    warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
+    warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
+    min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0)
+    enable_looping_at: float = setting(0.35, "train", "share of training from which layers loop; above 1: a step")
     loop_schedule: str = setting("", "train", "loops in stages instead: 0.35:1,0.55:2 is 1 from 0.35, 2 from 0.55")
-    matrix_lr: float = setting(0.026, "train", "Muon learning rate", low=0.0)
-    muon_momentum: float = setting(0.97, "train", "Muon momentum after its warm-up", low=0.0, high=1.0)
-    muon_momentum_warmup_start: float = setting(0.92, "train", "Muon momentum at step 0", low=0.0, high=1.0)
-    muon_momentum_warmup_steps: int = setting(1500, "train", "steps of Muon's momentum warm-up", low=0)
+    matrix_lr: float = setting(0.026, "train", "Muon learning rate")
+    muon_momentum: float = setting(0.97, "train", "Muon momentum after its warm-up", high=1.0)
+    muon_momentum_warmup_start: float = setting(0.92, "train", "Muon momentum at step 0", high=1.0)
+    muon_momentum_warmup_steps: int = setting(1500, "train", "steps of Muon's momentum warm-up")
     muon_backend_steps: int = setting(5, "train", "Newton-Schulz iterations", low=1)
-    muon_ns: str = setting("quintic", "train", "coefficients of the iterations", choices=("quintic", "polar"))
-    muon_row_normalize: bool = setting(False, "train", "MuonEq-R: rows to norm 1 before them",
-                                       aliases={"MUON_EQR": {}})
-    muon_wd: float = setting(0.095, "train", "decoupled weight decay of the matrices", low=0.0)
-    tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding", low=0.0)
-    head_lr: float = setting(0.008, "train", "AdamW learning rate of an untied head", low=0.0)
-    embed_wd: float = setting(0.085, "train", "weight decay of the embedding", low=0.0)
-    scalar_lr: float = setting(0.02, "train", "AdamW learning rate of vectors and scalars", low=0.0)
-    adam_wd: float = setting(0.02, "train", "weight decay of vectors and scalars", low=0.0)
-    beta1: float = setting(0.9, "train", "AdamW beta 1", low=0.0, high=0.999999)
-    beta2: float = setting(0.95, "train", "AdamW beta 2", low=0.0, high=0.999999)
-    adam_eps: float = setting(1e-8, "train", "AdamW epsilon", low=0.0)
-    grad_clip_norm: float = setting(0.3, "train", "clip the global gradient norm to this; 0: off", low=0.0)
-    ema_decay: float = setting(0.9965, "train", "decay of the weight average that is kept; 0: off", low=0.0,
-                               high=0.999999)
+    muon_ns: str = setting("quintic", "train", "coefficients of the iterations", choices="quintic polar")
+    muon_row_normalize: bool = setting(False, "train", "MuonEq-R: rows to norm 1 before them", aliases={"MUON_EQR": {}})
+    muon_wd: float = setting(0.095, "train", "decoupled weight decay of the matrices")
+    tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding")
+    head_lr: float = setting(0.008, "train", "AdamW learning rate of an untied head")
+    embed_wd: float = setting(0.085, "train", "weight decay of the embedding")
+    scalar_lr: float = setting(0.02, "train", "AdamW learning rate of vectors and scalars")
+    adam_wd: float = setting(0.02, "train", "weight decay of vectors and scalars")
+    beta1: float = setting(0.9, "train", "AdamW beta 1", high=0.999999)
+    beta2: float = setting(0.95, "train", "AdamW beta 2", high=0.999999)
+    adam_eps: float = setting(1e-8, "train", "AdamW epsilon")
+    grad_clip_norm: float = setting(0.3, "train", "clip the global gradient norm to this; 0: off")
+    ema_decay: float = setting(0.9965, "train", "decay of the weight average that is kept; 0: off", high=0.999999)
     swa_enabled: bool = setting(False, "train", "average snapshots of the end of training (tight SWA)")
     swa_every: int = setting(50, "train", "steps between snapshots", low=1)
-    swa_start_scale: float = setting(0.2, "train", "LR factor below which they are taken", low=0.0)
-    average: str | None = setting(
-        None, "train", "weights that are kept; ema+swa: snapshots of the EMA; auto: of those, what is enabled",
-        choices=("ema", "swa", "ema+swa"))
+    swa_start_scale: float = setting(0.2, "train", "LR factor below which they are taken")
+    average: str | None = setting(None, "train", "weights kept; ema+swa: snapshots of the EMA; auto: what is on",
+                                  choices="ema swa ema+swa")
     qat_enabled: bool = setting(False, "train", "late QAT: straight-through rounding to the grid GPTQ will use")
-    qat_start_scale: float = setting(0.15, "train", "LR factor below which it starts", low=0.0)
+    qat_start_scale: float = setting(0.15, "train", "LR factor below which it starts")
     qat_lite_enabled: bool = setting(False, "train", "pull some matrices to a grid by a penalty now and then")
-    qat_lite_start_frac: float = setting(0.55, "train", "share of training after which it starts", low=0.0, high=1.0)
+    qat_lite_start_frac: float = setting(0.55, "train", "share of training after which it starts", high=1.0)
     qat_lite_every: int = setting(4, "train", "steps between penalties", low=1)
-    qat_lite_lambda: float = setting(0.02, "train", "weight of the penalty at the end of its linear ramp", low=0.0)
+    qat_lite_lambda: float = setting(0.02, "train", "weight of the penalty at the end of its linear ramp")
     qat_lite_bits: int = setting(6, "train", "bits of its grid", low=2, high=8)
     qat_lite_clip_sigmas: float = setting(12.85, "train", "half-width of its grid, in a row's std", low=0.1)
-    qat_lite_layer_start: int = setting(7, "train", "first layer it acts on", low=0)
-    qat_lite_targets: str = setting("qk", "train", "matrices it acts on", choices=("qk",))
-    qat_lite_penalty: str = setting("mse", "train", "rounding error, excess over the grid, or both",
-                                    choices=("mse", "clip", "hybrid"))
+    qat_lite_layer_start: int = setting(7, "train", "first layer it acts on")
+    qat_lite_targets: str = setting("qk", "train", "matrices it acts on", choices="qk")
+    qat_lite_penalty: str = setting("mse", "train", "rounding error, excess, or both", choices="mse clip hybrid")
     qat_lite_depth_power: float = setting(0.0, "train", "layers weigh ((layer+1)/NUM_LAYERS) to this power")
 
     matrix_bits: int = setting(6, "quant", "bits of the matrices", low=2, high=8)
     embed_bits: int = setting(8, "quant", "bits of the tied embedding", low=2, high=8)
     matrix_clip_sigmas: float = setting(12.85, "quant", "grid half-width of a row, in its std", low=0.1)
-    attn_clip_sigmas: float | None = setting(
-        None, "quant", "the same for attention matrices; auto: MATRIX_CLIP_SIGMAS", low=0.1)
-    mlp_clip_sigmas: float | None = setting(
-        None, "quant", "the same for MLP matrices; auto: MATRIX_CLIP_SIGMAS", low=0.1)
+    attn_clip_sigmas: float | None = setting(None, "quant", "same for attention; auto: MATRIX_CLIP_SIGMAS", low=0.1)
+    mlp_clip_sigmas: float | None = setting(None, "quant", "the same for the MLP; auto: MATRIX_CLIP_SIGMAS", low=0.1)
     embed_clip_sigmas: float = setting(20.0, "quant", "the same for the embedding", low=0.1)
-    quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16", low=0)
-    gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices=("train", "random"))
+    quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16")
+    gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train random")
     gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
-    gptq_reserve_seconds: float | None = setting(
-        None, "quant", "clock kept for calibration; auto: measured in the warm-up", low=0.0)
+    gptq_reserve_seconds: float | None = setting(None, "quant", "clock kept for calibration; auto: measured")
 
-    compressor: str = setting("brotli", "pack", "entropy coder of the artifact", choices=("brotli", "lzma"),
+    compressor: str = setting("brotli", "pack", "coder of the artifact", choices="brotli lzma",
                               aliases={"COMPRESSOR": {"pergroup": "brotli"}})
     artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
 
     eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
-    eval_stride: int = setting(64, "eval", "step of the sliding window; 0: no sliding evaluation", low=0)
-    eval_batch_tokens: int | None = setting(
-        None, "eval", "most tokens of one forward pass; auto: MICRO_BATCH_TOKENS", low=1)
+    eval_stride: int = setting(64, "eval", "step of the sliding window; 0: no sliding evaluation")
+    eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward; auto: MICRO_BATCH_TOKENS", low=1)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -232,6 +216,8 @@ class Settings:
         }.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.embedding_dim == self.model_dim:
+            object.__setattr__(self, "embedding_dim", 0)
         self.check_contradictions()
 
     def check_contradictions(self) -> None:
@@ -258,11 +244,12 @@ class Settings:
             (self.gate_window > self.model_dim, "gate_window", f"at most MODEL_DIM={self.model_dim}"),
             (self.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
             (self.rope_yarn and self.rope_dims < 4, "rope_dims", "at least 4 with ROPE_YARN=1"),
-            (self.ve_enabled and not re.fullmatch(r"\d+(,\d+)*", self.ve_layers), "ve_layers", "layers, as 9,10"),
-            (not re.fullmatch(r"([\d.]+:\d+(,|$))*", self.loop_schedule), "loop_schedule",
-             "stages, as 0.35:1,0.55:2"),
-            (self.loop_schedule and not self.loop_schedule.endswith(f":{self.num_loops}"), "loop_schedule",
-             f"a last stage of NUM_LOOPS={self.num_loops} loops, which is what is evaluated"),
+            (self.ve_enabled and not self.ve_layer_list(), "ve_layers", f"layers below NUM_LAYERS={self.num_layers}, "
+             "as 9,10"),
+            (self.qat_lite_enabled and self.qat_lite_layer_start >= self.num_layers, "qat_lite_layer_start",
+             f"a layer below NUM_LAYERS={self.num_layers}"),
+            (self.num_loops and not self.loop_stages(), "loop_schedule", f"stages, as 0.35:1,0.55:2, of at most "
+             f"NUM_LOOPS={self.num_loops} loops and at last so many, which is what is evaluated"),
             ("ema" in self.average and "swa" in self.average and not self.ema_decay, "average",
              "swa, since EMA_DECAY=0 keeps no EMA"),
             ("swa" in self.average and not self.swa_enabled, "average", "ema, or SWA_ENABLED=1"),
@@ -274,6 +261,20 @@ class Settings:
         ):
             if wrong:
                 raise RunError(f"{name.upper()}={getattr(self, name)}: takes {takes}")
+
+    def ve_layer_list(self) -> list[int]:
+        """VE_LAYERS as numbers; empty if it is not a list of layers of the model."""
+        layers = [int(n) for n in self.ve_layers.split(",")] if re.fullmatch(r"\d+(,\d+)*", self.ve_layers) else []
+        return layers if all(layer < self.num_layers for layer in layers) else []
+
+    def loop_stages(self) -> list[tuple[float, int]]:
+        """(from when, loops) in order, of LOOP_SCHEDULE or ENABLE_LOOPING_AT; empty if it does not end in NUM_LOOPS."""
+        text = self.loop_schedule or f"{self.enable_looping_at:.17g}:{self.num_loops}"
+        found = re.findall(r"(\d*\.?\d+(?:e-\d+)?|\d+\.):(\d+)", text)
+        stages = [(float(at), int(loops)) for at, loops in found]
+        whole = text == ",".join(f"{at}:{loops}" for at, loops in found)
+        fits = whole and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
+        return stages if fits and self.num_loops else []
 
     @property
     def row_tokens(self) -> int:
@@ -301,8 +302,8 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
     if meta["choices"] and value not in meta["choices"]:
         raise RunError(f"{name}={value}: takes one of {', '.join(meta['choices'])}")
     low, high = meta["low"], meta["high"]
-    if (low is not None and not value >= low) or (high is not None and not value <= high):  # `not >=` also stops nan
-        bounds = f"from {low} to {high}" if low is not None and high is not None else f"of at least {low}"
+    if kind in (int, float) and not low <= value <= (math.inf if high is None else high):  # `not` also stops nan
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
 
 
@@ -363,13 +364,14 @@ def read_environment(environ: dict[str, str]) -> Notes:
         if name != f.name.upper() or raw in values:
             aliases[f"{name}={raw}"] = f"{f.name.upper()}={value}"
         chosen[f.name], source[f.name] = value, name
-    first_words = {name.split("_")[0] for name in known if "_" in name} - {"RUN", "DATA", "SAVE"}
+    families = {name.split("_")[0] for name in known if "_" in name} - {"RUN", "DATA", "SAVE"}
+    families |= {"TTT", "PHASED", "GLOBAL", "CASEOPS", "LQER", "FUSED"}  # of other scripts of the field
     ignored = []
     for name in sorted(set(environ) - set(known)):
         meant = next((k for k in known if is_typo(name.upper(), k)), None)
         if meant:
             raise RunError(f"{name}={environ[name]}: no such setting; did you mean {meant}?")
-        if "_" in name and name.split("_")[0] in first_words:
+        if "_" in name and name.split("_")[0] in families:
             ignored.append(name)
     return Notes(chosen, aliases, tuple(ignored))
 
@@ -1099,7 +1101,7 @@ class GPT(nn.Module):
         layers, d, heads, loops = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_loops
         kv, hidden, e = cfg.num_kv_heads * (d // heads), int(cfg.mlp_mult * d), cfg.embedding_dim or d
         skips, parallel = len(virtual_layers(cfg, loops)) // 2, layers - cfg.parallel_start_layer
-        self.ve_layers = [int(layer) for layer in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
+        self.ve_layers = cfg.ve_layer_list() if cfg.ve_enabled else []
 
         def new(name: str, value: Tensor) -> None:
             self.register_parameter(name, nn.Parameter(value))
@@ -1164,10 +1166,13 @@ class GPT(nn.Module):
         order = virtual_layers(cfg, cfg.num_loops if loops is None else loops)
         half, skips, lane1, outputs = len(order) // 2, [], None, {}
         for n, (layer, visit) in enumerate(order):
+            before = x
             if n >= half and skips:
                 x = self.join_skip(x, skips.pop(), n - half)
             if cfg.parallel_mode != "gptj" and layer >= cfg.parallel_start_layer:
-                x, lane1 = self.lanes(x, x if lane1 is None else lane1, layer, shared)
+                if lane1 is None:  # crossed: no skip reaches lane 1
+                    lane1 = x if cfg.parallel_mode == "lanes" else before
+                x, lane1 = self.lanes(x, lane1, layer, shared)
             else:
                 y = self.block(x, layer, visit, shared)
                 x = self.blend(x, y, outputs[layer], layer, visit) if visit and cfg.recur_blend != "none" else y
@@ -1504,14 +1509,6 @@ def muon_momentum(cfg: Settings, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
-def loop_stages(cfg: Settings) -> list[tuple[float, int]]:
-    """(from when, loops), in order; before the first stage nothing loops."""
-    if not cfg.num_loops:
-        return []
-    text = cfg.loop_schedule or f"{cfg.enable_looping_at}:{cfg.num_loops}"
-    return [(float(at), int(loops)) for at, loops in (stage.split(":") for stage in text.split(","))]
-
-
 class Phase(NamedTuple):
     """What the schedules say for one step."""
 
@@ -1526,7 +1523,7 @@ class Phase(NamedTuple):
     def at(cls, cfg: Settings, step: int, frac: float) -> "Phase":
         """Step `step` (from 0), when the share `frac` of training is done."""
         scale = lr_factor(cfg, frac)
-        due = [loops for at, loops in loop_stages(cfg) if (step >= at if at > 1 else frac >= at)]
+        due = [loops for at, loops in cfg.loop_stages() if (step >= at if at > 1 else frac >= at)]
         start, penalty = cfg.qat_lite_start_frac, 0.0
         if cfg.qat_lite_enabled and frac >= start and step % cfg.qat_lite_every == 0:
             penalty = cfg.qat_lite_lambda * ((frac - start) / (1 - start) if start < 1 else 1.0)
@@ -1599,6 +1596,11 @@ class Trainer:
         torch._foreach_copy_([p.data for p in self.params], source)
         return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
 
+    def must_match(self) -> dict[str, Any]:
+        """What a resumed run shares with the one that wrote the checkpoint: model, data order, kinds of state."""
+        names = [*artifact_settings(self.cfg), "seed", "train_batch_tokens", "average", "data_path"]
+        return {name: getattr(self.cfg, name) for name in names} | {"ema": self.ema is not None}
+
     def save(self, step: int, seconds: float) -> None:
         """Write checkpoint.pt atomically: everything a run needs to go on as if it had not stopped.
 
@@ -1607,28 +1609,29 @@ class Trainer:
         momentum = self.optimizer.muon.state()
         if self.rt.rank == 0:
             save_tensors(self.rt.path("checkpoint.pt"), {
-                "step": step, "seconds": seconds, "settings": artifact_settings(self.cfg), "muon": momentum,
+                "step": step, "seconds": seconds, "settings": self.must_match(), "muon": momentum,
                 "params": [p.detach() for p in self.params], "adamw": self.optimizer.adamw.state_dict(),
                 "ema": self.ema, "swa": self.swa, "snapshots": self.snapshots})
 
     def load(self) -> tuple[int, float]:
-        """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another model."""
+        """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another run."""
         path = self.rt.path("checkpoint.pt")
         if not os.path.exists(path):
             raise RunError(f"RESUME=1: no {path}; CHECKPOINT_EVERY writes one")
         try:
             saved = torch.load(path, map_location=self.rt.device, weights_only=True)
-            settings = saved["settings"]
-        except Exception as e:  # whatever a damaged file makes the reader raise
+            for name, value in self.must_match().items():
+                if saved["settings"][name] != value:
+                    raise RunError(f"{path}: made with {name.upper()}={saved['settings'][name]}, this run has {value}")
+            torch._foreach_copy_([p.data for p in self.params], saved["params"])
+            self.optimizer.muon.load(saved["muon"])
+            self.optimizer.adamw.load_state_dict(saved["adamw"])
+            self.ema, self.swa, self.snapshots = saved["ema"], saved["swa"], saved["snapshots"]
+            return saved["step"], saved["seconds"]
+        except RunError:
+            raise
+        except Exception as e:  # whatever a damaged file makes the readers raise
             raise RunError(f"{path}: not a whole checkpoint ({type(e).__name__})") from None
-        for key, value in artifact_settings(self.cfg).items():
-            if settings.get(key) != value:
-                raise RunError(f"{path}: made with {key.upper()}={settings.get(key)}, this run has {value}")
-        torch._foreach_copy_([p.data for p in self.params], saved["params"])
-        self.optimizer.muon.load(saved["muon"])
-        self.optimizer.adamw.load_state_dict(saved["adamw"])
-        self.ema, self.swa, self.snapshots = saved["ema"], saved["swa"], saved["snapshots"]
-        return saved["step"], saved["seconds"]
 
 
 def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]:
@@ -1646,7 +1649,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
 
     initial = [p.detach().clone() for p in trainer.params]
     variants = [Phase(loops=loops, qat=qat) for qat in ((False, True) if cfg.qat_enabled else (False,))
-                for loops in sorted({0, *(loops for _, loops in loop_stages(cfg))})]
+                for loops in sorted({0, *(loops for _, loops in cfg.loop_stages())})]
     row = (trainer.plan.size, cfg.row_tokens, cfg.train_seq_len)
     lap = 0.0
     for phase in rt.progress([v for v in variants for _ in range(cfg.warmup_steps)], "warm-up"):

@@ -285,7 +285,8 @@ def test_windows_may_be_asked_in_any_order(data_path):
 
 def test_batch_shifts_targets_and_pads(data_path):
     windows = tg.Windows(config(data_path), fake_rt())
-    ids, targets = windows.batch(3, 2, 4)
+    ids, targets, bounds = windows.batch(3, 2, 4)
+    assert bounds is None
     assert ids.shape == targets.shape == (4, T) and ids.dtype == targets.dtype == torch.int64
     for row in range(2):
         window = windows.window(3 + row).tolist()
@@ -295,15 +296,20 @@ def test_batch_shifts_targets_and_pads(data_path):
 
 
 def test_a_token_beyond_the_vocabulary_is_refused(data_path):
-    with pytest.raises(tg.RunError, match="fineweb_train_000003.bin"):
-        tg.Windows(config(data_path, vocab_size=63), fake_rt(0, 1))
-    refused = 0
-    for rank in range(3):
-        try:
-            tg.Windows(config(data_path, vocab_size=121), fake_rt(rank, 3))
-        except tg.RunError:
+    """Tokens are their own places, so the windows from a place on are the wrong ones."""
+    starts = [int(tg.Windows(config(data_path), fake_rt()).window(g)[0]) for g in range(COUNT)]
+    for limit in (64, 83, 104):
+        windows, refused = tg.Windows(config(data_path, vocab_size=limit), fake_rt()), 0
+        for g, start in enumerate(starts):
+            if start + T < limit:
+                assert windows.window(g).tolist() == list(range(start, start + T + 1))
+                continue
+            shard = 3 if start < 96 else 6 if start < 110 else 7
+            for ask in (lambda: windows.window(g), lambda: windows.batch(g, 1, 1)):  # noqa: B023
+                with pytest.raises(tg.RunError, match=f"fineweb_train_00000{shard}.bin: .*VOCAB_SIZE={limit}, found"):
+                    ask()
             refused += 1
-    assert refused == 1
+        assert 0 < refused == sum(start + T >= limit for start in starts) < COUNT
 
 
 def test_too_short_shards_are_refused(tmp_path):
@@ -336,7 +342,7 @@ def test_feeders_of_all_ranks_give_the_steps_in_order(data_path, world):
     for step in range(6):
         rows, padding = [], 0
         for feeder in feeders:
-            for ids, targets in feeder.next():
+            for ids, targets, _ in feeder.next():
                 real = (targets != tg.IGNORE).all(1)
                 padding += int((targets == tg.IGNORE).all(1).sum())
                 assert ((targets == tg.IGNORE).all(1) | real).all()

@@ -211,19 +211,20 @@ def test_attention_alone_equals_the_reference(layer):
     model = random_model(cfg)
     n = torch.randn(1, 11, cfg.model_dim, generator=torch.Generator().manual_seed(3))
     seen = []
-    original = model.attention
+    original = model.attention_half
 
-    def spy(x, which, *rest):
+    def spy(u, which, *rest):
         if which == layer:
-            x = n
-            seen.append(original(x, which, *rest))
+            u = n
+            seen.append(original(u, which, *rest))
             return seen[-1]
-        return original(x, which, *rest)
+        return original(u, which, *rest)
 
-    model.attention = spy
+    model.attention_half = spy
     model(random_text(cfg, 1, 11)[0])
-    expected = reference_attention(cfg, doubles(model), layer, list(n[0].double()))
-    assert_close(seen[0][0], torch.stack(expected), 1e-5)
+    p = doubles(model)
+    expected = reference_attention(cfg, p, layer, [rms(u) / math.sqrt(layer + 1) for u in n[0].double()])
+    assert_close(seen[0][0], torch.stack([p["attn_scale"][layer] * y for y in expected]), 1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 4, "skip_gates_enabled": False}])
@@ -280,7 +281,9 @@ def test_bounds_find_the_documents(max_len):
         ids = torch.randint(0, 6, (3, 17), generator=generator)
         spans = document_spans(ids, max_len)
         bounds = tg.Bounds.find(ids, BOS, max_len)
-        assert bounds.cu_seqlens.tolist() == [row * 17 + start for row, start, _ in spans] + [51]
+        cuts = bounds.cu_seqlens.tolist()
+        assert cuts[: len(spans)] == [row * 17 + start for row, start, _ in spans]
+        assert len(cuts) > len(spans) and set(cuts[len(spans) :]) == {51}  # then documents of no tokens
         assert bounds.segment.tolist() == [i for i, (_, a, b) in enumerate(spans) for _ in range(b - a)]
         assert bounds.cu_seqlens.dtype == bounds.segment.dtype == torch.int32
 
@@ -362,7 +365,9 @@ def test_hessians_sum_the_inputs_of_every_product():
     slices = {"q": model.qo_bank[:5], "o": model.qo_bank[5:], "k": model.kv_bank[:5], "v": model.kv_bank[5:],
               "up": model.mlp_up_bank, "down": model.mlp_down_bank, "head": model.tok_emb[None]}
     for ids in batches:
-        with Products() as products, torch.no_grad():
+        with torch.no_grad():
+            with Products() as products:
+                model(ids)
             model(ids, hooks=tg.Hooks(hessians=hessians))
         for x, weight in products.linear:
             role, layer = next((r, i) for r, ws in slices.items() for i, w in enumerate(ws) if torch.equal(w, weight))
@@ -384,7 +389,7 @@ def test_fake_quant_sees_every_matrix_once():
         return weight
 
     model(ids, hooks=tg.Hooks(fake_quant=fake_quant))
-    expected = {tg.Site("head"): model.tok_emb}
+    expected = {tg.Site("emb"): model.tok_emb, tg.Site("head"): model.tok_emb}
     for i in range(5):
         slices = (model.qo_bank[i], model.kv_bank[i], model.kv_bank[5 + i], model.qo_bank[5 + i],
                   model.mlp_up_bank[i], model.mlp_down_bank[i])
@@ -400,7 +405,7 @@ def test_fake_quant_replaces_the_weight():
     with torch.no_grad():
         for bank in halved.banks().values():
             bank.mul_(0.5)
-    hooks = tg.Hooks(fake_quant=lambda w, site: w * 0.5 if site.role != "head" else w)
+    hooks = tg.Hooks(fake_quant=lambda w, site: w * 0.5 if site.role in ROLES else w)
     assert torch.equal(model(ids, targets, hooks=hooks), halved(ids, targets))
 
 
@@ -410,7 +415,8 @@ def test_every_matrix_product_is_a_hooked_linear():
     calls = []
     with Products() as products:
         model(ids, targets, hooks=tg.Hooks(fake_quant=lambda w, site: calls.append(site) or w))
-    assert len(products.linear) == len(calls) == 6 * cfg.num_layers + 1
+    assert calls[0].role == "emb"  # a table: looked up, not multiplied
+    assert len(products.linear) == len(calls) - 1 == 6 * cfg.num_layers + 1
     assert not products.others
 
 
@@ -495,7 +501,7 @@ def test_model_comes_from_the_seed(tmp_path):
     def build(seed):
         cfg = tiny(seed=seed, device="cpu", artifact_dir=str(tmp_path))
         rt = tg.Runtime(cfg, tg.Launch())
-        weights = [p.detach() for p in tg.build_model(cfg, rt, tg.attend_sdpa).parameters()]
+        weights = [p.detach() for p in tg.build_model(cfg, rt, tg.attend_sdpa, BOS).parameters()]
         rt.close()
         return weights
 

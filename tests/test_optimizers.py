@@ -283,7 +283,7 @@ def test_momentum_without_warm_up(tmp_path):
 # ----- training steps
 
 
-def global_batch(windows: int, size: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def global_batch(windows: int, size: int, seed: int = 0) -> list[tg.Batch]:
     """`windows` rows of random tokens in passes of `size`, the last one padded with rows that are not scored."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 19, (windows, 9), generator=generator)
@@ -291,7 +291,7 @@ def global_batch(windows: int, size: int, seed: int = 0) -> list[tuple[torch.Ten
     tokens = torch.cat((tokens, torch.zeros(pad, 9, dtype=torch.int64)))
     targets = tokens[:, 1:].clone()
     targets[windows:] = tg.IGNORE
-    return list(zip(tokens[:, :-1].split(size), targets.split(size)))
+    return [tg.Batch(*pair) for pair in zip(tokens[:, :-1].split(size), targets.split(size))]
 
 
 def test_average_is_the_loop(rt, tmp_path):
@@ -336,7 +336,7 @@ def test_gradient_is_that_of_the_mean_loss(rt, tmp_path):
     trainer, optimizer = tg.Trainer(cfg, rt, model, model), tg.Optimizer(twin, cfg, rt)
     for seed in range(2):
         loss = trainer.step(global_batch(6, 2, seed), tg.Phase(1.0, 0.9))
-        (ids, targets), = global_batch(6, 6, seed)
+        (ids, targets, _), = global_batch(6, 6, seed)
         mean = twin(ids, targets).mean()
         mean.backward()
         optimizer.reduce_gradients()
