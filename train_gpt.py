@@ -770,8 +770,8 @@ class Windows:
         tokens = np.zeros((size, self.length + 1), dtype=np.int64)
         for row in range(real):
             tokens[row] = self.window(first + row)
-        whole = torch.from_numpy(tokens)
-        ids, targets = whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
+        # numpy's copy: torch takes one row of a wider array as contiguous, and its odd stride means compiling again
+        ids, targets = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
         targets[real:] = IGNORE
         bounds = Bounds.find(ids, self.bos, self.cfg.train_seq_len) if self.cfg.varlen_enabled else None
         if self.rt.device.type == "cuda":

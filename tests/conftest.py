@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: threads would only wait for each other
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
 TINY = {
