@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
-    """The result of one scaled-down run, or of one that is already there. RuntimeError with its last line if it fails."""
+    """The result of one scaled-down run, or of one already there. RuntimeError with its last line if it fails."""
     folder = ROOT / "logs" / "compare" / f"{recipe.name if recipe else 'plain'}_{steps}_{seed}"
     if not (folder / "result.json").exists():
         settings = {"NUM_LAYERS": "11", "SEED": str(seed), "ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0",

@@ -626,7 +626,7 @@ def test_packed_documents_equal_documents_alone(changes, max_len):
         (expected[0] * share[row, a:b]).sum().backward()
     for (name, p), q in zip(packed.named_parameters(), alone.parameters()):
         if max_len > 1 or q.grad.any():  # without a token before, smearing and attention scores have no part
-            assert_close(p.grad, q.grad, 1e-4 if max_len == 1 else 2e-5, name)
+            assert_close(p.grad, q.grad, 1e-4 if max_len == 1 else 5e-5, name)
 
 
 def leaks(cfg: tg.Settings) -> list[int]:

@@ -1,0 +1,747 @@
+"""The training techniques against loops in float64; the packed loader, checkpoints, recompilation, and whole runs."""
+
+import copy
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, clean_environment, read_losses, run_script
+
+import train_gpt as tg
+
+BOS = 1
+T = 8
+
+
+def tiny(folder, **changes) -> tg.Settings:
+    """Four layers, of which 1 and 2 may loop; six windows of 8 tokens a step; learning rates that show."""
+    values = {"num_layers": 4, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.5, "rope_dims": 4,
+              "vocab_size": 29, "train_seq_len": T, "train_batch_tokens": 6 * T, "micro_batch_tokens": 2 * T,
+              "eval_batch_tokens": 2 * T, "eval_stride": 4, "loop_start": 1, "loop_end": 2, "gate_window": 5,
+              "device": "cpu", "dtype": "fp32", "artifact_dir": str(folder / "run"), "data_path": str(folder / "data"),
+              "quant_min_weights": 0, "matrix_lr": 0.05, "muon_momentum_warmup_steps": 4, "ema_decay": 0.0,
+              "qat_lite_layer_start": 1, "iterations": 8, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
+              "train_log_every": 1, "gptq_calibration_batches": 1, "warmdown_frac": 0.0}
+    return tg.Settings(**values | changes)
+
+
+EVERYTHING = {"num_loops": 1, "recur_blend": "ab", "parallel_mode": "lanes", "parallel_start_layer": 3,
+              "varlen_enabled": True, "bigram_vocab_size": 13, "bigram_dim": 6, "smear_gate_enabled": True,
+              "ve_enabled": True, "ve_dim": 6, "ve_layers": "1,3", "sparse_attn_gate_enabled": True,
+              "muon_row_normalize": True, "muon_ns": "polar", "ema_decay": 0.7, "swa_enabled": True, "swa_every": 2,
+              "swa_start_scale": 0.8, "warmdown_frac": 0.8, "qat_enabled": True, "qat_start_scale": 0.5,
+              "qat_lite_enabled": True, "qat_lite_every": 2, "qat_lite_start_frac": 0.2, "qat_lite_lambda": 3.0,
+              "qat_lite_bits": 3, "enable_looping_at": 0.3}
+
+
+def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
+    """Shards of documents of 1 to 30 tokens; a document runs on into the next shard."""
+    rng, stream = np.random.default_rng(0), []
+    while len(stream) < sum(sizes):
+        stream += [BOS, *rng.integers(2, 29, rng.integers(0, 30))]
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    shards = np.split(np.array(stream[: sum(sizes)], dtype="<u2"), np.cumsum(sizes)[:-1])
+    for i, tokens in enumerate(shards):
+        header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
+        (folder / "data" / f"fineweb_train_{i:06}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+    return shards
+
+
+def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
+    generator, model = torch.Generator().manual_seed(seed), tg.GPT(cfg)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (0.5 if p.ndim < 3 else 0.0))
+    return model
+
+
+def random_batches(cfg: tg.Settings, seed: int = 0) -> list[tg.Batch]:
+    """One step's batches of random tokens."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for _ in range(3):
+        tokens = torch.randint(0, 29, (2, T + 1), generator=generator)
+        ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        batches.append(tg.Batch(ids, targets, tg.Bounds.find(ids, BOS, T) if cfg.varlen_enabled else None))
+    return batches
+
+
+@pytest.fixture
+def rt(tmp_path):
+    write_shards(tmp_path, [150, 40, 17, 16, 333])
+    runtime = tg.Runtime(tiny(tmp_path), tg.Launch())
+    yield runtime
+    runtime.close()
+
+
+def fake_rt(rank: int = 0, world: int = 1):
+    return type("Rank", (), {"rank": rank, "world": world, "device": torch.device("cpu")})
+
+
+class Stop(Exception):
+    """What a crash is in these tests."""
+
+
+def run(cfg: tg.Settings, rt: tg.Runtime, model: tg.GPT, crash_after: int | None = None, resume: bool = False,
+        forward=None) -> tuple[dict[int, float], tg.Trainer]:
+    """The training loop as Run.train has it; losses by step."""
+    rt.open_logs(append=False)
+    trainer = tg.Trainer(cfg, rt, model, forward or model)
+    first = trainer.load()[0] if resume else 0
+    feeder = tg.Feeder(tg.Windows(cfg, rt, BOS), trainer.plan, first * trainer.plan.windows)
+    following, count = feeder.next, iter(range(first, 10**6))
+
+    def following_or_crash():
+        if next(count) == crash_after:
+            raise Stop
+        return following()
+
+    feeder.next = following_or_crash
+    try:
+        tg.train(cfg, rt, trainer, feeder, tg.Clock(rt, 0.0, 0.0), None, first)
+    except Stop:
+        pass
+    finally:
+        feeder.close()
+    lines = [json.loads(line) for line in open(rt.path("metrics.jsonl"))]
+    return {line["step"]: line["train_loss"] for line in lines}, trainer
+
+
+# ----- off is absent
+
+
+OFF = {  # what may be set while it is off; what turns it on; whether that changes the losses or only the weights kept
+    "loops": ({"enable_looping_at": 0.1, "loop_schedule": "0.1:0"}, {"num_loops": 1, "enable_looping_at": 0.1}, True),
+    "late-qat": ({"qat_start_scale": 2.0}, {"qat_enabled": True, "qat_start_scale": 2.0}, True),
+    "qat-lite": ({"qat_lite_start_frac": 0.0, "qat_lite_every": 1, "qat_lite_lambda": 50.0, "qat_lite_bits": 2,
+                  "qat_lite_clip_sigmas": 1.0, "qat_lite_layer_start": 0, "qat_lite_penalty": "hybrid",
+                  "qat_lite_depth_power": 2.0},
+                 {"qat_lite_enabled": True, "qat_lite_start_frac": 0.0, "qat_lite_every": 1, "qat_lite_lambda": 50.0,
+                  "qat_lite_bits": 2}, True),
+    "swa": ({"swa_every": 1, "swa_start_scale": 2.0},
+            {"swa_enabled": True, "swa_every": 2, "swa_start_scale": 2.0}, False),
+    "ema": ({"average": "ema"}, {"ema_decay": 0.5}, False),
+    "warmdown": ({"warmdown_shape": "cosine", "min_lr": 0.3}, {"warmdown_frac": 0.5}, True),
+    "polar": ({"muon_ns": "quintic"}, {"muon_ns": "polar"}, True),
+    "row-normalize": ({"muon_row_normalize": False}, {"muon_row_normalize": True}, True),
+    "varlen": ({"varlen_enabled": False}, {"varlen_enabled": True}, True),
+    "checkpoints": ({"checkpoint_every": 3}, {"ema_decay": 0.5}, False),
+}
+
+
+@pytest.mark.parametrize("name", OFF)
+def test_off_is_absent(rt, tmp_path, name):
+    off, on, in_losses = OFF[name]
+    results = []
+    for changes in ({}, off, on):
+        cfg = tiny(tmp_path, **changes)
+        losses, trainer = run(cfg, rt, random_model(cfg))
+        assert len(losses) == 8
+        trainer.use_average()
+        results.append((losses, [p.detach().clone() for p in trainer.params]))
+    assert results[1][0] == results[0][0] and len(results[1][1]) == len(results[0][1])
+    assert all(torch.equal(a, b) for a, b in zip(results[1][1], results[0][1]))
+    assert (results[2][0] != results[0][0]) is in_losses
+    assert not all(a.shape == b.shape and torch.equal(a, b) for a, b in zip(results[2][1], results[0][1]))
+
+
+# ----- Muon
+
+
+QUINTIC = [(3.4445, -4.7750, 2.0315)]
+POLAR = [(8.156554524902461, -22.48329292557795, 15.878769915207462),
+         (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+         (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+         (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
+
+
+@pytest.mark.parametrize("steps", [2, 5, 7])
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("kind", ["quintic", "polar"])
+def test_muon_equals_singular_values_by_hand(rt, tmp_path, kind, rows, steps):
+    """After the last polar triple it is that one again, as for quintic's only one."""
+    cfg = tiny(tmp_path, muon_ns=kind, muon_row_normalize=rows, muon_backend_steps=steps, muon_wd=0.4, matrix_lr=0.3,
+               grad_clip_norm=0.0, ve_enabled=True, ve_dim=20, ve_layers="1", embedding_dim=6)
+    model = random_model(cfg)
+    optimizer, generator = tg.Optimizer(model, cfg, rt), torch.Generator().manual_seed(3)
+    weights = {n: p.detach().double().clone() for n, p in model.banks().items()}
+    m = {n: torch.zeros_like(w) for n, w in weights.items()}
+    triples = QUINTIC if kind == "quintic" else POLAR
+    assert {tuple(w.shape[1:]) for w in weights.values()} == {(16, 16), (8, 16), (40, 16), (16, 40), (8, 20), (16, 6),
+                                                              (6, 16)}
+    for step in range(3):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=generator) * (1 + torch.arange(p.size(-1) if p.ndim else 1).view(
+                (-1,) if p.ndim else ()))
+        gradients = {n: p.grad.double().clone() for n, p in model.banks().items()}
+        optimizer.reduce_gradients()
+        lr_scale, momentum = 1.0 - 0.3 * step, 0.5 + 0.2 * step
+        optimizer.step(lr_scale, momentum)
+        lr = 0.3 * lr_scale
+        for name, bank in weights.items():
+            m[name] = momentum * m[name] + gradients[name]
+            for i, w in enumerate(bank):
+                u = gradients[name][i] + momentum * m[name][i]
+                if rows:
+                    u = torch.stack([row / row.norm() for row in u])
+                left, s, right = torch.linalg.svd(u, full_matrices=False)
+                s = s / (s**2).sum().sqrt()
+                for k in range(steps):
+                    a, b, c = triples[min(k, len(triples) - 1)]
+                    s = a * s + b * s**3 + c * s**5
+                scale = math.sqrt(max(1, w.size(0) / w.size(1)))
+                bank[i] = (1 - lr * 0.4) * w - lr * scale * (left @ torch.diag(s) @ right)
+    for name, p in model.banks().items():
+        assert (p - weights[name]).abs().max() < 2e-4, name
+
+
+def test_polar_brings_singular_values_nearer_to_one():
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    spread = [(torch.linalg.svdvals(tg.newton_schulz(matrices, 5, torch.float32, kind)) - 1).abs().max()
+              for kind in ("polar", "quintic")]
+    assert spread[0] < 0.1 < spread[1]
+
+
+# ----- schedules
+
+
+@pytest.mark.parametrize("shape, min_lr, factors", [
+    ("linear", 0.0, [1, 1, 1, 0.75, 0.5, 0.25, 0]),
+    ("linear", 0.3, [1, 1, 1, 0.75, 0.5, 0.3, 0.3]),
+    ("cosine", 0.0, [1, 1, 1, 0.5 + 0.125**0.5, 0.5, 0.5 - 0.125**0.5, 0]),
+    ("cosine", 0.2, [1, 1, 1, 0.2 + 0.8 * (0.5 + 0.125**0.5), 0.6, 0.2 + 0.8 * (0.5 - 0.125**0.5), 0.2]),
+])
+def test_learning_rate_by_hand(tmp_path, shape, min_lr, factors):
+    cfg = tiny(tmp_path, warmdown_frac=0.4, warmdown_shape=shape, min_lr=min_lr)
+    for frac, factor in zip((0.0, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0), factors):
+        assert tg.lr_factor(cfg, frac) == pytest.approx(factor, abs=1e-12)
+        assert tg.Phase.at(cfg, 5, frac).lr_scale == tg.lr_factor(cfg, frac)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({}, {(0, 0.0): 0, (900, 1.0): 0}),
+    ({"num_loops": 2, "enable_looping_at": 0.35},
+     {(0, 0.0): 0, (900, 0.34): 0, (3, 0.35): 2, (0, 0.5): 2, (0, 1.0): 2}),
+    ({"num_loops": 2, "enable_looping_at": 0.0}, {(0, 0.0): 2}),
+    ({"num_loops": 2, "enable_looping_at": 1.0}, {(900, 0.99): 0, (1, 1.0): 2}),
+    ({"num_loops": 2, "enable_looping_at": 40.0}, {(39, 1.0): 0, (40, 0.0): 2, (41, 0.1): 2}),
+    ({"num_loops": 2, "loop_schedule": "0.35:1,0.55:2", "enable_looping_at": 0.0},
+     {(0, 0.0): 0, (0, 0.34): 0, (0, 0.35): 1, (0, 0.54): 1, (0, 0.55): 2, (0, 1.0): 2}),
+    ({"num_loops": 3, "loop_schedule": "5:1,0.5:2,30:3"},
+     {(4, 0.1): 0, (5, 0.1): 1, (29, 0.49): 1, (29, 0.5): 2, (30, 0.5): 3, (30, 0.1): 3}),
+    ({"num_loops": 1, "loop_schedule": "0:1"}, {(0, 0.0): 1}),
+])
+def test_loops_switch_on_by_share_or_step(tmp_path, changes, expected):
+    cfg = tiny(tmp_path, **changes)
+    for (step, frac), loops in expected.items():
+        assert tg.Phase.at(cfg, step, frac).loops == loops, (step, frac)
+
+
+def test_iterations_switch_the_loops_when_there_is_no_clock(rt, tmp_path):
+    """ENABLE_LOOPING_AT=0.5 of 8 steps: from the fifth on; a step number means that step."""
+    for at, steps in ((0.5, [0, 0, 0, 0, 1, 1, 1, 1]), (6.0, [0, 0, 0, 0, 0, 0, 1, 1])):
+        cfg, seen = tiny(tmp_path, num_loops=1, enable_looping_at=at), []
+        model = random_model(cfg)
+        run(cfg, rt, model, forward=lambda *a, loops, seen=seen, model=model, **k: seen.append(loops) or model(
+            *a, loops=loops, **k))
+        assert seen[::3] == seen[1::3] == seen[2::3] == steps
+
+
+def test_the_clock_switches_the_loops(rt, tmp_path, monkeypatch):
+    """With a clock, its share counts: 1 s a step of 10 s, 2 of them kept for calibration."""
+    cfg = tiny(tmp_path, num_loops=1, enable_looping_at=0.5, iterations=0, max_wallclock_seconds=10.0,
+               warmdown_frac=0.5)
+    model, seconds, seen = random_model(cfg), [0.0], []
+    clock = tg.Clock(rt, 10.0, 2.0)
+    monkeypatch.setattr(clock, "seconds", lambda: seconds[0])
+    trainer = tg.Trainer(cfg, rt, model, model)
+    monkeypatch.setattr(trainer, "step", lambda batches, phase: seen.append(phase) or seconds.__setitem__(
+        0, seconds[0] + 1) or torch.zeros(()))
+    rt.open_logs(append=False)
+    feeder = tg.Feeder(tg.Windows(cfg, rt, BOS), trainer.plan)
+    assert tg.train(cfg, rt, trainer, feeder, clock, None) == 8
+    feeder.close()
+    assert [phase.loops for phase in seen] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert [phase.lr_scale for phase in seen] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_late_qat_starts_below_its_scale(tmp_path):
+    cfg = tiny(tmp_path, warmdown_frac=0.5, qat_enabled=True, qat_start_scale=0.25)
+    assert [tg.Phase.at(cfg, 0, f).qat for f in (0.0, 0.5, 0.875, 0.88, 1.0)] == [False, False, False, True, True]
+    off = tiny(tmp_path, warmdown_frac=0.5, qat_start_scale=0.25)
+    assert not tg.Phase.at(off, 0, 1.0).qat
+
+
+def test_snapshots_are_taken_late_and_now_and_then(tmp_path):
+    cfg = tiny(tmp_path, warmdown_frac=0.5, swa_enabled=True, swa_every=5, swa_start_scale=0.25)
+    assert [step for step in range(30) if tg.Phase.at(cfg, step, 0.9).snapshot] == [4, 9, 14, 19, 24, 29]
+    assert not any(tg.Phase.at(cfg, step, 0.875).snapshot for step in range(30))
+    off = tiny(tmp_path, warmdown_frac=0.5, swa_every=5, swa_start_scale=0.25)
+    assert not any(tg.Phase.at(off, step, 1.0).snapshot for step in range(30))
+
+
+def test_qat_lite_ramps_up_and_comes_now_and_then(tmp_path):
+    cfg = tiny(tmp_path, qat_lite_enabled=True, qat_lite_every=4, qat_lite_start_frac=0.6, qat_lite_lambda=0.5)
+    for frac, weight in ((0.0, 0), (0.59, 0), (0.6, 0), (0.7, 0.125), (0.8, 0.25), (1.0, 0.5)):
+        for step in range(12):
+            expected = weight if step % 4 == 0 else 0
+            assert tg.Phase.at(cfg, step, frac).penalty == pytest.approx(expected, abs=1e-12)
+    assert not tg.Phase.at(tiny(tmp_path, qat_lite_lambda=0.5), 0, 1.0).penalty
+    assert tg.Phase.at(tiny(tmp_path, qat_lite_enabled=True, qat_lite_start_frac=1.0), 0, 1.0).penalty == 0.02
+
+
+# ----- averages
+
+
+@pytest.mark.parametrize("average", ["ema", "swa", "ema+swa"])
+def test_averages_are_the_loops(rt, tmp_path, average):
+    cfg = tiny(tmp_path, ema_decay=0.7, swa_enabled=True, average=average)
+    model = random_model(cfg)
+    trainer = tg.Trainer(cfg, rt, model, model)
+    ema = {n: p.detach().double() for n, p in model.named_parameters()}
+    last, snapshots = [], []
+    for step in range(7):
+        trainer.step(random_batches(cfg, step), tg.Phase(1.0, 0.9, snapshot=step in (2, 3, 6)))
+        ema = {n: 0.7 * ema[n] + 0.3 * p.detach().double() for n, p in model.named_parameters()}
+        if step in (2, 3, 6):
+            snapshots.append({n: p.detach().double() for n, p in model.named_parameters()} if average == "swa" else ema)
+            last.append(ema)
+    mean = {n: sum(s[n] for s in snapshots) / 3 for n in ema}
+    expected = ema if average == "ema" else mean
+    weights = [p.detach().clone() for p in model.parameters()]
+    kept = trainer.use_average()
+    assert average in kept and ("3 snapshots" in kept) == ("swa" in average)
+    for (name, p), w in zip(model.named_parameters(), weights):
+        assert (p - expected[name]).abs().max() < 1e-6, name
+        assert not torch.allclose(p, w, atol=1e-4), name
+
+
+@pytest.mark.parametrize("changes, source", [
+    ({"ema_decay": 0.7, "swa_enabled": True}, "ema"),
+    ({"ema_decay": 0.7, "swa_enabled": True, "average": "swa"}, "ema"),
+    ({"ema_decay": 0.0, "swa_enabled": True}, "last"),
+    ({"ema_decay": 0.0, "swa_enabled": True, "average": "swa"}, "last"),
+    ({"ema_decay": 0.0}, "last"),
+    ({"ema_decay": 0.7}, "ema"),
+])
+def test_without_a_snapshot_there_is_the_next_best(rt, tmp_path, changes, source):
+    cfg = tiny(tmp_path, **changes)
+    model = random_model(cfg)
+    trainer = tg.Trainer(cfg, rt, model, model)
+    for step in range(3):
+        trainer.step(random_batches(cfg, step), tg.Phase(1.0, 0.9))
+    last = [p.detach().clone() for p in model.parameters()]
+    expected = last if source == "last" else [p.clone() for p in trainer.ema]
+    assert source in trainer.use_average()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected))
+    assert source == "last" or not torch.equal(model.tok_emb, last[0])
+
+
+@pytest.mark.parametrize("changes, average", [
+    ({}, "ema"), ({"ema_decay": 0.5}, "ema"), ({"swa_enabled": True}, "swa"),
+    ({"ema_decay": 0.5, "swa_enabled": True}, "ema+swa"),
+])
+def test_average_follows_from_what_is_on(tmp_path, changes, average):
+    assert tiny(tmp_path, **changes).average == average
+
+
+# ----- quantization-aware training
+
+
+def on_grid_by_hand(weight: torch.Tensor, bits: int, sigmas: float) -> torch.Tensor:
+    """Every row to the nearest of its 2^bits - 1 points, in float64 with the fp16 step."""
+    levels, rows = 2 ** (bits - 1) - 1, []
+    for row in weight.double():
+        std = ((row - row.mean()) ** 2).mean().sqrt()
+        step = float((sigmas * std / levels).float().half())
+        rows.append(torch.tensor([max(-levels, min(levels, round(float(w) / step))) * step for w in row]))
+    return torch.stack(rows)
+
+
+QAT = {
+    "plain": {},
+    "untied": {"tie_embeddings": False},
+    "loops": {"num_loops": 1, "recur_blend": "ab"},
+    "tables": {"bigram_vocab_size": 13, "bigram_dim": 6, "ve_enabled": True, "ve_dim": 6, "ve_layers": "1",
+               "embedding_dim": 10, "smear_gate_enabled": True, "gated_attn_enabled": True},
+}
+
+
+def identity_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
+    return {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
+
+
+@pytest.mark.parametrize("name", QAT)
+def test_late_qat_is_the_grid_of_the_artifact(rt, tmp_path, name):
+    """GPTQ without correlations rounds each weight by itself: what it stores is what late QAT trained with."""
+    cfg = tiny(tmp_path, qat_enabled=True, matrix_bits=4, embed_bits=5, attn_clip_sigmas=2.0, mlp_clip_sigmas=2.5,
+               matrix_clip_sigmas=3.0, embed_clip_sigmas=2.2, **QAT[name])
+    model, rounded = random_model(cfg), random_model(cfg)
+    state = {n: p.detach().clone() for n, p in model.named_parameters()}
+    stored = tg.dequantize(cfg, tg.quantize(cfg, rt, state, identity_hessians(cfg)))
+    with torch.no_grad():
+        for n, p in rounded.named_parameters():
+            if n in model.banks() or n in model.tables():
+                bits = 5 if n in model.tables() else 4
+                sigmas = {"qo_bank": 2.0, "kv_bank": 2.0, "mlp_up_bank": 2.5, "mlp_down_bank": 2.5}.get(
+                    n, 2.2 if n in model.tables() else 3.0)
+                matrices = p[None] if p.ndim == 2 else p
+                by_hand = torch.stack([on_grid_by_hand(matrix, bits, sigmas) for matrix in matrices]).float()
+                assert torch.equal(stored[n], by_hand.view_as(p)), n
+                assert (stored[n] != p).float().mean() > 0.9
+                p.copy_(stored[n])
+    trainer, (batch, *_) = tg.Trainer(cfg, rt, model, model), random_batches(cfg)
+    losses = model(batch.ids, batch.targets, hooks=trainer.qat_hooks)
+    expected = rounded(batch.ids, batch.targets)
+    assert torch.equal(losses, expected)
+    assert not torch.equal(losses, model(batch.ids, batch.targets))
+    losses.sum().backward()
+    expected.sum().backward()
+    for (n, p), q in zip(model.named_parameters(), rounded.named_parameters()):  # straight through
+        assert torch.allclose(p.grad, q[1].grad, rtol=1e-5, atol=1e-6 * float(q[1].grad.abs().max())), n
+        assert p.grad.any(), n
+
+
+def test_late_qat_leaves_small_matrices_alone(rt, tmp_path):
+    cfg = tiny(tmp_path, qat_enabled=True, quant_min_weights=300)  # q, o: 256 weights; k, v: 128; MLP: 640; table: 464
+    model = random_model(cfg)
+    hooks, seen = tg.Trainer(cfg, rt, model, model).qat_hooks, {}
+
+    def spy(weight, site):
+        seen[site.role] = seen.get(site.role, True) and torch.equal(hooks.fake_quant(weight, site), weight)
+        return weight
+
+    batch = random_batches(cfg)[0]
+    model(batch.ids, batch.targets, hooks=tg.Hooks(fake_quant=spy))
+    assert seen == {"emb": False, "q": True, "k": True, "v": True, "o": True, "up": False, "down": False, "head": False}
+
+
+def test_late_qat_trains_as_its_phase_says(rt, tmp_path):
+    cfg = tiny(tmp_path, qat_enabled=True, matrix_bits=3, matrix_clip_sigmas=2.0)
+    losses = []
+    for phase in (tg.Phase(0.5, 0.9, qat=True), tg.Phase(0.5, 0.9)):
+        model = random_model(cfg)
+        trainer = tg.Trainer(cfg, rt, model, model)
+        expected = sum(float(model(b.ids, b.targets, hooks=trainer.qat_hooks if phase.qat else tg.NO_HOOKS).sum())
+                       for b in random_batches(cfg)) / cfg.train_batch_tokens
+        losses.append(float(trainer.step(random_batches(cfg), phase)))
+        assert losses[-1] == pytest.approx(expected, rel=1e-5)
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
+@pytest.mark.parametrize("power", [0.0, 1.5])
+@pytest.mark.parametrize("kind", ["mse", "clip", "hybrid"])
+def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
+    cfg = tiny(tmp_path, qat_lite_enabled=True, qat_lite_bits=3, qat_lite_clip_sigmas=1.5, qat_lite_penalty=kind,
+               qat_lite_depth_power=power, qat_lite_layer_start=2, grad_clip_norm=0.0)
+    model = random_model(cfg)
+    total, count, gradients = 0.0, 0, {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    for layer in (2, 3):
+        depth = ((layer + 1) / 4) ** power
+        for name in ("qo_bank", "kv_bank"):
+            matrix = dict(model.named_parameters())[name][layer].detach()
+            grid = on_grid_by_hand(matrix, 3, 1.5)
+            for i, row in enumerate(matrix.tolist()):
+                std = float((matrix[i].double() - matrix[i].double().mean()).square().mean().sqrt())
+                edge = float(torch.tensor(1.5 * std / 3).half()) * 3
+                for j, w in enumerate(row):
+                    off, over = w - float(grid[i, j]), max(abs(w) - edge, 0.0)
+                    parts = {"mse": off**2, "clip": over**2, "hybrid": off**2 + over**2}
+                    slopes = {"mse": off, "clip": math.copysign(over, w), "hybrid": off + math.copysign(over, w)}
+                    total, count = total + depth * parts[kind], count + 1
+                    gradients[name][layer, i, j] = 2 * depth * slopes[kind]
+    assert count == 2 * (256 + 128)
+    penalty = tg.qat_lite_penalty(cfg, model)
+    assert float(penalty) == pytest.approx(total / count, rel=1e-4)
+    grads = []
+    for weight in (0.0, 7.0):  # through a whole step
+        trainer = tg.Trainer(cfg, rt, model, model)
+        trainer.optimizer.step = lambda *_: None
+        trainer.step(random_batches(cfg), tg.Phase(1.0, 0.9, penalty=weight))
+        grads.append([p.grad.clone() for p in model.parameters()])
+        model.zero_grad()
+    for (name, gradient), plain, penalised in zip(gradients.items(), *grads):
+        assert (penalised - plain - 7.0 * gradient / count).abs().max() < 1e-4 * (1 + plain.abs().max()), name
+    assert max(g.abs().max() for g in gradients.values()) * 7 / count > 0.002
+
+
+# ----- the packed loader
+
+
+def test_packed_rows_cover_the_shards_in_order(tmp_path):
+    shards = write_shards(tmp_path, [150, 40, 17, 16, 333])
+    cfg = tiny(tmp_path, varlen_enabled=True)
+    assert cfg.row_tokens == 16  # two windows: what a pass of 16 tokens holds, and six can be dealt into
+    windows = tg.Windows(cfg, fake_rt(), BOS)
+    expected = [shard[start : start + 17].tolist() for shard in shards for start in range(0, len(shard) - 16, 16)]
+    assert windows.count == len(expected) == 9 + 2 + 1 + 0 + 20
+    for g in [*range(3 * len(expected)), 5, 70, 0]:  # epoch after epoch, and back
+        assert windows.window(g).tolist() == expected[g % len(expected)]
+
+
+@pytest.mark.parametrize("windows, micro, row", [(6, 1, 1), (6, 2, 2), (6, 5, 3), (6, 100, 6), (7, 5, 1), (64, 100, 8),
+                                                 (10, 8, 5), (9, 8, 3)])
+def test_packed_rows_are_long_and_fit(tmp_path, windows, micro, row):
+    cfg = tiny(tmp_path, varlen_enabled=True, train_batch_tokens=windows * T, micro_batch_tokens=micro * T + T - 1)
+    assert cfg.row_tokens == row * T
+    assert dict(vars(cfg)) and tiny(tmp_path, micro_batch_tokens=micro * T).row_tokens == T
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5])
+def test_packed_rows_are_the_same_for_any_number_of_ranks(tmp_path, world):
+    write_shards(tmp_path, [150, 40, 17, 16, 333])
+    cfg = tiny(tmp_path, varlen_enabled=True, train_batch_tokens=14 * T, micro_batch_tokens=2 * T)
+    alone = tg.Windows(cfg, fake_rt(), BOS)
+    plan = tg.StepPlan.of(cfg, world)
+    assert plan.windows == 7
+    for resumed_at in (0, 4):
+        feeders = [tg.Feeder(tg.Windows(cfg, fake_rt(rank, world), BOS), plan, 7 * resumed_at)
+                   for rank in range(world)]
+        for step in range(resumed_at, resumed_at + 6):
+            rows = []
+            for feeder in feeders:
+                for batch in feeder.next():
+                    check_bounds(batch)
+                    real = (batch.targets != tg.IGNORE).all(1)
+                    assert ((batch.targets == tg.IGNORE).all(1) | real).all()
+                    rows += [[*i, t[-1]] for i, t in zip(batch.ids[real].tolist(), batch.targets[real].tolist())]
+            assert rows == [alone.window(7 * step + i).tolist() for i in range(7)]
+        for feeder in feeders:
+            feeder.close()
+
+
+def check_bounds(batch: tg.Batch) -> None:
+    """Every document's start begins a piece; others begin at a row's start or TRAIN_SEQ_LEN after the one before."""
+    flat, cuts = batch.ids.flatten().tolist(), batch.bounds.cu_seqlens.tolist()
+    length, pieces = batch.ids.size(1), []
+    for start, stop in zip(cuts, cuts[1:]):
+        assert 0 <= stop - start <= T == batch.bounds.max_len
+        if stop > start:
+            pieces.append((start, stop))
+    assert pieces[0][0] == 0 and pieces[-1][1] == len(flat)
+    for n, (start, stop) in enumerate(pieces):
+        assert BOS not in flat[start + 1 : stop]
+        assert start // length == (stop - 1) // length
+        assert flat[start] == BOS or start % length == 0 or start - pieces[n - 1][0] == T
+        assert batch.bounds.segment[start:stop].unique().tolist() == [n]
+
+
+# ----- checkpoints
+
+
+def test_training_goes_on_from_a_checkpoint_as_if_it_had_not_stopped(rt, tmp_path):
+    cfg = tiny(tmp_path, checkpoint_every=3, **EVERYTHING)
+    whole, trainer = run(cfg, rt, random_model(cfg))
+    assert len(whole) == 8 and trainer.snapshots >= 2
+    trainer.use_average()
+    expected = [p.detach().clone() for p in trainer.params]
+    for crash_after, saved_at in ((4, 3), (6, 6), (7, 6)):
+        os.remove(rt.path("checkpoint.pt"))
+        before, _ = run(cfg, rt, random_model(cfg), crash_after=crash_after)
+        assert before == {step: whole[step] for step in before} and len(before) >= crash_after - 1
+        saved = torch.load(rt.path("checkpoint.pt"), weights_only=True)
+        assert saved["step"] == saved_at
+        after, resumed = run(cfg, rt, random_model(cfg, seed=9), resume=True)
+        assert after == {step: whole[step] for step in range(saved_at + 1, 9)}
+        resumed.use_average()
+        assert resumed.snapshots == trainer.snapshots
+        assert all(torch.equal(a, b) for a, b in zip(resumed.params, expected))
+
+
+def test_a_checkpoint_does_not_change_when_training_goes_on(rt, tmp_path):
+    cfg = tiny(tmp_path, checkpoint_every=3, **EVERYTHING)
+    _, trainer = run(cfg, rt, random_model(cfg))
+    state = [p.detach().clone() for p in trainer.params]
+    trainer.save(8, 12.5)
+    trainer.step(random_batches(cfg), tg.Phase(1.0, 0.9, loops=1, snapshot=True))
+    assert not torch.equal(trainer.params[0], state[0])
+    assert trainer.load() == (8, 12.5)
+    assert all(torch.equal(p, q) for p, q in zip(trainer.params, state))
+
+
+def spoilt(content: dict, name: str) -> dict:
+    return {key: value for key, value in content.items() if key != name}
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused(rt, tmp_path):
+    cfg = tiny(tmp_path, ema_decay=0.5, varlen_enabled=True)
+    path = rt.path("checkpoint.pt")
+
+    def load(**changes):
+        other = tiny(tmp_path, **{"ema_decay": 0.5, "varlen_enabled": True} | changes)
+        model = random_model(other)
+        return tg.Trainer(other, rt, model, model).load()
+
+    with pytest.raises(tg.RunError, match="no .*checkpoint.pt"):
+        load()
+    rt.open_logs(append=False)
+    model = random_model(cfg)
+    tg.Trainer(cfg, rt, model, model).save(4, 1.5)
+    assert load() == (4, 1.5)
+    for changes in ({"num_layers": 3}, {"model_dim": 32}, {"num_loops": 1}, {"parallel_start_layer": 2},
+                    {"smear_gate_enabled": True}, {"rope_base": 9.0}, {"varlen_enabled": False}, {"ema_decay": 0.0},
+                    {"seed": 3}, {"train_batch_tokens": 12 * T}, {"train_seq_len": 16, "eval_stride": 4},
+                    {"micro_batch_tokens": T}):
+        with pytest.raises(tg.RunError, match="checkpoint.pt: made with"):
+            load(**changes)
+    good = open(path, "rb").read()
+    content = torch.load(path, weights_only=True)
+    damaged = [b"", b"hello", good[:-1], good[: len(good) // 2], good[100:]]
+    for data in damaged:
+        with open(path, "wb") as file:
+            file.write(data)
+        with pytest.raises(tg.RunError, match="checkpoint.pt: not a whole checkpoint"):
+            load()
+    for key in content:
+        torch.save(spoilt(content, key), path)
+        with pytest.raises(tg.RunError, match="checkpoint.pt"):
+            load()
+    for other in ([], 5, {"settings": None}, content | {"params": content["params"][:-1]}, content | {"muon": []}):
+        torch.save(other, path)
+        with pytest.raises(tg.RunError, match="checkpoint.pt"):
+            load()
+    with open(path, "wb") as file:
+        file.write(good)
+    assert load() == (4, 1.5)
+
+
+def test_a_checkpoint_is_never_of_a_broken_run(rt, tmp_path):
+    """The loss is looked at every 50 steps, but what is saved before that must be sound."""
+    cfg = tiny(tmp_path, checkpoint_every=1, train_log_every=50, iterations=40)
+    model, count = random_model(cfg), iter(range(10**6))
+
+    def breaks_down(*arguments, **options):
+        losses = model(*arguments, **options)
+        return losses * math.nan if next(count) >= 3 * 9 else losses  # three passes a step
+
+    with pytest.raises(tg.RunError, match="train_loss is nan at step 10"):
+        run(cfg, rt, model, forward=breaks_down)
+    saved = torch.load(rt.path("checkpoint.pt"), weights_only=True)
+    assert all(p.isfinite().all() for p in saved["params"])
+    assert saved["step"] <= 9
+
+
+# ----- compilation
+
+
+def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
+    """Plain, looped, both with late QAT: each has its graph, for training and for the score, before the clock runs."""
+    calls = []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    cfg = tiny(tmp_path, **EVERYTHING | {"loop_schedule": "0.2:1,0.4:2,0.8:3", "num_loops": 3, "iterations": 12})
+    phases, counts = set(), []
+    for warmup_steps in (1, 0):
+        torch._dynamo.reset()
+        calls.clear()
+        model = random_model(cfg)
+        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+
+        def forward(*arguments, compiled=compiled, **options):
+            if torch.is_grad_enabled():
+                phases.add((options["loops"], options["hooks"] is not tg.NO_HOOKS))
+            return compiled(*arguments, **options)
+
+        warm = tiny(tmp_path, **EVERYTHING | {"loop_schedule": cfg.loop_schedule, "num_loops": 3,
+                                              "warmup_steps": warmup_steps})
+        trainer = tg.Trainer(warm, rt, model, compiled)
+        tg.warm_up(warm, rt, trainer)
+        before = len(calls)
+        run(cfg, rt, model, forward=forward)
+        tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        tokens[::11] = BOS
+        val = tg.Validation(tokens, torch.ones(50, dtype=torch.int32), 5, None, BOS)
+        tg.evaluate(cfg, rt, compiled, val, 4, "test")
+        counts.append((before, len(calls) - before))
+    torch._dynamo.reset()
+    assert phases == {(0, False), (1, False), (2, False), (2, True), (3, True)}
+    assert counts[0][0] >= 6 and counts[0][1] == 0
+    assert counts[1] == (0, 6)  # without a warm-up they would be made on the way
+
+
+def test_switching_loops_on_changes_no_shape(tmp_path):
+    cfg = tiny(tmp_path, num_loops=2, recur_blend="gate")
+    model = random_model(cfg)
+    batch = random_batches(cfg)[0]
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    for loops in (0, 1, 2):
+        copied = copy.deepcopy(model)
+        copied(batch.ids, batch.targets, loops=loops).sum().backward()
+        assert {n: p.shape for n, p in copied.named_parameters()} == shapes
+        used = copied.skip_weight.grad.flatten(1).any(1).tolist()
+        assert used == [True] * (2 + loops) + [False] * (2 - loops)  # one virtual layer in two of each loop
+
+
+# ----- whole runs
+
+
+FULL = {"NUM_LAYERS": "4", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2", "RECUR_AB_ENABLED": "1",
+        "ENABLE_LOOPING_AT": "0.3", "PARALLEL_MODE": "lanes", "PARALLEL_START_LAYER": "3", "VARLEN_ENABLED": "1",
+        "BIGRAM_VOCAB_SIZE": "101", "BIGRAM_DIM": "24", "SMEAR_GATE_ENABLED": "1", "VE_ENABLED": "1", "VE_DIM": "24",
+        "VE_LAYERS": "1,3", "SPARSE_ATTN_GATE_ENABLED": "1", "MUON_ROW_NORMALIZE": "1", "MUON_NS": "polar",
+        "SWA_ENABLED": "1", "SWA_EVERY": "2", "SWA_START_SCALE": "0.6", "QAT_ENABLED": "1", "QAT_START_SCALE": "0.5",
+        "QAT_LITE_ENABLED": "1", "QAT_LITE_LAYER_START": "1", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_BITS": "4",
+        "TRAIN_BATCH_TOKENS": "1280", "MICRO_BATCH_TOKENS": "256", "ITERATIONS": "16", "EVAL_STRIDE": "0"}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run, tmp_path_factory):
+    """Folder of a run of one process that nothing interrupts, every technique on."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = run_script(tiny_run | {"ARTIFACT_DIR": str(folder)})
+    assert done.returncode == 0, done.stderr
+    assert len(read_losses(folder)) == 16
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_run(request):
+    return request.getfixturevalue("tiny") | FULL
+
+
+def losses_by_step(folder) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["train_loss"]) for line in lines if "train_loss" in line]
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_and_artifact(finished, tiny_run, tmp_path):
+    settings = tiny_run | {"ARTIFACT_DIR": str(tmp_path), "CHECKPOINT_EVERY": "3"}
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], stdout=subprocess.PIPE, text=True,
+                               env=clean_environment(settings))
+    moment = np.random.default_rng().integers(4, 14)
+    for line in process.stdout:
+        if line.startswith(f"step:{moment}/"):
+            process.send_signal(signal.SIGKILL)
+            break
+    process.wait(timeout=60)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "result.json").exists() and (tmp_path / "checkpoint.pt").exists()
+    killed_at = len(losses_by_step(tmp_path))
+    done = run_script(settings | {"RESUME": "1"})
+    assert done.returncode == 0, done.stderr
+    expected, got = dict(losses_by_step(finished)), losses_by_step(tmp_path)
+    assert sorted({step for step, _ in got}) == list(range(1, 17))
+    for step, loss in got:  # those between the checkpoint and the end stand there twice
+        assert loss == expected[step], f"killed after {killed_at} steps: step {step}"
+    name = "final_model.int6.ptz"
+    assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
+
+
+def test_three_processes_train_alike_with_every_technique_on(finished, tiny_run, tmp_path):
+    done = run_script(tiny_run | {"ARTIFACT_DIR": str(tmp_path)}, processes=3)
+    assert done.returncode == 0, done.stderr
+    ours, theirs = read_losses(tmp_path), read_losses(finished)
+    assert len(ours) == 16 and max(abs(a - b) for a, b in zip(ours, theirs)) < 1e-4
+    results = [json.loads((folder / "result.json").read_text()) for folder in (tmp_path, finished)]
+    assert results[0]["world_size"] == 3
+    assert abs(results[0]["val_bpb"] - results[1]["val_bpb"]) < 1e-3
