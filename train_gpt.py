@@ -5,15 +5,19 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
 
   settings      one frozen dataclass: every environment variable, its default and its meaning
   runtime       device, processes, log files, the training clock
-  data          token shards, the tokenizer's byte counts, the training windows
-  kernels       causal attention behind one signature, four backends
-  model         GQA, partial rotary, XSA, LeakyReLU^2 MLP, U-Net skips; weights in parameter banks; one forward pass
+  data          token shards, the tokenizer's byte counts, shuffled windows or packed documents
+  kernels       causal attention, dense or inside documents, behind one signature with four backends
+  model         one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
   optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
-  training      schedule, compile warm-up, the loop, EMA
+  training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
   quantization  full-Hessian GPTQ on SDClip's grid
   packing       the artifact container (no pickle) and the self-extracting script that is counted
   evaluation    windows, and the scorer that turns losses into nats and bytes
   main          the run from start to result.json
+
+The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, tied
+embedding. Off by default, each by its settings: depth recurrence, parallel residuals, attention inside documents,
+hashed bigrams, smear gate, value embeddings, output gates, untied or factorised embeddings.
 
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
@@ -703,6 +707,9 @@ class Validation(NamedTuple):
             raise RunError(f"DATA_PATH={cfg.data_path}: the validation shards hold {len(tokens)} tokens, nothing to "
                            "score")
         docs = int((tokens == table.bos).sum())
+        if cfg.varlen_enabled and not docs:
+            raise RunError(f"DATA_PATH={cfg.data_path}: BOS, token {table.bos}, does not occur, so VARLEN_ENABLED=1 "
+                           "would find no documents")
         found = {"files_val": len(paths), "tokens_val": len(tokens), "docs_val": docs}
         return cls(tokens, table.of(tokens), docs, matches_manifest(cfg.data_path, found), table.bos)
 
@@ -847,7 +854,7 @@ class Bounds(NamedTuple):
         starts[:, 0] = True
         flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
         cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
-        room = max(8, ids.numel() // 256)
+        room = max(64, ids.numel() // 256)
         while room <= len(cuts):
             room *= 2
         cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
@@ -1598,7 +1605,7 @@ class Trainer:
 
     def must_match(self) -> dict[str, Any]:
         """What a resumed run shares with the one that wrote the checkpoint: model, data order, kinds of state."""
-        names = [*artifact_settings(self.cfg), "seed", "train_batch_tokens", "average", "data_path"]
+        names = [*artifact_settings(self.cfg), "seed", "train_batch_tokens", "row_tokens", "average", "data_path"]
         return {name: getattr(self.cfg, name) for name in names} | {"ema": self.ema is not None}
 
     def save(self, step: int, seconds: float) -> None:
@@ -1641,6 +1648,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
     rank's batches), and the seconds of the last step.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
+    torch._dynamo.config.recompile_limit = 64  # one forward, many graphs: loops, QAT, validation
 
     def random_batch(rows: int, length: int, max_len: int) -> Batch:
         ids, targets = torch.randint(cfg.vocab_size, (2, rows, length), generator=generator)
@@ -1661,7 +1669,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
             ids, targets, bounds = random_batch(rows, length, length)
-            trainer.forward(ids, targets, bounds=bounds, loops=None)
+            trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops)
     reserve = cfg.gptq_reserve_seconds if cfg.gptq_calibration == "train" else 0.0
     if reserve is None and cfg.max_wallclock_seconds:
         hessians = empty_hessians(cfg, rt.device)
@@ -1689,10 +1697,11 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
     while True:
         now = clock.tick()
         last = (cfg.iterations and step >= cfg.iterations) or not clock.allows_step()
-        if pending and (last or step <= 5 or step % cfg.train_log_every == 0):
+        save = step > first and cfg.checkpoint_every and step % cfg.checkpoint_every == 0
+        if pending and (last or save or step <= 5 or step % cfg.train_log_every == 0):
             log_losses(cfg, rt, pending, step, now, phase)
             pending = []
-        if step > first and cfg.checkpoint_every and step % cfg.checkpoint_every == 0:
+        if save:  # after the losses are known to be numbers
             clock.stop()
             trainer.save(step, clock.spent)
             clock.start()
@@ -2138,7 +2147,7 @@ def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, str
     with at least EVAL_SEQ_LEN - stride tokens before it; the last one what is left. Batches are dealt whole to ranks.
     With VARLEN attention ends at the document's start inside a window.
     """
-    length, n = cfg.eval_seq_len, len(val.tokens)
+    length, n, loops = cfg.eval_seq_len, len(val.tokens), cfg.num_loops if loops is None else loops
     tokens, scorer = val.tokens.to(rt.device), Scorer(rt, val.bytes)
     rows = cfg.eval_batch_tokens // length
     windows = 1 + max(0, -(-(n - 1 - length) // stride))

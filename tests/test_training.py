@@ -205,7 +205,7 @@ def test_polar_brings_singular_values_nearer_to_one():
     matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
     spread = [(torch.linalg.svdvals(tg.newton_schulz(matrices, 5, torch.float32, kind)) - 1).abs().max()
               for kind in ("polar", "quintic")]
-    assert spread[0] < 0.1 < spread[1]
+    assert spread[0] < 0.2 < spread[1]
 
 
 # ----- schedules
