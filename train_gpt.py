@@ -1410,6 +1410,7 @@ class Muon:
         """This rank's shares of the summed gradients; a slice stands on exactly one rank."""
         for work in self.waiting:
             work.wait()
+        self.waiting = []
         return self.shards
 
     def step(self, lr_scale: float, momentum: float) -> None:
@@ -1446,7 +1447,7 @@ class Muon:
         return whole
 
     def load(self, state: list[Tensor]) -> None:
-        for whole, m, share in zip(state, self.momentum, self.share):
+        for whole, m, share in zip(state, self.momentum, self.share, strict=True):
             mine = whole[self.rt.rank * share : (self.rt.rank + 1) * share]
             m.zero_()[: len(mine)] = mine.to(m.device)
 
@@ -2333,9 +2334,9 @@ def main() -> int:
     launch = Launch.read(dict(os.environ))
     if launch.world == 1:  # unwind, so that no temporary file stays
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    wait = 5 if launch.rank else 0  # what befalls every rank is rank 0's to say: then torchrun ends the others
+    status, message, wait = 1, "", 5 if launch.rank else 0  # what befalls every rank is rank 0's to say: see below
     try:
-        return start(sys.argv[1:], launch, dict(os.environ))
+        status = start(sys.argv[1:], launch, dict(os.environ))
     except RunError as e:
         message = str(e)
     except torch.OutOfMemoryError:
@@ -2348,11 +2349,14 @@ def main() -> int:
         if launch.world == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         message, wait = "another process of this run has ended", 1
-    time.sleep(wait)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    if launch.world > 1:
-        os._exit(1)  # an orderly exit would wait for the other processes
-    return 1
+    if message:
+        time.sleep(wait)  # torchrun ends the others once the first has spoken and gone
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if launch.world > 1:  # leave at once: an orderly exit waits for the other processes, and Gloo's threads can abort it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
 
 
 if __name__ == "__main__":
