@@ -2352,7 +2352,7 @@ def main() -> int:
     if message:
         time.sleep(wait)  # torchrun ends the others once the first has spoken and gone
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    if launch.world > 1:  # leave at once: an orderly exit waits for the other processes, and Gloo's threads can abort it
+    if launch.world > 1:  # at once: an orderly exit waits for the other processes, and Gloo's threads can abort it
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
