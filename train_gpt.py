@@ -483,6 +483,16 @@ class Runtime:
             self.log_file = open(self.path("train.log"), mode, encoding="utf-8")
             self.metrics_file = open(self.path("metrics.jsonl"), mode, encoding="utf-8")
 
+    def forget_after(self, step: int) -> None:
+        """Take from metrics.jsonl what was logged after `step`, from where a resumed run logs again."""
+        if self.rank == 0:
+            self.metrics_file.close()
+            with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
+            with atomic_write(self.path("metrics.jsonl")) as file:
+                file.write("".join(line for line in lines if json.loads(line).get("step", 0) <= step).encode())
+            self.metrics_file = open(self.path("metrics.jsonl"), "a", encoding="utf-8")
+
     def close(self) -> None:
         if self.world > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -1605,9 +1615,10 @@ class Trainer:
         return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
 
     def must_match(self) -> dict[str, Any]:
-        """What a resumed run shares with the one that wrote the checkpoint: model, data order, kinds of state."""
-        names = [*artifact_settings(self.cfg), "seed", "train_batch_tokens", "row_tokens", "average", "data_path"]
-        return {name: getattr(self.cfg, name) for name in names} | {"ema": self.ema is not None}
+        """What a resumed run shares with the one that wrote the checkpoint: model, training, data; not when to stop."""
+        free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
+        names = ["vocab_size", *Settings.group("model", "train"), "row_tokens", "seed", "data_path"]
+        return {name: getattr(self.cfg, name) for name in names if name not in free}
 
     def save(self, step: int, seconds: float) -> None:
         """Write checkpoint.pt atomically: everything a run needs to go on as if it had not stopped.
@@ -2225,6 +2236,7 @@ class Run:
         rt.log(f"warm-up done; training clock {clock.limit:.0f}s, {clock.reserve:.1f}s of it kept for calibration")
         if cfg.resume:
             first, clock.spent = trainer.load()
+            rt.forget_after(first)
             rt.log(f"resumed at step {first}, {clock.spent:.1f}s on the clock")
         feeder = Feeder(self.windows, plan, first * plan.windows)
         steps = train(cfg, rt, trainer, feeder, clock, lambda step, loops: self.stage(f"step{step}", cfg.eval_seq_len,
