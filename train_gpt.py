@@ -90,6 +90,7 @@ class Settings:
 
     data_dir: str = setting("./data", "data", "folder that holds datasets/ and tokenizers/")
     data_path: str | None = setting(None, "data", "shards; auto: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>")
+    bos_id: int | None = setting(None, "data", "token that starts a document; auto: the tokenizer's")
     tokenizer_path: str | None = setting(None, "data", "auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = setting(8192, "data", "tokens in the vocabulary", low=2, high=65536)
 
@@ -200,6 +201,38 @@ class Settings:
     artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
 
     eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
+    eval_budget_seconds: float = setting(600.0, "eval", "test-time training stops adapting to end in time; 0: no limit")
+    ttt_mode: str = setting("none", "eval", "test-time training on scored tokens", choices="none chunk lora phased",
+                            aliases={"TTT_ENABLED": {"1": "chunk", "0": None},
+                                     "PHASED_TTT_ENABLED": {"1": "phased", "0": None}})
+    ttt_lr: float = setting(0.005, "eval", "chunk: SGD learning rate, falling by a cosine over the chunks")
+    ttt_momentum: float = setting(0.9, "eval", "chunk: momentum", high=1.0)
+    ttt_epochs: int = setting(3, "eval", "chunk: steps on each chunk", low=1)
+    ttt_chunk_tokens: int = setting(32768, "eval", "chunk: tokens scored before they are trained on", low=1)
+    ttt_batch_size: int = setting(64, "eval", "lora: documents at a time, each with its own adapters", low=1)
+    ttt_chunk_size: int = setting(48, "eval", "lora: tokens scored before each step", low=1)
+    ttt_eval_seq_len: int | None = setting(None, "eval", "lora: tokens of a forward pass; auto: EVAL_SEQ_LEN", low=1)
+    ttt_lora_rank: int = setting(96, "eval", "lora: rank of the adapters", low=1)
+    ttt_lora_alpha: float = setting(144.0, "eval", "lora: they are scaled by this over the rank")
+    ttt_lora_lr: float = setting(1e-4, "eval", "lora: learning rate")
+    ttt_optimizer: str = setting("adamw", "eval", "lora: optimizer", choices="adamw sgd")
+    ttt_beta1: float = setting(0.0, "eval", "lora: AdamW beta 1", high=0.999999)
+    ttt_beta2: float = setting(0.999, "eval", "lora: AdamW beta 2", high=0.999999)
+    ttt_weight_decay: float = setting(0.5, "eval", "lora: weight decay of the adapters")
+    ttt_q_lora: bool = setting(True, "eval", "lora: adapt the queries")
+    ttt_k_lora: bool = setting(True, "eval", "lora: adapt the keys")
+    ttt_v_lora: bool = setting(True, "eval", "lora: adapt the values")
+    ttt_o_lora: bool = setting(True, "eval", "lora: adapt attention's output")
+    ttt_mlp_lora: bool = setting(True, "eval", "lora: an adapter beside the MLP")
+    ttt_head_lora: bool = setting(True, "eval", "lora: adapt the head")
+    ttt_doc_order: str = setting("bucketed", "eval", "lora: as they stand, by length in windows of them, or in all",
+                               choices="sequential bucketed sorted")
+    ttt_bucket_window: int = setting(512, "eval", "lora: documents of such a window", low=1)
+    phased_ttt_prefix_docs: int = setting(2000, "eval", "phased: first documents, then only adapters learn", low=1)
+    phased_ttt_num_phases: int = setting(1, "eval", "phased: pauses among them to train the weights", low=1)
+    global_ttt_lr: float = setting(1e-3, "eval", "phased: SGD learning rate of the weights, falling by a cosine")
+    global_ttt_momentum: float = setting(0.9, "eval", "phased: its momentum", high=1.0)
+    global_ttt_chunk_tokens: int = setting(32768, "eval", "phased: tokens of one step", low=1)
     eval_stride: int = setting(64, "eval", "step of the sliding window; 0: no sliding evaluation")
     eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward; auto: MICRO_BATCH_TOKENS", low=1)
 
@@ -217,6 +250,7 @@ class Settings:
             "attn_clip_sigmas": self.matrix_clip_sigmas,
             "mlp_clip_sigmas": self.matrix_clip_sigmas,
             "eval_seq_len": self.train_seq_len,
+            "ttt_eval_seq_len": self.eval_seq_len or self.train_seq_len,
         }.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -258,6 +292,8 @@ class Settings:
              "swa, since EMA_DECAY=0 keeps no EMA"),
             ("swa" in self.average and not self.swa_enabled, "average", "ema, or SWA_ENABLED=1"),
             (self.eval_stride > self.eval_seq_len, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
+            (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_chunk_size",
+             f"at most TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
             (not (self.iterations or self.max_wallclock_seconds), "iterations",
              "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
             (self.max_wallclock_seconds and (self.gptq_reserve_seconds or 0) >= self.max_wallclock_seconds,
@@ -369,7 +405,7 @@ def read_environment(environ: dict[str, str]) -> Notes:
             aliases[f"{name}={raw}"] = f"{f.name.upper()}={value}"
         chosen[f.name], source[f.name] = value, name
     families = {name.split("_")[0] for name in known if "_" in name} - {"RUN", "DATA", "SAVE"}
-    families |= {"TTT", "PHASED", "GLOBAL", "CASEOPS", "LQER", "FUSED"}  # of other scripts of the field
+    families |= {"CASEOPS", "LQER", "FUSED"}  # of other scripts of the field
     ignored = []
     for name in sorted(set(environ) - set(known)):
         meant = next((k for k in known if is_typo(name.upper(), k)), None)
@@ -703,25 +739,26 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
 class Validation(NamedTuple):
     """The text that is scored, whole."""
 
-    tokens: Tensor  # (N,) int32 on the CPU
+    tokens: Tensor  # (N,) int32, on the device
     bytes: Tensor  # (N,) int32: bytes charged to each
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = 1
 
     @classmethod
-    def load(cls, cfg: Settings, table: ByteTable) -> "Validation":
+    def load(cls, cfg: Settings, table: ByteTable, device: torch.device) -> "Validation":
         paths = shard_paths(cfg, "val")
         tokens = torch.from_numpy(np.concatenate([read_shard(p, cfg.vocab_size) for p in paths]).astype(np.int32))
         if len(tokens) < 2:
             raise RunError(f"DATA_PATH={cfg.data_path}: the validation shards hold {len(tokens)} tokens, nothing to "
                            "score")
-        docs = int((tokens == table.bos).sum())
-        if cfg.varlen_enabled and not docs:
-            raise RunError(f"DATA_PATH={cfg.data_path}: BOS, token {table.bos}, does not occur, so VARLEN_ENABLED=1 "
-                           "would find no documents")
+        bos = table.bos if cfg.bos_id is None else cfg.bos_id
+        docs = int((tokens == bos).sum())
+        if not docs and (cfg.varlen_enabled or cfg.bos_id is not None or cfg.ttt_mode in ("lora", "phased")):
+            raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur, so there are no documents to "
+                           "find; BOS_ID takes the one that starts them")
         found = {"files_val": len(paths), "tokens_val": len(tokens), "docs_val": docs}
-        return cls(tokens, table.of(tokens), docs, matches_manifest(cfg.data_path, found), table.bos)
+        return cls(tokens.to(device), table.of(tokens), docs, matches_manifest(cfg.data_path, found), bos)
 
 
 def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
@@ -998,7 +1035,7 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> t
 class Site(NamedTuple):
     """One use of one weight matrix: its role, its physical layer, and which visit of that layer this is."""
 
-    role: str  # q, k, v, o, up, down, head
+    role: str  # q, k, v, o, up, down, head, ...; mlp: the whole MLP, which only an adapter stands beside
     layer: int = 0
     visit: int = 0
 
@@ -1034,11 +1071,15 @@ def linear(x: Tensor, weight: Tensor, site: Site, hooks: Hooks) -> Tensor:
     capture(x, site, hooks)
     if hooks.fake_quant is not None:
         weight = hooks.fake_quant(weight, site)
-    y = F.linear(x, weight.to(x.dtype))
-    if hooks.adapters is not None and site in hooks.adapters:
-        a, b, scale = hooks.adapters[site]
-        y = y + scale * ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))
-    return y
+    return adapt(F.linear(x, weight.to(x.dtype)), x, site, hooks)
+
+
+def adapt(y: Tensor, x: Tensor, site: Site, hooks: Hooks) -> Tensor:
+    """y (B, T, out) plus what the adapter of this site, if there is one, makes of x (B, T, in)."""
+    if hooks.adapters is None or site not in hooks.adapters:
+        return y
+    a, b, scale = hooks.adapters[site]
+    return y + scale * ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))
 
 
 def lookup(table: Tensor, ids: Tensor, site: Site, hooks: Hooks, dtype: torch.dtype) -> Tensor:
@@ -1309,8 +1350,10 @@ class GPT(nn.Module):
     def mlp_half(self, u: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
         """What the MLP adds to the stream u (B, T, d): LeakyReLU(0.5)² (PR 493)."""
         up, down = shared.banks["mlp_up_bank"][layer], shared.banks["mlp_down_bank"][layer]
-        h = linear(self.norm(u, layer), up, Site("up", layer, visit), shared.hooks)
+        n = self.norm(u, layer)
+        h = linear(n, up, Site("up", layer, visit), shared.hooks)
         y = linear(F.leaky_relu(h, 0.5).square(), down, Site("down", layer, visit), shared.hooks)
+        y = adapt(y, n, Site("mlp", layer, visit), shared.hooks)
         return self.mlp_scale[layer].to(y.dtype) * y
 
     def norm(self, u: Tensor, layer: int) -> Tensor:
@@ -2043,8 +2086,8 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
 
 def artifact_settings(cfg: Settings) -> dict[str, Any]:
     """What stands in the artifact: the settings its weights and its score depend on."""
-    names = ["vocab_size", *Settings.group("model"), "train_seq_len", "eval_seq_len", "eval_stride"]
-    return {name: getattr(cfg, name) for name in names}
+    names = ["vocab_size", "bos_id", "train_seq_len", *Settings.group("model", "eval")]
+    return {name: getattr(cfg, name) for name in names if name not in ("eval_batch_tokens", "eval_budget_seconds")}
 
 
 def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
@@ -2151,28 +2194,256 @@ class Scorer:
 
 
 @torch.no_grad()
-def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, stride: int, what: str,
-             loops: int | None = None) -> Score:
-    """Score the stream by windows of EVAL_SEQ_LEN tokens, `stride` apart (EVAL_SEQ_LEN: windows side by side).
+def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, stride: int,
+                  which: range, what: str, loops: int | None = None) -> None:
+    """Score the stream's windows number `which`, EVAL_SEQ_LEN tokens long and `stride` apart, dealt whole to ranks.
 
-    The first window scores all its tokens, later ones those the window before did not reach: at most `stride`, each
-    with at least EVAL_SEQ_LEN - stride tokens before it; the last one what is left. Batches are dealt whole to ranks.
-    With VARLEN attention ends at the document's start inside a window.
+    The first window of the stream scores all its tokens, later ones those the window before did not reach: at most
+    `stride`, each with at least EVAL_SEQ_LEN - stride tokens before it; the last one what is left. With VARLEN
+    attention ends at the document's start inside a window.
     """
     length, n, loops = cfg.eval_seq_len, len(val.tokens), cfg.num_loops if loops is None else loops
-    tokens, scorer = val.tokens.to(rt.device), Scorer(rt, val.bytes)
     rows = cfg.eval_batch_tokens // length
-    windows = 1 + max(0, -(-(n - 1 - length) // stride))
-    batches = range(rt.rank, -(-windows // rows), rt.world)
-    for batch in rt.progress(batches, what):
-        window = torch.arange(batch * rows, (batch + 1) * rows, device=rt.device)[:, None]
+    for first in rt.progress(which[rt.rank * rows :: rt.world * rows], what):
+        window = torch.arange(first, first + rows, device=rt.device)[:, None]
         place = window * stride + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
         fresh_from = torch.where(window == 0, 0, (window - 1) * stride + length)
-        scored = (place >= fresh_from) & (place < n - 1)
-        ids = tokens[place.clamp(max=n - 1)].long()
-        targets = torch.where(scored, tokens[(place + 1).clamp(max=n - 1)].long(), IGNORE)
+        scored = (place >= fresh_from) & (place < n - 1) & (window < which.stop)
+        ids = val.tokens[place.clamp(max=n - 1)].long()
+        targets = torch.where(scored, val.tokens[(place + 1).clamp(max=n - 1)].long(), IGNORE)
         bounds = Bounds.find(ids, val.bos, length) if cfg.varlen_enabled else None
         scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))
+
+
+def all_windows(cfg: Settings, tokens: int, stride: int) -> range:
+    """Numbers of the windows that a stream of so many tokens takes."""
+    return range(1 + max(0, -(-(tokens - 1 - cfg.eval_seq_len) // stride)))
+
+
+def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, stride: int, what: str,
+             loops: int | None = None) -> Score:
+    """Score the whole stream by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
+    scorer = Scorer(rt, val.bytes)
+    score_windows(cfg, rt, forward, val, scorer, stride, all_windows(cfg, len(val.tokens), stride), what, loops)
+    return scorer.finish()
+
+
+# Test-time training: learn from tokens once they are scored, never before
+
+
+class Sgd:
+    """Momentum SGD on all weights, from tokens that have been scored; the same on every rank."""
+
+    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, lr: float, momentum: float):
+        self.cfg, self.rt, self.forward, self.lr = cfg, rt, forward, lr
+        self.params = list(model.parameters())
+        self.optimizer = torch.optim.SGD(self.params, lr=lr, momentum=momentum)
+
+    def step(self, tokens: Tensor, bos: int, lr_scale: float) -> None:
+        """One step on the mean loss of tokens (n,), in rows of EVAL_SEQ_LEN dealt to ranks; norm clipped to 1."""
+        length, count = self.cfg.eval_seq_len, len(tokens) - 1
+        place = torch.arange(-(-count // length) * length, device=tokens.device).view(-1, length)
+        ids = tokens[place.clamp(max=count)].long()
+        targets = torch.where(place < count, tokens[(place + 1).clamp(max=count)].long(), IGNORE)
+        rows = max(1, self.cfg.eval_batch_tokens // length)
+        for p in self.params:
+            p.requires_grad_(True).grad = torch.zeros_like(p)
+        for first in range(self.rt.rank * rows, len(ids), self.rt.world * rows):
+            part = ids[first : first + rows]
+            bounds = Bounds.find(part, bos, length) if self.cfg.varlen_enabled else None
+            losses = self.forward(part, targets[first : first + rows], bounds=bounds, loops=self.cfg.num_loops)
+            (losses.sum() / count).backward()
+        flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.params]))
+        flat *= torch.clamp(1.0 / (flat.norm() + 1e-6), max=1.0)
+        for p, grad in zip(self.params, flat.split([p.numel() for p in self.params])):
+            p.grad = grad.view_as(p)
+        self.optimizer.param_groups[0]["lr"] = self.lr * lr_scale
+        self.optimizer.step()
+        for p in self.params:
+            p.requires_grad_(False).grad = None
+
+
+def cosine(i: int, count: int) -> float:
+    """From 1 at i = 0 towards 0 at i = count."""
+    return 0.5 * (1 + math.cos(math.pi * i / count))
+
+
+def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Sliding evaluation in chunks, each trained on after it is scored, but for the last (PR 549, 1413, 1493)."""
+    scorer, sgd = Scorer(rt, val.bytes), Sgd(cfg, rt, model, forward, cfg.ttt_lr, cfg.ttt_momentum)
+    stride = cfg.eval_stride or cfg.eval_seq_len
+    windows = all_windows(cfg, len(val.tokens), stride)
+    size = max(1, cfg.ttt_chunk_tokens // stride)
+    chunks, trained = [windows[i : i + size] for i in range(0, len(windows), size)], 0
+    for i, chunk in enumerate(rt.progress(chunks, "ttt")):
+        score_windows(cfg, rt, forward, val, scorer, stride, chunk, "chunk")
+        scored = (chunk.stop - 1) * stride + cfg.eval_seq_len  # the last target of the chunk
+        if i + 1 < len(chunks):
+            for _ in range(cfg.ttt_epochs):
+                sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(i, len(chunks)))
+            trained = scored
+    return scorer.finish()
+
+
+def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
+    """(first, last + 1) input token of each document of a stream (N,): from its BOS to the next one, which it predicts.
+
+    Together they predict every token but the first of the stream.
+    """
+    starts = (tokens == bos).nonzero().flatten().tolist()
+    starts = starts if starts[:1] == [0] else [0, *starts]
+    return [(a, b) for a, b in pairwise([*starts, len(tokens) - 1]) if b > a]
+
+
+def padded_tokens(batch: list[tuple[int, int]]) -> int:
+    """What a batch of documents costs: every one is as long as the longest."""
+    return len(batch) * max(b - a for a, b in batch)
+
+
+def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int) -> list[list[list[tuple[int, int]]]]:
+    """For each rank its batches of TTT_BATCH_SIZE whole documents, in the order TTT_DOC_ORDER says.
+
+    Batches do not depend on the number of ranks; each goes to the rank with the fewest tokens so far, longest first.
+    """
+    window = {"sequential": 0, "bucketed": cfg.ttt_bucket_window, "sorted": len(documents)}[cfg.ttt_doc_order]
+    ordered = documents
+    if window:
+        ordered = [d for i in range(0, len(documents), window)
+                   for d in sorted(documents[i : i + window], key=lambda d: d[1] - d[0])]
+    size = cfg.ttt_batch_size
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    cost = [padded_tokens(batch) for batch in batches]
+    loads, dealt = [0] * ranks, [[] for _ in range(ranks)]
+    for i in sorted(range(len(batches)), key=lambda i: (-cost[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += cost[i]
+        dealt[rank].append(i)
+    return [[batches[i] for i in sorted(mine)] for mine in dealt]
+
+
+class DocumentAdapters:
+    """LoRA adapters for a batch of documents, one set per virtual layer, and their optimizer (PR 1530, 1536, 1619).
+
+    They are leaves of the autograd graph; the model's own weights never require a gradient.
+    """
+
+    def __init__(self, cfg: Settings, model: GPT, device: torch.device):
+        """A uniform in ±1/sqrt(in), the same for every document, so that no batch or order changes it; B zero."""
+        self.cfg, generator = cfg, torch.Generator().manual_seed(cfg.seed)
+        d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
+        shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
+        sites = [(Site(role, *virtual), *shape) for virtual in virtual_layers(cfg, cfg.num_loops)
+                 for role, shape in shapes.items() if getattr(cfg, f"ttt_{role}_lora")]
+        if cfg.ttt_head_lora:
+            sites.append((Site("head"), model.tok_emb.size(1), cfg.vocab_size))
+        self.initial = []
+        for _, inputs, outputs in sites:
+            a = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
+            self.initial += [a.to(device), torch.zeros(outputs, rank, device=device)]
+        self.leaves = [t.repeat(cfg.ttt_batch_size, 1, 1).requires_grad_() for t in self.initial]
+        scale = cfg.ttt_lora_alpha / rank
+        self.hooks = Hooks(adapters={site: Adapter(*self.leaves[2 * i : 2 * i + 2], scale)
+                                     for i, (site, _, _) in enumerate(sites)})
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Fresh adapters and optimizer for the next documents."""
+        for leaf, value in zip(self.leaves, self.initial):
+            leaf.copy_(value.expand_as(leaf))
+        if self.cfg.ttt_optimizer == "adamw":
+            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.cfg.ttt_lora_lr, eps=1e-8, foreach=True,
+                                               betas=(self.cfg.ttt_beta1, self.cfg.ttt_beta2),
+                                               weight_decay=self.cfg.ttt_weight_decay)
+        else:
+            self.optimizer = torch.optim.SGD(self.leaves, lr=self.cfg.ttt_lora_lr, foreach=True,
+                                             weight_decay=self.cfg.ttt_weight_decay)
+
+    def learn(self, loss: Tensor) -> None:
+        """One step on a loss that is a sum over documents, so that each one's adapters see only its own text."""
+        for leaf, grad in zip(self.leaves, torch.autograd.grad(loss, self.leaves)):
+            leaf.grad = grad
+        self.optimizer.step()
+
+
+def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Scorer, batch: list[tuple[int, int]],
+                    adapters: DocumentAdapters | None) -> None:
+    """Score a batch of documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
+
+    A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk, in one of a few widths. A document's last
+    chunk is only scored. Without adapters the chunks are as wide as a quarter of that, and nothing is learned.
+    """
+    longest, size, device, last = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device, len(tokens) - 1
+    chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
+    ends = torch.tensor([b for _, b in batch] + [0] * (size - len(batch)), device=device)[:, None]
+    starts = torch.tensor([a for a, _ in batch] + [0] * (size - len(batch)), device=device)[:, None]
+    if adapters:
+        adapters.reset()
+    for low in range(0, longest, chunk):
+        high, width = low + chunk, chunk
+        while width < min(high, cfg.ttt_eval_seq_len):
+            width *= 2
+        width = min(width, cfg.ttt_eval_seq_len)
+        place = starts + max(0, high - width) + torch.arange(width, device=device)
+        scored = (place >= starts + low) & (place < starts + high) & (place < ends)
+        ids = tokens[place.clamp(max=last)].long()
+        targets = torch.where(scored, tokens[(place + 1).clamp(max=last)].long(), IGNORE)
+        goes_on = (starts + high < ends).float()  # (size, 1)
+        learns = adapters is not None and high < longest
+        with torch.set_grad_enabled(learns):
+            losses = forward(ids, targets, hooks=adapters.hooks if adapters else NO_HOOKS, loops=cfg.num_loops)
+        scorer.add(torch.where(scored, place + 1, 0), losses.detach())  # charged; only then is it learned from
+        if learns:
+            adapters.learn((losses * goes_on).sum() / chunk)
+
+
+def warm_up_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation) -> None:
+    """Compile the graphs of document scoring on one long document of random tokens."""
+    length = cfg.ttt_eval_seq_len + 2 * cfg.ttt_chunk_size
+    tokens = torch.randint(cfg.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(cfg.seed))
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for adapters in (DocumentAdapters(cfg, model, rt.device), None):
+        scorer = Scorer(rt, torch.ones(length + 1, dtype=torch.int32))
+        score_documents(cfg, forward, tokens.to(val.tokens), scorer, [(0, length)], adapters)
+
+
+def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation) -> Score:
+    """Score documents with adapters of their own; phased: between parts of the first documents, train all weights.
+
+    Documents are dealt whole to ranks. When the rest would not end within EVAL_BUDGET_SECONDS at the pace so far, it is
+    scored without adapters.
+    """
+    scorer, documents = Scorer(rt, val.bytes), find_documents(val.tokens, val.bos)
+    adapters, plain = DocumentAdapters(cfg, model, rt.device), [0, 0]  # documents and tokens scored without them
+    for p in model.parameters():
+        p.requires_grad_(False)
+    parts = [documents]
+    if cfg.ttt_mode == "phased":
+        prefix, phases = min(cfg.phased_ttt_prefix_docs, len(documents)), cfg.phased_ttt_num_phases
+        cuts = [0, *(prefix * (i + 1) // phases for i in range(phases)), len(documents)]
+        parts = [documents[a:b] for a, b in pairwise(cuts)]
+    for i, part in enumerate(parts):
+        mine, began, spent, late = document_batches(cfg, part, rt.world)[rt.rank], time.perf_counter(), 0, False
+        left = sum(padded_tokens(batch) for batch in mine)
+        for batch in rt.progress(mine, f"ttt {i + 1}/{len(parts)}"):
+            rt.sync()
+            now, cost = time.perf_counter(), padded_tokens(batch)
+            if cfg.eval_budget_seconds and spent:
+                late = late or (now - began) / spent * left > cfg.eval_budget_seconds - (now - scorer.began)
+            if late:
+                plain = [plain[0] + len(batch), plain[1] + sum(b - a for a, b in batch)]
+            score_documents(cfg, forward, val.tokens, scorer, batch, None if late else adapters)
+            spent, left = spent + cost, left - cost
+        if i + 1 < len(parts) and part:
+            end, sgd = part[-1][1], Sgd(cfg, rt, model, forward, cfg.global_ttt_lr, cfg.global_ttt_momentum)
+            size = cfg.global_ttt_chunk_tokens
+            for first in range(0, end, size):  # all of it has been scored, on whatever rank
+                stop = min(first + size, end)
+                sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
+    docs, tokens = rt.sum_(torch.tensor(plain, device=rt.device)).tolist()
+    if docs:
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {docs} documents, {tokens} tokens were scored without "
+               "adaptation")
     return scorer.finish()
 
 
@@ -2194,7 +2465,7 @@ class Run:
         self.cfg, self.rt, self.started = cfg, rt, datetime.now(timezone.utc)
         self.stages: dict[str, Score] = {}
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
-        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size))
+        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
         self.attention, attend, skipped = pick_attention(cfg, rt.device, rt.dtype)
         with open(__file__, "rb") as file:
@@ -2218,13 +2489,16 @@ class Run:
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
 
-    def stage(self, name: str, stride: int, loops: int | None = None) -> Score:
-        """Evaluate, log, and return the score."""
-        score = evaluate(self.cfg, self.rt, self.forward, self.val, stride, name, loops)
+    def stage(self, name: str, evaluation: Callable[..., Score], *arguments) -> Score:
+        """Run an evaluation, log its score and return it."""
+        score = evaluation(*arguments)
         self.rt.log(f"stage:{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f} tokens:{score.tokens} "
                     f"bytes:{score.bytes} seconds:{score.seconds:.1f}")
         self.rt.metric(stage=name, val_loss=score.val_loss, val_bpb=score.val_bpb, seconds=score.seconds)
         return score
+
+    def window_stage(self, name: str, stride: int, loops: int | None = None) -> Score:
+        return self.stage(name, evaluate, self.cfg, self.rt, self.forward, self.val, stride, name, loops)
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
@@ -2239,8 +2513,8 @@ class Run:
             rt.forget_after(first)
             rt.log(f"resumed at step {first}, {clock.spent:.1f}s on the clock")
         feeder = Feeder(self.windows, plan, first * plan.windows)
-        steps = train(cfg, rt, trainer, feeder, clock, lambda step, loops: self.stage(f"step{step}", cfg.eval_seq_len,
-                                                                                     loops), first)
+        steps = train(cfg, rt, trainer, feeder, clock,
+                      lambda step, loops: self.window_stage(f"step{step}", cfg.eval_seq_len, loops), first)
         feeder.close()
         loop_seconds = rt.largest(clock.seconds())
         kept = trainer.use_average()
@@ -2252,7 +2526,7 @@ class Run:
                f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}; kept: {kept}")
         if cfg.save_model and rt.rank == 0:
             save_tensors(rt.path("final_model.pt"), self.model.state_dict())
-        self.stages["pre_quant"] = self.stage("pre_quant", cfg.eval_seq_len)
+        self.stages["pre_quant"] = self.window_stage("pre_quant", cfg.eval_seq_len)
         artifact = self.compress(hessians) if rt.rank == 0 else None
         return rt.share_bytes(artifact), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
                                           "tok_per_s": tokens / max(loop_seconds, 1e-9)}
@@ -2275,9 +2549,14 @@ class Run:
             for p in self.model.parameters():
                 p.fill_(math.nan)  # nothing of the trained model may reach the score but through these bytes
         load_weights(self.model, self.cfg, read_artifact(artifact, name)[1], name)
-        self.stages["quantized"] = self.stage("quantized", self.cfg.eval_seq_len)
+        self.stages["quantized"] = self.window_stage("quantized", self.cfg.eval_seq_len)
         if self.cfg.eval_stride:
-            self.stages["sliding"] = self.stage("sliding", self.cfg.eval_stride)
+            self.stages["sliding"] = self.window_stage("sliding", self.cfg.eval_stride)
+        if self.cfg.ttt_mode != "none":
+            ttt = chunk_ttt if self.cfg.ttt_mode == "chunk" else lora_ttt
+            if ttt is lora_ttt and self.forward is not self.model:
+                warm_up_ttt(self.cfg, self.rt, self.model, self.forward, self.val)
+            self.stages["ttt"] = self.stage("ttt", ttt, self.cfg, self.rt, self.model, self.forward, self.val)
         return time.perf_counter() - start
 
     def execute(self, artifact: bytes | None = None) -> int:
