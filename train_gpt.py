@@ -292,7 +292,7 @@ class Settings:
              "swa, since EMA_DECAY=0 keeps no EMA"),
             ("swa" in self.average and not self.swa_enabled, "average", "ema, or SWA_ENABLED=1"),
             (self.eval_stride > self.eval_seq_len, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
-            (self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_chunk_size",
+            (self.ttt_mode in ("lora", "phased") and self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_chunk_size",
              f"at most TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
             (not (self.iterations or self.max_wallclock_seconds), "iterations",
              "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
@@ -2442,7 +2442,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
                 sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
     docs, tokens = rt.sum_(torch.tensor(plain, device=rt.device)).tolist()
     if docs:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {docs} documents, {tokens} tokens were scored without "
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {docs} documents, {tokens} tokens scored without "
                "adaptation")
     return scorer.finish()
 
