@@ -4,52 +4,60 @@
 #   ./run_leaderboard_8xh100.sh                                    the defaults, seeds 42 314 999
 #   ./run_leaderboard_8xh100.sh records/<track>/<recipe> 42 0      a recipe's settings, seeds 42 and 0
 #
-# Settings given in the environment win over the recipe. NPROC=<n> takes n processes instead of one a GPU.
-# Each run is written to logs/<recipe>_seed<seed>.
+# Settings in the environment win over the recipe; SEED="42 0" gives seeds too. NPROC=<n> takes n processes instead
+# of one a GPU. Each run is written to logs/<recipe>_seed<seed>.
 set -euo pipefail
+[ ! -d "${1:-}" ] || set -- "$(realpath "$1")" "${@:2}"
 cd "$(dirname "$0")"
 source records/lib.sh
 
-recipe=defaults
+recipe=defaults folder=
 if [ -n "${1:-}" ] && [ -d "$1" ]; then
     [ -e "$1/recipe.env" ] || { echo "error: $1: no recipe.env in it" >&2; exit 1; }
-    use_recipe "$1/recipe.env"
+    folder="$1"
     recipe="$(basename "$1")"
     shift
 fi
 seeds=("$@")
-[ ${#seeds[@]} -gt 0 ] || seeds=(42 314 999)
+[ ${#seeds[@]} -gt 0 ] || read -ra seeds <<<"${SEED:-42 314 999}"
 for seed in "${seeds[@]}"; do
     [[ "$seed" =~ ^[0-9]+$ ]] || { echo "error: $seed: neither a recipe's folder nor a seed" >&2; exit 1; }
 done
-gpus="$(gpu_count)"
-if [ "$gpus" -eq 0 ] && [ -z "${NPROC:-}" ]; then
+use_python requirements.txt
+NPROC="${NPROC:-$(gpu_count)}"
+[[ "$NPROC" =~ ^[0-9]+$ ]] || { echo "error: NPROC=$NPROC: takes a number of processes" >&2; exit 1; }
+if [ "$NPROC" -eq 0 ]; then
     echo "error: no GPU here; ./run_smoke_1gpu.sh runs anywhere, NPROC=<n> forces n processes" >&2
     exit 1
 fi
-NPROC="${NPROC:-$gpus}"
 [ "$NPROC" -eq 8 ] || echo "note: $NPROC processes; the leaderboard's machine has 8"
-use_python requirements.txt
+[ -z "$folder" ] || use_recipe "$folder"
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
-read -r data_path tokenizer_path < <("$PYTHON" -c '
-import json, sys
+mapfile -t paths < <("$PYTHON" -c '
+import glob, json, sys
 config = json.loads(sys.argv[1])
-print(config["data_path"], config["tokenizer_path"])' "$config")
-for pattern in "$data_path/fineweb_train_*.bin" "$data_path/fineweb_val_*.bin" "$tokenizer_path"; do
-    compgen -G "$pattern" >/dev/null || { echo "error: $pattern: no such file" >&2; exit 1; }
+for split in ("train", "val"):
+    pattern = glob.escape(config["data_path"]) + f"/fineweb_{split}_*.bin"
+    print(len(glob.glob(pattern)) or config["data_path"] + f"/fineweb_{split}_*.bin")
+print(len(glob.glob(glob.escape(config["tokenizer_path"]))) or config["tokenizer_path"])' "$config")
+for path in "${paths[@]}"; do  # numbers of files, or what was not found
+    [[ "$path" =~ ^[0-9]+$ ]] || { echo "error: $path: no such file" >&2; exit 1; }
 done
-echo "$recipe: seeds ${seeds[*]}, $NPROC processes, $(compgen -G "$data_path/fineweb_train_*.bin" | wc -l) train shards"
+echo "$recipe: seeds ${seeds[*]}, $NPROC processes, ${paths[0]} train shards"
 
 worst=0
+started="$(mktemp)"
+trap 'rm -f "$started"' EXIT
 for seed in "${seeds[@]}"; do
-    folder="logs/${recipe}_seed$seed"
-    echo "=== seed $seed -> $folder"
+    out="logs/${recipe}_seed$seed"
+    echo "=== seed $seed -> $out"
+    touch "$started"
     status=0
-    SEED="$seed" ARTIFACT_DIR="$folder" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" \
+    SEED="$seed" ARTIFACT_DIR="$out" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" \
         train_gpt.py || status=$?
-    if [ -e "$folder/result.json" ]; then "$PYTHON" records/summary.py "$folder"; fi
+    summarise "$out" "$started"
     [ "$status" -le "$worst" ] || worst="$status"
-    [ -e "$folder/result.json" ] || { echo "error: seed $seed did not finish" >&2; exit 1; }
+    [ "$out/result.json" -nt "$started" ] || { echo "error: seed $seed did not finish" >&2; exit 1; }
 done
 exit "$worst"

@@ -3,13 +3,14 @@
 # Without a GPU a small model and about a minute of training; with one the full 11x512 shape for two minutes.
 # Any setting of train_gpt.py given in the environment wins; RECIPE=<folder> takes that folder's recipe.env first.
 set -euo pipefail
+RECIPE="${RECIPE:+$(realpath "$RECIPE")}"
 cd "$(dirname "$0")"
 source records/lib.sh
 use_python requirements.txt
 
-recipe() { if [ -n "${RECIPE:-}" ]; then use_recipe "$RECIPE/recipe.env"; fi; }
+recipe() { if [ -n "$RECIPE" ]; then use_recipe "$RECIPE"; fi; }
 
-if [ "$(gpu_count)" -gt 0 ] && [ "${DEVICE:-auto}" != cpu ]; then
+if [ "${DEVICE:-auto}" != cpu ] && [ "$(gpu_count)" -gt 0 ]; then
     recipe
     default VOCAB_SIZE 8192
     default TRAIN_BATCH_TOKENS 196608
@@ -47,8 +48,10 @@ if [ -z "${DATA_PATH:-}" ]; then
             --out data --name "$name" --vocab-size "$VOCAB_SIZE"
     fi
 fi
-default ARTIFACT_DIR "logs/smoke"
+default ARTIFACT_DIR "logs/${RUN_ID:-smoke}"
+started="$(mktemp)"
+trap 'rm -f "$started"' EXIT
 status=0
 "$PYTHON" train_gpt.py || status=$?
-if [ -e "$ARTIFACT_DIR/result.json" ]; then "$PYTHON" records/summary.py "$ARTIFACT_DIR"; fi
+summarise "$ARTIFACT_DIR" "$started"
 exit "$status"

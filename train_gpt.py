@@ -107,7 +107,7 @@ class Settings:
     skip_gates_enabled: bool = setting(True, "model", "U-Net skips join by a learned gate instead of a sum")
     loop_start: int = setting(3, "model", "first looped layer")
     loop_end: int = setting(5, "model", "last looped layer")
-    num_loops: int = setting(0, "model", "how often the looped layers run again; 0: no depth recurrence")
+    num_loops: int | None = setting(None, "model", "times looped layers run again; auto: 2 with RECUR_BLEND, else 0")
     recur_blend: str = setting("none", "model", "how revisits join the stream", choices="none alpha ab gate",
                                aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": None},
                                         "RECUR_AB_ENABLED": {"1": "ab", "0": None}})
@@ -140,8 +140,8 @@ class Settings:
 
     train_batch_tokens: int = setting(786432, "train", "tokens of one optimizer step, over all processes", low=1)
     train_seq_len: int = setting(2048, "train", "tokens of one training window", low=2)
-    micro_batch_tokens: int | None = setting(None, "train", "most tokens of a forward; auto: 98304, on CPU 8192", low=1)
-    iterations: int = setting(20000, "train", "most optimizer steps; 0: only the clock")
+    micro_batch_tokens: int | None = setting(None, "train", "of a forward; auto: 98304 on 80 GB, CPU 8192", low=1)
+    iterations: int = setting(20000, "train", "most optimizer steps; schedules follow the nearer limit; 0: the clock")
     max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
     warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
     warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
@@ -157,9 +157,9 @@ class Settings:
     muon_ns: str = setting("quintic", "train", "coefficients of the iterations", choices="quintic polar")
     muon_row_normalize: bool = setting(False, "train", "MuonEq-R: rows to norm 1 before them", aliases={"MUON_EQR": {}})
     muon_wd: float = setting(0.095, "train", "decoupled weight decay of the matrices")
-    tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding")
+    tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding and other tables")
     head_lr: float = setting(0.008, "train", "AdamW learning rate of an untied head")
-    embed_wd: float = setting(0.085, "train", "weight decay of the embedding")
+    embed_wd: float = setting(0.085, "train", "weight decay of the tables and the head")
     scalar_lr: float = setting(0.02, "train", "AdamW learning rate of vectors and scalars")
     adam_wd: float = setting(0.02, "train", "weight decay of vectors and scalars")
     beta1: float = setting(0.9, "train", "AdamW beta 1", high=0.999999)
@@ -186,7 +186,7 @@ class Settings:
     qat_lite_depth_power: float = setting(0.0, "train", "layers weigh ((layer+1)/NUM_LAYERS) to this power")
 
     matrix_bits: int = setting(6, "quant", "bits of the matrices", low=2, high=8)
-    embed_bits: int = setting(8, "quant", "bits of the tied embedding", low=2, high=8)
+    embed_bits: int = setting(8, "quant", "bits of embedding, hash and value tables, untied head", low=2, high=8)
     matrix_clip_sigmas: float = setting(12.85, "quant", "grid half-width of a row, in its std", low=0.1)
     attn_clip_sigmas: float | None = setting(None, "quant", "same for attention; auto: MATRIX_CLIP_SIGMAS", low=0.1)
     mlp_clip_sigmas: float | None = setting(None, "quant", "the same for the MLP; auto: MATRIX_CLIP_SIGMAS", low=0.1)
@@ -245,6 +245,7 @@ class Settings:
             "artifact_dir": os.path.join("logs", run_id),
             "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}"),
             "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model"),
+            "num_loops": 2 if self.recur_blend != "none" else 0,
             "parallel_start_layer": self.num_layers,
             "average": "+".join(n for n, on in (("ema", self.ema_decay), ("swa", self.swa_enabled)) if on) or "ema",
             "attn_clip_sigmas": self.matrix_clip_sigmas,
@@ -277,9 +278,12 @@ class Settings:
              f"a layer from LOOP_START={self.loop_start} to {self.num_layers - 1}"),
             (self.num_loops and self.parallel_mode != "gptj" and self.parallel_start_layer <= self.loop_end,
              "parallel_start_layer", f"more than LOOP_END={self.loop_end} with PARALLEL_MODE={self.parallel_mode}"),
-            (self.gated_attn_enabled + self.sparse_attn_gate_enabled + self.attn_out_gate_enabled > 1,
-             "gated_attn_enabled", "at most one of the three output gates"),
-            (self.gate_window > self.model_dim, "gate_window", f"at most MODEL_DIM={self.model_dim}"),
+            (self.gated_attn_enabled and (self.sparse_attn_gate_enabled or self.attn_out_gate_enabled),
+             "gated_attn_enabled", "0 beside another of the three output gates"),
+            (self.sparse_attn_gate_enabled and self.attn_out_gate_enabled, "sparse_attn_gate_enabled",
+             "0 beside another of the three output gates"),
+            ((self.sparse_attn_gate_enabled or self.attn_out_gate_enabled or self.smear_gate_enabled) and
+             self.gate_window > self.model_dim, "gate_window", f"at most MODEL_DIM={self.model_dim}"),
             (self.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
             (self.rope_yarn and self.rope_dims < 4, "rope_dims", "at least 4 with ROPE_YARN=1"),
             (self.ve_enabled and not self.ve_layer_list(), "ve_layers", f"layers below NUM_LAYERS={self.num_layers}, "
@@ -300,7 +304,8 @@ class Settings:
              "gptq_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
         ):
             if wrong:
-                raise RunError(f"{name.upper()}={getattr(self, name)}: takes {takes}")
+                value = getattr(self, name)
+                raise RunError(f"{name.upper()}={int(value) if isinstance(value, bool) else value}: takes {takes}")
 
     def ve_layer_list(self) -> list[int]:
         """VE_LAYERS as numbers; empty if it is not a list of layers of the model."""
@@ -395,6 +400,7 @@ def read_environment(environ: dict[str, str]) -> Notes:
     chosen, source, aliases = {}, {}, {}
     for name in sorted(set(environ) & set(known)):
         (f, values), raw = known[name], environ[name]
+        raw = {"true": "1", "false": "0"}.get(raw.lower(), raw) if values else raw
         if values.get(raw, raw) is None:  # an alias that says no to something
             continue
         value = parse_value(f, name, values.get(raw, raw))
@@ -521,12 +527,16 @@ class Runtime:
 
     def forget_after(self, step: int) -> None:
         """Take from metrics.jsonl what was logged after `step`, from where a resumed run logs again."""
+        def logged_at(entry: dict[str, Any]) -> float:  # stages in training are called step<n>
+            stage = entry.get("stage", "")
+            return entry.get("step", int(stage[4:]) if stage.startswith("step") else math.inf)
+
         if self.rank == 0:
             self.metrics_file.close()
             with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
             with atomic_write(self.path("metrics.jsonl")) as file:
-                file.write("".join(line for line in lines if json.loads(line).get("step", 0) <= step).encode())
+                file.write("".join(line for line in lines if logged_at(json.loads(line)) <= step).encode())
             self.metrics_file = open(self.path("metrics.jsonl"), "a", encoding="utf-8")
 
     def close(self) -> None:
@@ -599,10 +609,12 @@ class Runtime:
 
 
 def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """bf16 where matrix products of it are fast: any GPU we train on, and CPUs with AVX512-BF16 or AMX."""
+    """bf16 where matrix products of it are fast: GPUs from Ampere on, and CPUs with AVX512-BF16 or AMX."""
     if choice == "auto":
         features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = device.type == "cuda" or features.get("avx512_bf16") or features.get("amx_bf16")
+        fast = features.get("avx512_bf16") or features.get("amx_bf16")
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
         choice = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
 
@@ -640,7 +652,7 @@ class Clock:
         """Whether one more step ends in time, judged by the slowest of the last five (the GPU may lag by two)."""
         if not self.limit:
             return True
-        lap = max((b - a for a, b in pairwise(self.laps)), default=self.lap)
+        lap = max((b - a for a, b in pairwise(self.laps)), default=self.lap)  # 0 at first: not known
         steps = 3 if self.rt.device.type == "cuda" else 1
         return self.laps[-1] + steps * lap <= self.limit - self.reserve
 
@@ -743,10 +755,10 @@ class Validation(NamedTuple):
     bytes: Tensor  # (N,) int32: bytes charged to each
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
-    bos: int = 1
+    bos: int = -1
 
     @classmethod
-    def load(cls, cfg: Settings, table: ByteTable, device: torch.device) -> "Validation":
+    def load(cls, cfg: Settings, table: ByteTable, device: str | torch.device = "cpu") -> "Validation":
         paths = shard_paths(cfg, "val")
         tokens = torch.from_numpy(np.concatenate([read_shard(p, cfg.vocab_size) for p in paths]).astype(np.int32))
         if len(tokens) < 2:
@@ -794,7 +806,7 @@ class Windows:
     more than its length, the next one starts at that token. The position in the run is the one number g.
     """
 
-    def __init__(self, cfg: Settings, rt: Runtime, bos: int = 1):
+    def __init__(self, cfg: Settings, rt: Runtime, bos: int = -1):
         self.cfg, self.rt, self.bos, self.length = cfg, rt, bos, cfg.row_tokens
         paths = shard_paths(cfg, "train")
         self.paths, self.shards = paths, [read_shard(p) for p in paths]
@@ -821,7 +833,7 @@ class Windows:
 
     def batch(self, first: int, real: int, size: int) -> Batch:
         """`size` rows: `real` ones from `first` on, then padding, which costs time but adds nothing to the loss."""
-        tokens = np.zeros((size, self.length + 1), dtype=np.int64)
+        tokens = np.full((size, self.length + 1), 0 if self.bos else 1, dtype=np.int64)  # any token but BOS
         for row in range(real):
             tokens[row] = self.window(first + row)
         # numpy's copy: torch takes one row of a wider array as contiguous, and its odd stride means compiling again
@@ -829,7 +841,7 @@ class Windows:
         targets[real:] = IGNORE
         bounds = Bounds.find(ids, self.bos, self.cfg.train_seq_len) if self.cfg.varlen_enabled else None
         if self.rt.device.type == "cuda":
-            ids, targets = ids.pin_memory(), targets.pin_memory()
+            ids, targets, bounds = ids.pin_memory(), targets.pin_memory(), bounds and bounds.pin_memory()
         ids, targets = (t.to(self.rt.device, non_blocking=True) for t in (ids, targets))
         return Batch(ids, targets, bounds.to(self.rt.device) if bounds else None)
 
@@ -901,12 +913,15 @@ class Bounds(NamedTuple):
         starts[:, 0] = True
         flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
         cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
-        room = max(64, ids.numel() // 256)
+        room = max(64, ids.numel() // 64)
         while room <= len(cuts):
             room *= 2
         cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
         segment = torch.repeat_interleave(torch.arange(room, dtype=torch.int32, device=ids.device), cu.diff().long())
         return cls(cu, segment, max_len)
+
+    def pin_memory(self) -> "Bounds":
+        return Bounds(self.cu_seqlens.pin_memory(), self.segment.pin_memory(), self.max_len)
 
     def to(self, device: torch.device) -> "Bounds":
         return Bounds(*(t.to(device, non_blocking=True) for t in self[:2]), self.max_len)
@@ -925,6 +940,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tenso
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
                                            enable_gqa=q.size(2) != k.size(2))
         return y.transpose(1, 2)
+    k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))  # fast kernels take mask or groups
     total, size = q.size(0) * q.size(1), bounds.max_len
     pad = -total % size
 
@@ -939,7 +955,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tenso
     place = torch.arange(2 * size, device=q.device)
     mask = (segment[:, :, None] == key_segment[:, None, :]) & (place <= place[size:, None])
     y = F.scaled_dot_product_attention(blocks(q), with_previous(blocks(k)), with_previous(blocks(v)),
-                                       attn_mask=mask[:, None], enable_gqa=q.size(2) != k.size(2))
+                                       attn_mask=mask[:, None])
     return y.transpose(1, 2).flatten(0, 1)[:total].view_as(q)
 
 
@@ -1021,7 +1037,8 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> t
             q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
                        for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
             bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long), 0, 16).to(device) if cfg.varlen_enabled else None
-            attend(q, k, v, bounds).sum().backward()
+            probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
+            probe(q, k, v, bounds).sum().backward()
             return name, attend, skipped
         except Exception as e:  # an extension that does not fit the machine can raise anything
             skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
@@ -1102,9 +1119,10 @@ def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) ->
     dims, base = cfg.rope_dims, cfg.rope_base
     if cfg.rope_yarn and span > cfg.train_seq_len:
         base *= (span / cfg.train_seq_len) ** (dims / (dims - 2))
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float32, device=device) / max(dims, 1))
-    angle = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequency
-    return angle.cos(), angle.sin()
+    # in float64: only differences of positions count, also far along a row of packed documents
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / max(dims, 1))
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1152,7 +1170,7 @@ class GPT(nn.Module):
     scalars. A technique that is off has no parameters.
     """
 
-    def __init__(self, cfg: Settings, attend: Attend = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = 1):
+    def __init__(self, cfg: Settings, attend: Attend = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = -1):
         """Weights are fp32; activations and matrix products are of `dtype`; `bos` is the id that opens a document."""
         super().__init__()
         self.cfg, self.attend, self.dtype, self.bos = cfg, attend, dtype, bos
@@ -1406,7 +1424,7 @@ def build_model(cfg: Settings, rt: Runtime, attend: Attend, bos: int) -> GPT:
     model = GPT(cfg, attend, rt.dtype, bos).to(rt.device)
     if rt.world > 1:
         for p in model.parameters():
-            dist.broadcast(p.data, 0)
+            dist.broadcast(p.detach(), 0)
     return model
 
 
@@ -1439,8 +1457,8 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kind: str = 
 class Muon:
     """Momentum, orthogonalised, on banks (n, rows, cols); each rank keeps and works on its share of the slices.
 
-    A bank's gradient is summed by reduce-scatter over its slices (padded to a multiple of the ranks), its update comes
-    back by all-gather; communication of one bank overlaps work on the others.
+    A bank's gradient is summed by reduce-scatter over its slices (padded to a multiple of the ranks), all banks' at
+    once; its update comes back by all-gather while the next bank is worked on.
     """
 
     def __init__(self, params: list[nn.Parameter], cfg: Settings, rt: Runtime):
@@ -1486,7 +1504,7 @@ class Muon:
             if work:
                 work.wait()
             shape_scale = max(1.0, p.size(1) / p.size(2)) ** 0.5
-            p.data.mul_(1 - lr * self.cfg.muon_wd).add_(update[: p.size(0)], alpha=-lr * shape_scale)
+            p.detach().mul_(1 - lr * self.cfg.muon_wd).add_(update[: p.size(0)], alpha=-lr * shape_scale)
 
     def state(self) -> list[Tensor]:
         """Momentum of whole banks, gathered from all ranks, so that any number of ranks can go on with it."""
@@ -1588,9 +1606,10 @@ class Phase(NamedTuple):
         start, penalty = cfg.qat_lite_start_frac, 0.0
         if cfg.qat_lite_enabled and frac >= start and step % cfg.qat_lite_every == 0:
             penalty = cfg.qat_lite_lambda * ((frac - start) / (1 - start) if start < 1 else 1.0)
-        return cls(scale, muon_momentum(cfg, step), due[-1] if due else 0, cfg.qat_enabled and
-                   scale < cfg.qat_start_scale, penalty,
-                   cfg.swa_enabled and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0)
+        return cls(
+            lr_scale=scale, momentum=muon_momentum(cfg, step), loops=due[-1] if due else 0, penalty=penalty,
+            qat=cfg.qat_enabled and scale < cfg.qat_start_scale,
+            snapshot=cfg.swa_enabled and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0)
 
 
 def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
@@ -1654,14 +1673,14 @@ class Trainer:
         name, source = ("swa", self.swa) if "swa" in self.cfg.average and self.swa else ("ema", self.ema)
         if source is None:
             return "the last step's weights"
-        torch._foreach_copy_([p.data for p in self.params], source)
+        torch._foreach_copy_([p.detach() for p in self.params], source)
         return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
 
     def must_match(self) -> dict[str, Any]:
         """What a resumed run shares with the one that wrote the checkpoint: model, training, data; not when to stop."""
         free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
-        names = ["vocab_size", *Settings.group("model", "train"), "row_tokens", "seed", "data_path"]
-        return {name: getattr(self.cfg, name) for name in names if name not in free}
+        names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed", "data_path"]
+        return {name: getattr(self.cfg, name) for name in names if name not in free and not name.startswith("gptq")}
 
     def save(self, step: int, seconds: float) -> None:
         """Write checkpoint.pt atomically: everything a run needs to go on as if it had not stopped.
@@ -1685,7 +1704,7 @@ class Trainer:
             for name, value in self.must_match().items():
                 if saved["settings"][name] != value:
                     raise RunError(f"{path}: made with {name.upper()}={saved['settings'][name]}, this run has {value}")
-            torch._foreach_copy_([p.data for p in self.params], saved["params"])
+            torch._foreach_copy_([p.detach() for p in self.params], saved["params"])
             self.optimizer.muon.load(saved["muon"])
             self.optimizer.adamw.load_state_dict(saved["adamw"])
             self.ema, self.swa, self.snapshots = saved["ema"], saved["swa"], saved["snapshots"]
@@ -1703,7 +1722,8 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
     rank's batches), and the seconds of the last step.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    torch._dynamo.config.recompile_limit = 64  # one forward, many graphs: loops, QAT, validation
+    if trainer.forward is not trainer.model:
+        torch._dynamo.config.recompile_limit = 64  # one forward, many graphs: loops, QAT, validation
 
     def random_batch(rows: int, length: int, max_len: int) -> Batch:
         ids, targets = torch.randint(cfg.vocab_size, (2, rows, length), generator=generator)
@@ -1719,7 +1739,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         start = time.perf_counter()
         trainer.step([random_batch(*row) for _ in range(trainer.plan.micro)], phase)
         rt.sync()
-        lap = time.perf_counter() - start
+        lap = time.perf_counter() - start if cfg.warmup_steps > 1 else 0.0  # a first step compiles
     if cfg.warmup_steps:
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
@@ -1739,7 +1759,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         reserve = rt.largest(1.2 * times[-1] * -(-cfg.gptq_calibration_batches // rt.world) + 0.2)
         reserve = min(reserve, 0.5 * cfg.max_wallclock_seconds)
     for p, value in zip(trainer.params, initial):
-        p.data.copy_(value)
+        p.detach().copy_(value)
     trainer.reset()
     return reserve or 0.0, rt.largest(lap)
 
@@ -1760,6 +1780,9 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
             clock.stop()
             trainer.save(step, clock.spent)
             clock.start()
+        if last and step == 0:
+            raise RunError(f"MAX_WALLCLOCK_SECONDS={clock.limit:g}: too short for one step of {clock.lap:.1f}s and "
+                           f"{clock.reserve:.1f}s of calibration")
         if last:
             return step
         if step > first and cfg.val_loss_every and step % cfg.val_loss_every == 0:
@@ -2099,7 +2122,7 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
         if notes.explicit.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
     try:
-        return Settings(**(stored | notes.explicit))
+        return Settings(**({"train_batch_tokens": stored["train_seq_len"]} | stored | notes.explicit))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
 
@@ -2453,7 +2476,10 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
 
 def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:
     """Resolve the `auto` values that depend on the device."""
-    micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, 98304 if rt.device.type == "cuda" else 8192)
+    most = 8192
+    if rt.device.type == "cuda":
+        most = int(98304 * min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9))
+    micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, most)
     return dataclasses.replace(cfg, micro_batch_tokens=micro,
                                eval_batch_tokens=cfg.eval_batch_tokens or max(micro, cfg.eval_seq_len))
 
@@ -2613,6 +2639,8 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:
         print(json.dumps(dataclasses.asdict(cfg) | {"aliases": notes.aliases}, indent=1))
+        if notes.ignored:
+            print(f"note: ignored, no such setting: {', '.join(notes.ignored)}", file=sys.stderr)
         return 0
     rt = Runtime(cfg, launch)
     status = Run(fit_to_device(cfg, rt), notes, rt).execute(artifact)

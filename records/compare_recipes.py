@@ -8,6 +8,7 @@ recipes at this scale says little about their order at full size.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -23,7 +24,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
     """The result of one scaled-down run, or of one already there. RuntimeError with its last line if it fails."""
-    folder = ROOT / "logs" / "compare" / f"{recipe.name if recipe else 'plain'}_{steps}_{seed}"
+    code = (ROOT / "train_gpt.py").read_bytes() + ((recipe / "recipe.env").read_bytes() if recipe else b"")
+    version = hashlib.sha256(code).hexdigest()[:8]  # figures of another version are not taken for this one's
+    folder = ROOT / "logs" / "compare" / f"{recipe.name if recipe else 'plain'}_{steps}_{seed}_{version}"
     if not (folder / "result.json").exists():
         settings = {"NUM_LAYERS": "11", "SEED": str(seed), "ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0",
                     "ARTIFACT_DIR": str(folder), "DEVICE": "cpu", "OMP_NUM_THREADS": str(threads), "EVAL_STRIDE": "0",

@@ -122,15 +122,30 @@ COMMANDS = {  # command lines of the field's own scripts (systems.md), and what 
     "QAT_LITE_DEPTH_POWER=0.0 DATA_PATH=./data/datasets/fineweb10B_sp8192 "
     "TOKENIZER_PATH=./data/tokenizers/fineweb_8192_bpe.model VOCAB_SIZE=8192": {
         "muon_row_normalize": True, "ema_decay": 0.0, "enable_looping_at": 0.42, "recur_blend": "ab",
-        "qat_lite_enabled": True, "qat_lite_layer_start": 7, "average": "ema"},
+        "num_loops": 2, "qat_lite_enabled": True, "qat_lite_layer_start": 7, "average": "ema"},
+    "SEED=42 QK_GAIN_INIT=5.25 TTT_ENABLED=1 TTT_LR=0.005 TTT_EPOCHS=3": {
+        "qk_gain_init": 5.25, "ttt_mode": "chunk", "ttt_lr": 0.005, "ttt_epochs": 3},
+    "DATA_DIR=./data VOCAB_SIZE=8192 CASEOPS_ENABLED=1 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 PHASED_TTT_ENABLED=1 "
+    "PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=3 EMBED_BITS=7 MATRIX_LR=0.026 MIN_LR=0.1 MLP_CLIP_SIGMAS=11.5 "
+    "ATTN_CLIP_SIGMAS=13.0 EMBED_CLIP_SIGMAS=14.0 GRAD_CLIP_NORM=0.3 TTT_CHUNK_SIZE=48 WARMUP_STEPS=20 "
+    "MUON_BACKEND_STEPS=5 GLOBAL_TTT_MOMENTUM=0.9 WARMDOWN_FRAC=0.85 BETA2=0.99 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=0.5 "
+    "TTT_LORA_RANK=80 SPARSE_ATTN_GATE_SCALE=0.5 GPTQ_RESERVE_SECONDS=0.5 GPTQ_CALIBRATION_BATCHES=16 "
+    "VAL_LOSS_EVERY=0 GATED_ATTN_QUANT_GATE=1 SPARSE_ATTN_GATE_ENABLED=1 GATE_WINDOW=12 SMEAR_GATE_ENABLED=1 "
+    "LQER_ENABLED=1 LQER_ASYM_ENABLED=1 LQER_RANK=4 LQER_FACTOR_BITS=4 LQER_ASYM_GROUP=64 LQER_TOP_K=3 "
+    "FUSED_CE_ENABLED=1 COMPRESSOR=pergroup SEED=42": {
+        "ttt_mode": "phased", "phased_ttt_prefix_docs": 2500, "phased_ttt_num_phases": 3, "embed_bits": 7,
+        "mlp_clip_sigmas": 11.5, "ttt_chunk_size": 48, "ttt_beta2": 0.99, "ttt_lora_rank": 80, "min_lr": 0.1,
+        "sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 0.5, "smear_gate_mode": "input",
+        "compressor": "brotli"},
 }
+NOT_YET = {"CASEOPS_ENABLED", "GATED_ATTN_QUANT_GATE", "FUSED_CE_ENABLED"}  # and LQER_*: named as ignored, not obeyed
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_published_command_lines_are_accepted(command):
     settings, notes = read(**dict(part.split("=") for part in shlex.split(command)))
     assert {name: getattr(settings, name) for name in COMMANDS[command]} == COMMANDS[command]
-    assert not notes.ignored
+    assert set(notes.ignored) == {n.split("=")[0] for n in command.split() if n.split("=")[0] in NOT_YET or "LQER" in n}
 
 
 def test_readable_in_an_hour():
