@@ -31,6 +31,7 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
     default QUANT_MIN_WEIGHTS 8192
     default EVAL_STRIDE 128
     default SWA_EVERY 5
+    default EVAL_BUDGET_SECONDS 60
     average="${EMA_DECAY:-}" looping="${ENABLE_LOOPING_AT:-}"
     recipe
     default NUM_LAYERS 4

@@ -2352,7 +2352,7 @@ class DocumentAdapters:
 
     def __init__(self, cfg: Settings, model: GPT, device: torch.device):
         """A uniform in ±1/sqrt(in), the same for every document, so that no batch or order changes it; B zero."""
-        self.cfg, generator = cfg, torch.Generator().manual_seed(cfg.seed)
+        self.cfg, generator = cfg, torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
         d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
         shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
         sites = [(Site(role, *virtual), *shape) for virtual in virtual_layers(cfg, cfg.num_loops)
@@ -2411,11 +2411,10 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
         ids = tokens[place.clamp(max=last)].long()
         targets = torch.where(scored, tokens[(place + 1).clamp(max=last)].long(), IGNORE)
         goes_on = (starts + high < ends).float()  # (size, 1)
-        learns = adapters is not None and high < longest
-        with torch.set_grad_enabled(learns):
+        with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
             losses = forward(ids, targets, hooks=adapters.hooks if adapters else NO_HOOKS, loops=cfg.num_loops)
         scorer.add(torch.where(scored, place + 1, 0), losses.detach())  # charged; only then is it learned from
-        if learns:
+        if adapters and high < longest:
             adapters.learn((losses * goes_on).sum() / chunk)
 
 
@@ -2440,25 +2439,26 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
     adapters, plain = DocumentAdapters(cfg, model, rt.device), [0, 0]  # documents and tokens scored without them
     for p in model.parameters():
         p.requires_grad_(False)
-    parts = [documents]
-    if cfg.ttt_mode == "phased":
-        prefix, phases = min(cfg.phased_ttt_prefix_docs, len(documents)), cfg.phased_ttt_num_phases
-        cuts = [0, *(prefix * (i + 1) // phases for i in range(phases)), len(documents)]
-        parts = [documents[a:b] for a, b in pairwise(cuts)]
-    for i, part in enumerate(parts):
-        mine, began, spent, late = document_batches(cfg, part, rt.world)[rt.rank], time.perf_counter(), 0, False
+    cuts = [0, len(documents)]
+    if cfg.ttt_mode == "phased":  # cut by the settings alone, never by how many documents are still to come
+        phases = range(1, cfg.phased_ttt_num_phases + 1)
+        cuts[1:1] = [min(cfg.phased_ttt_prefix_docs * i // len(phases), len(documents)) for i in phases]
+    late, limit = False, cfg.eval_budget_seconds or math.inf
+    for i, (low, high) in enumerate(pairwise(cuts)):
+        mine, began, spent = document_batches(cfg, documents[low:high], rt.world)[rt.rank], time.perf_counter(), 0
         left = sum(padded_tokens(batch) for batch in mine)
-        for batch in rt.progress(mine, f"ttt {i + 1}/{len(parts)}"):
+        for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}"):
             rt.sync()
             now, cost = time.perf_counter(), padded_tokens(batch)
-            if cfg.eval_budget_seconds and spent:
-                late = late or (now - began) / spent * left > cfg.eval_budget_seconds - (now - scorer.began)
+            needed = (now - began) / spent * left if spent else 0.0
+            late = late or now - scorer.began + needed > limit
             if late:
                 plain = [plain[0] + len(batch), plain[1] + sum(b - a for a, b in batch)]
             score_documents(cfg, forward, val.tokens, scorer, batch, None if late else adapters)
             spent, left = spent + cost, left - cost
-        if i + 1 < len(parts) and part:
-            end, sgd = part[-1][1], Sgd(cfg, rt, model, forward, cfg.global_ttt_lr, cfg.global_ttt_momentum)
+        late = rt.largest(float(late)) > 0
+        if low < high < len(documents) and not late:
+            end, sgd = documents[high - 1][1], Sgd(cfg, rt, model, forward, cfg.global_ttt_lr, cfg.global_ttt_momentum)
             size = cfg.global_ttt_chunk_tokens
             for first in range(0, end, size):  # all of it has been scored, on whatever rank
                 stop = min(first + size, end)

@@ -30,7 +30,7 @@ def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
     if not (folder / "result.json").exists():
         settings = {"NUM_LAYERS": "11", "SEED": str(seed), "ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0",
                     "ARTIFACT_DIR": str(folder), "DEVICE": "cpu", "OMP_NUM_THREADS": str(threads), "EVAL_STRIDE": "0",
-                    "WARMUP_STEPS": "0", "PYTHON": sys.executable, "RECIPE": str(recipe or "")}
+                    "WARMUP_STEPS": "0", "TTT_MODE": "none", "PYTHON": sys.executable, "RECIPE": str(recipe or "")}
         done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{folder.name}: {(done.stderr.splitlines() or ['failed'])[-1]}")

@@ -33,7 +33,8 @@ def summary(result: dict) -> str:
     lines = [f"{result['steps']} steps on {result['tokens_seen']:,} tokens in {result['train_seconds']:.0f} s "
              f"({result['tok_per_s']:,.0f} tok/s) on {result['world_size']} x {result['device']}"]
     names = {"pre_quant": "trained model, full precision", "quantized": "after compression, reloaded",
-             "sliding": f"the same, sliding window of {config['eval_stride']}"}
+             "sliding": f"the same, sliding window of {config['eval_stride']}",
+             "ttt": f"the same, with test-time training ({config['ttt_mode']})"}
     lines += [f"  {stage['val_bpb']:.4f} bits per byte   {names.get(name, name)}" for name, stage in stages.items()]
     if result["val_bytes"] < 50e6:
         text = validation_text(config)

@@ -21,7 +21,9 @@ PARAMETERS = {
                                       "ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
 }
 SCALED = {"MODEL_DIM": "64", "MLP_MULT": "2", "EVAL_STRIDE": "0",
-          "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1", "GPTQ_RESERVE_SECONDS": "0"}
+          "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1",
+          "GPTQ_RESERVE_SECONDS": "0", "EVAL_BUDGET_SECONDS": "4",
+          "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "3", "TTT_CHUNK_TOKENS": "8192"}
 
 
 def settings_of(recipe) -> dict[str, str]:
@@ -66,6 +68,7 @@ def test_recipe_runs_through_compression_and_scoring(recipe, tiny, tmp_path):
     steps = [line for line in done.stdout.splitlines() if line.startswith("step:")]
     assert len(steps) == 12 and steps[-1].endswith(" qat") == cfg.qat_enabled
     assert ("snapshots" in done.stdout) == cfg.swa_enabled
+    assert ("ttt" in result["stages"]) == (cfg.ttt_mode != "none")
 
 
 def test_run_scripts_take_a_recipe_and_the_user_wins(tiny, tmp_path):

@@ -29,7 +29,7 @@ def tiny(**changes) -> tg.Settings:
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
     """A model none of whose parameters is 0, 1 or constant; a parameter's values depend on its name alone."""
-    model = tg.GPT(cfg)
+    model = tg.GPT(cfg, bos=BOS)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + sum(name.encode())))
@@ -352,7 +352,7 @@ def test_virtual_order_by_hand(layers, start, end, loops, order, skips):
     for n, (layer, visit) in enumerate(virtual):
         assert visit == order[:n].count(layer)
     assert tg.virtual_layers(cfg, 0) == [(layer, 0) for layer in range(layers)]
-    assert tg.GPT(cfg).skip_weight.shape == tg.GPT(cfg).skip_gate.shape == (skips, 32)
+    assert tg.GPT(cfg, bos=BOS).skip_weight.shape == tg.GPT(cfg, bos=BOS).skip_gate.shape == (skips, 32)
 
 
 def test_encoder_and_decoder_of_the_looped_order():
@@ -440,12 +440,13 @@ def stored_bytes(cfg: tg.Settings, model: tg.GPT) -> dict[str, int]:
 
 
 TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; parameters that adds; how they are stored
-    "recurrence": ({"loop_start": 0, "loop_end": 4, "recur_blend": "ab", "recur_alpha_init": 0.3, "recur_a_init": 0.4,
-                    "recur_b_init": 0.5}, LOOPS | {"recur_blend": "ab"}, {"recur_blend"}, {"recur_blend"}),
-    "recurrence-alpha": ({"recur_blend": "alpha", "recur_alpha_init": 0.3, "loop_end": 99},
+    "recurrence": ({"num_loops": 0, "loop_start": 0, "loop_end": 4, "recur_blend": "ab", "recur_alpha_init": 0.3,
+                    "recur_a_init": 0.4, "recur_b_init": 0.5}, LOOPS | {"recur_blend": "ab"}, {"recur_blend"},
+                   {"recur_blend"}),
+    "recurrence-alpha": ({"num_loops": 0, "recur_blend": "alpha", "recur_alpha_init": 0.3, "loop_end": 99},
                          LOOPS | {"recur_blend": "alpha"}, {"recur_blend"}, {"recur_blend"}),
-    "recurrence-gate": ({"recur_blend": "gate", "loop_start": 5, "loop_end": 2}, LOOPS | {"recur_blend": "gate"},
-                        {"recur_blend"}, {"recur_blend"}),
+    "recurrence-gate": ({"num_loops": 0, "recur_blend": "gate", "loop_start": 5, "loop_end": 2},
+                        LOOPS | {"recur_blend": "gate"}, {"recur_blend"}, {"recur_blend"}),
     "gptj": ({"parallel_final_lane": "attn"}, {"parallel_start_layer": 3}, set(), set()),
     "lanes": ({"parallel_mode": "lanes"}, {"parallel_mode": "lanes", "parallel_start_layer": 3}, {"lane_mix"},
               {"lane_mix"}),
@@ -494,7 +495,7 @@ def test_off_is_absent(name):
 
 
 def test_plain_model_has_only_the_plain_parameters():
-    assert set(dict(tg.GPT(tiny()).named_parameters())) == {
+    assert set(dict(tg.GPT(tiny(), bos=BOS).named_parameters())) == {
         "tok_emb", "qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "resid_mix", "attn_scale", "mlp_scale",
         "q_gain", "skip_weight", "skip_gate"}
 
@@ -551,7 +552,7 @@ NEUTRAL = {  # what turns it on; what it is compared with; the parameters that m
 def test_neutral_initial_values_change_nothing_and_can_move(name):
     on, off, movable = NEUTRAL[name]
     cfg = tiny(**on)
-    model, plain = tg.GPT(cfg), random_model(tiny(**off))
+    model, plain = tg.GPT(cfg, bos=BOS), random_model(tiny(**off))
     base = dict(plain.named_parameters())
     with torch.no_grad():
         for key, p in model.named_parameters():
@@ -580,7 +581,7 @@ def test_neutral_initial_values_change_nothing_and_can_move(name):
 
 def test_initial_values():
     cfg = tiny(**ALL | {"recur_a_init": 0.9, "recur_b_init": 0.2, "vocab_size": 500})
-    model = tg.GPT(cfg)
+    model = tg.GPT(cfg, bos=BOS)
     assert model.recur_blend.shape == (2, 2, 2)
     assert torch.equal(model.recur_blend, torch.tensor([0.9, 0.2]).expand(2, 2, 2))
     assert (model.lane_keep == torch.tensor(1.1)).all() and (model.lane_write == 1).all()
@@ -592,11 +593,11 @@ def test_initial_values():
     for bank in (model.bigram_bank[0], model.ve_bank[0]):
         assert bank.size(0) > bank.size(1) and (bank.T @ bank - torch.eye(bank.size(1))).abs().max() < 1e-5
     for blend, value in (("alpha", 0.7), ("gate", 4.0)):
-        other = tg.GPT(tiny(num_loops=2, recur_blend=blend, recur_alpha_init=0.7))
+        other = tg.GPT(tiny(num_loops=2, recur_blend=blend, recur_alpha_init=0.7), bos=BOS)
         assert other.recur_blend.shape == (2, 2, 1) and (other.recur_blend == torch.tensor(value)).all()
-    assert tg.GPT(tiny(parallel_mode="lanes", parallel_start_layer=3)).lane_mix == 0.5
-    assert not tg.GPT(tiny(smear_gate_enabled=True, smear_gate_mode="vector")).smear_theta.any()
-    gate = tg.GPT(tiny(gated_attn_enabled=True, num_layers=30)).attn_gate
+    assert tg.GPT(tiny(parallel_mode="lanes", parallel_start_layer=3), bos=BOS).lane_mix == 0.5
+    assert not tg.GPT(tiny(smear_gate_enabled=True, smear_gate_mode="vector"), bos=BOS).smear_theta.any()
+    gate = tg.GPT(tiny(gated_attn_enabled=True, num_layers=30), bos=BOS).attn_gate
     assert gate.shape == (30, 4, 32) and abs(gate.std() / 0.01 - 1) < 0.1
 
 
