@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import ROOT, clean_environment, read_result, run_script
+from shards import write_shard
 
 import train_gpt as tg
 
@@ -22,8 +24,7 @@ PARAMETERS = {
 }
 SCALED = {"MODEL_DIM": "64", "MLP_MULT": "2", "EVAL_STRIDE": "0",
           "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1",
-          "GPTQ_RESERVE_SECONDS": "0", "EVAL_BUDGET_SECONDS": "4",
-          "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "3", "TTT_CHUNK_TOKENS": "8192"}
+          "GPTQ_RESERVE_SECONDS": "0", "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "512"}
 
 
 def settings_of(recipe) -> dict[str, str]:
@@ -49,10 +50,20 @@ def test_recipe_is_understood_word_for_word_and_says_what_was_not_run(recipe):
                 settings_of(recipe)[name] == value), word
 
 
+@pytest.fixture(scope="module")
+def short(tiny, tmp_path_factory) -> dict[str, str]:
+    """The tiny data set with only the first tokens of its validation text: test-time training goes token by token."""
+    folder = tmp_path_factory.mktemp("short")
+    shutil.copy(f"{tiny['DATA_PATH']}/fineweb_train_000000.bin", folder)
+    tokens = tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_val_000000.bin")
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens[:900], tokens[:600], tokens[:300]]))
+    return tiny | {"DATA_PATH": str(folder)}
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
-def test_recipe_runs_through_compression_and_scoring(recipe, tiny, tmp_path):
+def test_recipe_runs_through_compression_and_scoring(recipe, short, tmp_path):
     ours = settings_of(recipe)
-    sizes = tiny | SCALED
+    sizes = short | SCALED
     if float(ours.get("ENABLE_LOOPING_AT", 0)) > 1:
         sizes["ENABLE_LOOPING_AT"] = "4"
     if ours.get("EMA_DECAY") == "0":
@@ -71,11 +82,11 @@ def test_recipe_runs_through_compression_and_scoring(recipe, tiny, tmp_path):
     assert ("ttt" in result["stages"]) == (cfg.ttt_mode != "none")
 
 
-def test_run_scripts_take_a_recipe_and_the_user_wins(tiny, tmp_path):
+def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
     """The smoke script as a user calls it, with a recipe, on data of the user's own."""
     folder = next(path for path in RECIPES if "RecurAB" in path.name)
-    shutil.copytree(tiny["DATA_PATH"], tmp_path / "data")
-    mine = {k: tiny[k] for k in ("TOKENIZER_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "DTYPE")}
+    shutil.copytree(short["DATA_PATH"], tmp_path / "data")
+    mine = {k: short[k] for k in ("TOKENIZER_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "DTYPE")}
     mine |= {"RECIPE": str(folder), "DATA_PATH": str(tmp_path / "data"), "PYTHON": sys.executable, "DEVICE": "cpu",
              "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_STRIDE": "0", "MODEL_DIM": "64",
              "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1"}
