@@ -246,7 +246,8 @@ def build(out: Path, packages: Iterable[str], min_mb: float, val_percent: float)
         raise ValueError(f"{len(documents)} documents are too few for --val-percent {val_percent}")
     out.mkdir(parents=True, exist_ok=True)
     for name, part in (("docs_train.jsonl", train), ("docs_val.jsonl", val)):
-        count = write_jsonl(out / name, part)
+        # in the order of a hash: mixed like web text, since a short run reads only the first part of it
+        count = write_jsonl(out / name, sorted(part, key=lambda document: fingerprint(document.text)))
         print(f"{name}: {len(part):,} documents, {count:,} bytes of text ({count / total:.1%})")
     print(f"total: {len(documents):,} documents, {total:,} bytes from {', '.join(roots)} -> {out}")
 
