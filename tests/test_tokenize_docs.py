@@ -391,7 +391,8 @@ def test_killed_half_way(corpus, model, tmp_path, kind):
     train = [str(corpus[0] / "train.jsonl")] * 40
     command = [sys.executable, str(TOOL), "--train", *train, "--val", str(corpus[0] / "val.jsonl"), "--out",
                str(tmp_path), "--tokenizer", str(model), "--name", "cut", "--shard-tokens", "200000", "--workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,  # a job in the background ignores Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         until = time.monotonic() + 30
         while not list(tmp_path.glob("datasets/.cut.*/new/fineweb_train_*.bin")):
