@@ -681,7 +681,9 @@ dist.destroy_process_group = lambda: None
 for run in runs:
     tg.start([], tg.Launch.read(environ), environ | run)
 if dist.is_initialized():
+    dist.barrier()
     end()
+    os._exit(0)  # as train_gpt.main does: Gloo's threads can abort an orderly exit
 """
 FAST = {"TTT_EVAL_SEQ_LEN": "64", "TTT_CHUNK_SIZE": "32", "TTT_BATCH_SIZE": "2", "TTT_LORA_RANK": "4",
         "TTT_LORA_ALPHA": "8", "TTT_LORA_LR": "0.003", "TTT_CHUNK_TOKENS": "512", "TTT_EPOCHS": "1", "TTT_LR": "0.02",
