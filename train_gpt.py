@@ -2216,6 +2216,13 @@ class Scorer:
                      time.perf_counter() - self.began)
 
 
+def gather(tokens: Tensor, place: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64, at `place` (rows, length) of a stream (N,); IGNORE where not `scored`."""
+    last = len(tokens) - 1
+    targets = torch.where(scored, tokens[(place + 1).clamp(max=last)].long(), IGNORE)
+    return tokens[place.clamp(max=last)].long(), targets
+
+
 @torch.no_grad()
 def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, stride: int,
                   which: range, what: str, loops: int | None = None) -> None:
@@ -2232,8 +2239,7 @@ def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation
         place = window * stride + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
         fresh_from = torch.where(window == 0, 0, (window - 1) * stride + length)
         scored = (place >= fresh_from) & (place < n - 1) & (window < which.stop)
-        ids = val.tokens[place.clamp(max=n - 1)].long()
-        targets = torch.where(scored, val.tokens[(place + 1).clamp(max=n - 1)].long(), IGNORE)
+        ids, targets = gather(val.tokens, place, scored)
         bounds = Bounds.find(ids, val.bos, length) if cfg.varlen_enabled else None
         scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))
 
@@ -2266,8 +2272,7 @@ class Sgd:
         """One step on the mean loss of tokens (n,), in rows of EVAL_SEQ_LEN dealt to ranks; norm clipped to 1."""
         length, count = self.cfg.eval_seq_len, len(tokens) - 1
         place = torch.arange(-(-count // length) * length, device=tokens.device).view(-1, length)
-        ids = tokens[place.clamp(max=count)].long()
-        targets = torch.where(place < count, tokens[(place + 1).clamp(max=count)].long(), IGNORE)
+        ids, targets = gather(tokens, place, place < count)
         rows = max(1, self.cfg.eval_batch_tokens // length)
         for p in self.params:
             p.requires_grad_(True).grad = torch.zeros_like(p)
@@ -2395,7 +2400,7 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
     A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk, in one of a few widths. A document's last
     chunk is only scored. Without adapters the chunks are as wide as a quarter of that, and nothing is learned.
     """
-    longest, size, device, last = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device, len(tokens) - 1
+    longest, size, device = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device
     chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
     ends = torch.tensor([b for _, b in batch] + [0] * (size - len(batch)), device=device)[:, None]
     starts = torch.tensor([a for a, _ in batch] + [0] * (size - len(batch)), device=device)[:, None]
@@ -2408,8 +2413,7 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
         width = min(width, cfg.ttt_eval_seq_len)
         place = starts + max(0, high - width) + torch.arange(width, device=device)
         scored = (place >= starts + low) & (place < starts + high) & (place < ends)
-        ids = tokens[place.clamp(max=last)].long()
-        targets = torch.where(scored, tokens[(place + 1).clamp(max=last)].long(), IGNORE)
+        ids, targets = gather(tokens, place, scored)
         goes_on = (starts + high < ends).float()  # (size, 1)
         with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
             losses = forward(ids, targets, hooks=adapters.hooks if adapters else NO_HOOKS, loops=cfg.num_loops)
