@@ -17,7 +17,7 @@ class FakeRuntime:
         self.rank, self.world, self.meeting = rank, world, meeting
         self.device = torch.device("cpu")
 
-    def progress(self, items, what, total=None):
+    def progress(self, items, what, running=None):
         return items
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -55,6 +55,10 @@ def config(length: int, stride: int, rows: int, spare: int = 0) -> tg.Settings:
 def validation(n: int) -> tg.Validation:
     """A stream whose tokens are their own positions; token i is worth i % 7 bytes."""
     return tg.Validation(torch.arange(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32) % 7, 1, None)
+
+
+def windows_score(cfg: tg.Settings, rt, forward, val: tg.Validation, stride: int, scorer=None) -> tg.Score:
+    return tg.evaluate(cfg, rt, forward, val, scorer or tg.Scorer(rt, val.bytes), stride, "test")
 
 
 def known_loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -164,7 +168,7 @@ def test_text_without_bytes_has_no_bits_per_byte():
 @pytest.mark.parametrize("n, length, stride, rows", CASES)
 def test_every_target_is_scored_once(n, length, stride, rows):
     recorder, val = Recorder(length, rows), validation(n)
-    score = tg.evaluate(config(length, stride, rows, spare=length - 1), FakeRuntime(), recorder, val, stride, "test")
+    score = windows_score(config(length, stride, rows, spare=length - 1), FakeRuntime(), recorder, val, stride)
     assert sorted(recorder.context) == list(range(1, n))
     tokens = torch.arange(n)
     nats = float(known_loss(tokens[:-1], tokens[1:]).double().sum())
@@ -177,7 +181,7 @@ def test_every_target_is_scored_once(n, length, stride, rows):
 @pytest.mark.parametrize("n, length, stride, rows", CASES)
 def test_every_target_has_the_context_it_is_due(n, length, stride, rows):
     recorder = Recorder(length, rows)
-    tg.evaluate(config(length, stride, rows), FakeRuntime(), recorder, validation(n), stride, "test")
+    windows_score(config(length, stride, rows), FakeRuntime(), recorder, validation(n), stride)
     for target, context in recorder.context.items():
         assert context == list(range(target - len(context), target))  # its own past, whole and in order
         assert min(target, length - stride + 1) <= len(context) <= length
@@ -188,7 +192,7 @@ def test_every_target_has_the_context_it_is_due(n, length, stride, rows):
 @pytest.mark.parametrize("n, length, stride, rows", CASES)
 def test_windows_are_those_of_the_contract(n, length, stride, rows):
     recorder = Recorder(length, rows)
-    tg.evaluate(config(length, stride, rows), FakeRuntime(), recorder, validation(n), stride, "test")
+    windows_score(config(length, stride, rows), FakeRuntime(), recorder, validation(n), stride)
     assert {target: context[0] for target, context in recorder.context.items()} == windows_by_hand(n, length, stride)
 
 
@@ -197,7 +201,7 @@ def test_many_streams_and_windows():
         for length in (1, 2, 5, 7):
             for stride in range(1, length + 1):
                 recorder = Recorder(length, 2)
-                tg.evaluate(config(length, stride, 2), FakeRuntime(), recorder, validation(n), stride, "test")
+                windows_score(config(length, stride, 2), FakeRuntime(), recorder, validation(n), stride)
                 begins = {target: context[0] for target, context in recorder.context.items()}
                 assert begins == windows_by_hand(n, length, stride), (n, length, stride)
 
@@ -210,8 +214,8 @@ def test_the_score_does_not_depend_on_the_ranks(n, length, stride, rows, world):
     def forward(ids, targets, **_):
         return known_loss(ids, targets) / 3  # not exact: the order of adding shows
 
-    alone = tg.evaluate(cfg, FakeRuntime(), forward, val, stride, "test")
-    scores = on_ranks(world, lambda rt: tg.evaluate(cfg, rt, forward, val, stride, "test"))
+    alone = windows_score(cfg, FakeRuntime(), forward, val, stride)
+    scores = on_ranks(world, lambda rt: windows_score(cfg, rt, forward, val, stride))
     for score in scores:
         assert score[:4] == alone[:4]
 
@@ -248,21 +252,13 @@ def test_sliding_equals_the_model_on_each_context(stride):
             p.copy_(0.3 + 0.5 * torch.randn(p.shape, generator=generator))
     tokens = torch.randint(0, 40, (n,), generator=generator, dtype=torch.int32)
     val = tg.Validation(tokens, torch.ones(n, dtype=torch.int32), 1, None)
-    scorers = []
-
-    class Spy(tg.Scorer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            scorers.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "Scorer", Spy)
-        score = tg.evaluate(cfg, FakeRuntime(), model, val, stride, "test")
+    scorer = tg.Scorer(FakeRuntime(), val.bytes)
+    score = windows_score(cfg, FakeRuntime(), model, val, stride, scorer)
     expected = []
     for target, begin in sorted(windows_by_hand(n, length, stride).items()):
         logits = model(tokens[None, begin:target].long())[0, -1].detach().double()
         expected.append(float(logits.logsumexp(0) - logits[int(tokens[target])]))
-    assert scorers[0].losses[1:].tolist() == pytest.approx(expected, abs=1e-5)
+    assert scorer.losses[1:].tolist() == pytest.approx(expected, abs=1e-5)
     assert score.val_loss == pytest.approx(sum(expected) / (n - 1), abs=1e-6)
     assert max(expected) - min(expected) > 0.1
 
@@ -276,5 +272,5 @@ def test_evaluation_keeps_no_gradients():
         modes.append(torch.is_grad_enabled())
         return model(ids, targets)
 
-    tg.evaluate(cfg, FakeRuntime(), forward, validation(40), 8, "test")
+    windows_score(cfg, FakeRuntime(), forward, validation(40), 8)
     assert modes and not any(modes)

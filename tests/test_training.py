@@ -661,7 +661,7 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
         tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
         tokens[::11] = BOS
         val = tg.Validation(tokens, torch.ones(50, dtype=torch.int32), 5, None, BOS)
-        tg.evaluate(cfg, rt, compiled, val, 4, "test")
+        tg.evaluate(cfg, rt, compiled, val, tg.Scorer(rt, val.bytes), 4, "test")
         counts.append((before, len(calls) - before))
     torch._dynamo.reset()
     logging.disable(logging.NOTSET)

@@ -73,21 +73,9 @@ class Rank(FakeRuntime):
 
 def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None):
     """(score, losses by position) of test-time training, or with TTT_MODE=none of the sliding window."""
-    val, rt, forward, scorers = validation(tokens), rt or Rank(), forward or model, []
-
-    class Spy(tg.Scorer):
-        def __init__(self, *arguments):
-            super().__init__(*arguments)
-            scorers.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "Scorer", Spy)
-        if cfg.ttt_mode == "none":
-            score = tg.evaluate(cfg, rt, forward, val, cfg.eval_stride, "test")
-        else:
-            score = (tg.chunk_ttt if cfg.ttt_mode == "chunk" else tg.lora_ttt)(cfg, rt, model, forward, val)
-    assert len(scorers) == 1
-    return score, scorers[0].losses[1:].clone()
+    val, rt = validation(tokens), rt or Rank()
+    scorer = tg.Scorer(rt, val.bytes)
+    return tg.final_stage(cfg, rt, model, forward or model, val, scorer), scorer.losses[1:].clone()
 
 
 def documents_by_hand(tokens: torch.Tensor) -> list[list[int]]:
@@ -484,7 +472,7 @@ def spied_steps(cfg, model, tokens, monkeypatch, patch_rank=None):
 
     monkeypatch.setattr(tg.Sgd, "step", spy)
     monkeypatch.setattr(tg.Scorer, "__init__", spy_init)
-    score = (tg.chunk_ttt if cfg.ttt_mode == "chunk" else tg.lora_ttt)(cfg, Rank(), model, model, validation(tokens))
+    score = adapt_to(cfg, model, tokens)[0]
     return score, steps
 
 
@@ -545,7 +533,7 @@ def test_sgd_equals_its_formula():
     """Momentum SGD on the mean loss, the gradient's norm clipped to 1, over rows of 12 tokens without overlap."""
     cfg, tokens = config(), stream([9, 30])
     model, lr = random_model(cfg), 0.3
-    net, sgd = copy.deepcopy(model), tg.Sgd(cfg, Rank(), model, model, lr, 0.9)
+    net, sgd = copy.deepcopy(model), tg.Sgd(cfg, Rank(), model, model, lr, 0.9, 16)
     velocity, norms = [0.0 for _ in net.parameters()], []
     for scale, (first, stop) in ((1.0, (0, 31)), (0.4, (20, 38))):
         sgd.step(tokens[first : stop + 1], BOS, scale)
@@ -567,11 +555,10 @@ def test_sgd_equals_its_formula():
 def test_ranks_agree_on_score_and_weights(mode, world):
     cfg, tokens = config(ttt_mode=mode), stream(LENGTHS)
     model = random_model(cfg)
-    run = tg.chunk_ttt if mode == "chunk" else tg.lora_ttt
 
     def work(rt):
         own = copy.deepcopy(model)
-        return run(cfg, Rank(rt.rank, rt.world, rt.meeting), own, own, validation(tokens)), own.state_dict()
+        return adapt_to(cfg, own, tokens, Rank(rt.rank, rt.world, rt.meeting))[0], own.state_dict()
 
     alone, weights = work(FakeRuntime())
     assert mode == "lora" or any(not torch.equal(weights[name], p) for name, p in model.state_dict().items())
