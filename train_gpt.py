@@ -23,6 +23,8 @@ hashed bigrams, smear gate, value embeddings, output gates, untied or factorised
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
 
+import ast
+import bz2
 import dataclasses
 import glob
 import hashlib
@@ -2156,14 +2158,15 @@ def load_weights(model: GPT, cfg: Settings, tensors: dict[str, Tensor], name: st
         p.copy_(state[n])
 
 
-PACKED_START = b"#coding:latin1\nimport lzma,linecache\n"
+PACKED_START = b"#coding:latin1\nimport bz2,linecache\n"
 
 
 def pack_code(source: bytes) -> bytes:
     """The counted script: minified, compressed, and unpacked by itself when run. A packed script is given back as is.
 
-    The compressed bytes stand in a latin-1 string literal, which costs 2 % where base85 costs 25 %; the source is
-    registered with linecache so that tools that read it (Triton) find it.
+    What --help says of each setting is left out. Of text of this size bzip2 makes less than LZMA or zlib. The bytes
+    stand in a latin-1 string literal, which costs 2 % where base85 costs 25 %; the source is registered with linecache
+    so that tools that read it (Triton) find it.
     """
     if source.startswith(PACKED_START):
         return source
@@ -2171,12 +2174,17 @@ def pack_code(source: bytes) -> bytes:
         import python_minifier
     except ImportError:
         raise RunError("the package python-minifier is not installed; pip install python-minifier") from None
-    small = python_minifier.minify(source.decode(), remove_literal_statements=True, hoist_literals=False)
-    data = lzma.compress(small.encode(), format=lzma.FORMAT_ALONE, filters=[
-        {"id": lzma.FILTER_LZMA1, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 0, "pb": 0, "dict_size": 1 << 18}])
-    escapes = {"\\": r"\\", "'": r"\'", "\n": r"\n", "\r": r"\r", "\0": r"\x00"}
-    literal = re.sub(r"[\\'\n\r\0]", lambda m: escapes[m[0]], data.decode("latin1"))
-    return PACKED_START + (f"s=lzma.decompress('{literal}'.encode('latin1')).decode();n='train_gpt'\n"
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting" and len(node.args) == 3:
+            node.args[2] = ast.Constant("")
+    small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
+                                   rename_globals=True)
+    data = bz2.compress(small.encode())
+    escapes = {"'": r"\'", "\r": r"\r", "\0": r"\0"}
+    literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.decode("latin1").replace("\\", r"\\"))
+    literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
+    return PACKED_START + (f"s=bz2.decompress('''{literal}'''.encode('latin1')).decode();n='train_gpt'\n"
                            "linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n"
                            ).encode("latin1")
 
