@@ -38,6 +38,7 @@ import re
 import resource
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -2974,12 +2975,49 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     return status
 
 
+def speaks_first(launch: Launch) -> bool:
+    """Whether this process is the first of the run to have an error to tell: all meet the same one, or its echo."""
+    if launch.world == 1:
+        return True
+    try:  # torchrun's own store, which outlives its processes
+        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
+        return store.add(f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+    except (RuntimeError, KeyError, ValueError):  # then it is rank 0's to tell, unless that is what is missing
+        time.sleep(5 if launch.rank else 0)
+        return True
+
+
+def leave(launch: Launch, status: int, message: str = "") -> None:
+    """End this process of several at once: an orderly exit waits for the others, and Gloo's threads can abort it."""
+    if message and speaks_first(launch):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_when_told(launch: Launch) -> None:
+    """End on SIGTERM, which torchrun sends when one process is gone, even if the main thread waits for that one."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+
+    def wait() -> None:
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            pass
+        leave(launch, 143, "another process of this run has ended, or torchrun was told to end it")
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
-    launch = Launch.read(dict(os.environ))
-    if launch.world == 1:  # unwind, so that no temporary file stays
+    launch, status, message = Launch.read(dict(os.environ)), 1, ""
+    if launch.world > 1:
+        leave_when_told(launch)
+    else:  # unwind, so that no temporary file stays
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    status, message, wait = 1, "", 5 if launch.rank else 0  # what befalls every rank is rank 0's to say: see below
     try:
         status = start(sys.argv[1:], launch, dict(os.environ))
     except RunError as e:
@@ -2993,14 +3031,11 @@ def main() -> int:
     except RuntimeError as e:
         if launch.world == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
-        message, wait = "another process of this run has ended", 1
+        message = "another process of this run has ended"
+    if launch.world > 1:
+        leave(launch, status, message)
     if message:
-        time.sleep(wait)  # torchrun ends the others once the first has spoken and gone
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    if launch.world > 1:  # at once: an orderly exit waits for the other processes, and Gloo's threads can abort it
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
     return status
 
 

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -217,3 +219,30 @@ def test_two_processes_fail_with_one_line_when_one_cannot_go_on(tiny, tmp_path):
     assert done.returncode != 0 and len(errors) == 1
     assert "fineweb_train_000000.bin: expected token ids below VOCAB_SIZE=512, found 65535" in errors[0]
     assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_killing_one_process_of_three_ends_the_others_with_one_line(finished, tiny, tmp_path, victim):
+    """In the middle of a long evaluation."""
+    folder, _ = finished
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path), "EVAL_ONLY": str(folder / "final_model.int6.ptz"),
+                       "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
+               str(ROOT / "train_gpt.py")]
+    process = subprocess.Popen(command, env=clean_environment(settings), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("stage:quantized"):
+            break
+    time.sleep(0.5)  # sliding now
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    ranks = {int(re.search(rb"(?:^|\0)RANK=(\d)", Path(f"/proc/{pid}/environ").read_bytes())[1]): pid
+             for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()}
+    began = time.monotonic()
+    os.kill(ranks[victim], signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - began < 60 and process.returncode != 0
+    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "another process of this run has ended" in said[0], errors[-2000:]
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    assert not (tmp_path / "result.json").exists()
