@@ -46,7 +46,7 @@ from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
-from shards import MAX_VOCAB, atomic_write, one_line, write_shard
+from shards import MAX_VOCAB, atomic_write, one_line, read_shard, write_shard
 from tqdm import tqdm
 
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
@@ -490,6 +490,16 @@ def stats(train: Split, val: Split) -> dict:
     return {f"{name}_{part}": getattr(totals, name) for name in names for part, totals in parts}
 
 
+def overlapping_documents(folder: Path, train: Split, val: Split, bos: int) -> int:
+    """Validation documents that begin like a training document: the `no_overlap` check that AUDIT=1 makes of a run."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    from train_gpt import find_overlap  # late: it takes torch along
+
+    tokens = np.concatenate([read_shard(folder / shard["name"]) for shard in val.shards])
+    paths = [str(folder / shard["name"]) for shard in train.shards]
+    return int(find_overlap(tokens, paths, tqdm(range(len(paths)), "overlap", unit="shard", disable=None), bos).sum())
+
+
 # ----- command line
 
 
@@ -534,10 +544,11 @@ def tokenize(args: argparse.Namespace) -> None:
     for path, content in ((standing, model), (standing.with_suffix(".vocab"), vocab_lines(tokenizer))):
         with atomic_write(path) as file:
             file.write(content)
+    overlap = overlapping_documents(folder, train, val, tokenizer.bos_id())
     merge_manifest(manifest, "datasets", {
         "name": name,
         "tokenizer_name": tokenizer_name,
-        "stats": stats(train, val),
+        "stats": stats(train, val) | {"docs_val_overlapping": overlap},
         "shard_files": train.shards + val.shards,
     })
     merge_manifest(manifest, "tokenizers", {
@@ -551,6 +562,9 @@ def tokenize(args: argparse.Namespace) -> None:
     for part, totals in (("train", train), ("val", val)):
         print(f"{part}: {totals.files} files, {totals.tokens:,} tokens, {totals.bytes:,} bytes, {totals.docs:,} "
               f"documents ({totals.docs_lossy:,} decode to another text), {totals.docs_empty:,} empty ones skipped")
+    print(f"{overlap} validation documents begin like a training document")
+    if overlap > 0.005 * val.docs:
+        print("warning: that is more than 0.5 % of them: a run's AUDIT=1 will fail", file=sys.stderr)
     print(f"{name} with {tokenizer_name} -> {folder}")
 
 

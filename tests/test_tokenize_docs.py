@@ -414,3 +414,17 @@ def test_killed_half_way(corpus, model, tmp_path, kind):
     while any(Path("/proc", child).exists() for child in children):  # no worker outlives the parent
         assert time.monotonic() < until
         time.sleep(0.05)
+
+
+def test_documents_that_begin_alike_are_counted(model, tmp_path):
+    """Whole copies are refused; one that goes on otherwise after 64 tokens is told of and stands in the manifest."""
+    texts = make_documents(30, 5)
+    head = " ".join(texts[:4])[:2000]
+    (tmp_path / "train.jsonl").write_bytes(jsonl([*texts[:20], head + " one end"]))
+    (tmp_path / "val.jsonl").write_bytes(jsonl([*texts[20:], head + " another end"]))
+    done = run("--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--out", tmp_path / "out",
+               "--tokenizer", model, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    assert "1 validation documents begin like a training document" in done.stdout and "warning: " in done.stderr
+    manifest = json.loads((tmp_path / "out/manifest.json").read_bytes())
+    assert manifest["datasets"][0]["stats"]["docs_val_overlapping"] == 1
