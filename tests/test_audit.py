@@ -72,7 +72,7 @@ def audited(trained: dict[str, str], folder: Path, module: types.ModuleType, **c
     {"TTT_MODE": "chunk"}, {"TTT_MODE": "chunk", "VARLEN_ENABLED": "1"}, {"TTT_MODE": "lora"},
     {"TTT_MODE": "lora", "TTT_OPTIMIZER": "sgd", "TTT_DOC_ORDER": "sorted"}, {"TTT_MODE": "phased"},
     {"TTT_MODE": "phased", "PHASED_TTT_NUM_PHASES": "3", "EVAL_BUDGET_SECONDS": "0.001"},
-    {"TTT_MODE": "lora", "DTYPE": "bf16"}], ids=str)
+    {"TTT_MODE": "lora", "DTYPE": "bf16"}, {"TTT_MODE": "none", "VARLEN_ENABLED": "1", "EVAL_SEQ_LEN": "192"}], ids=str)
 def test_a_clean_run_passes_all(trained, tmp_path, changes):
     status, result = audited(trained, tmp_path, script(), **changes)
     assert status == 0 and list(result["audit"]) == CHECKS and result["val_complete"] is True

@@ -1,0 +1,92 @@
+#!/usr/bin/env python3
+"""What test-time training gains, by document length, and what it costs against scoring alone.
+
+    EVAL_ONLY=logs/smoke/final_model.int6.ptz DATA_PATH=... TOKENIZER_PATH=... python benchmarks/ttt.py
+
+takes the settings of train_gpt.py from the environment (one process) and scores the artifact four times: by windows
+side by side, by document with adapters that do not learn, with LoRA, and phased. Prints a table; --json FILE keeps it.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+
+def by_length(losses: torch.Tensor, val: tg.Validation, step: int) -> dict[int, list[float]]:
+    """Thousands (or `step`s) of document length -> documents, tokens, nats, bytes."""
+    table, total = {}, torch.cat((torch.zeros(1), losses.double().cpu().cumsum(0)))
+    before = torch.cat((torch.zeros(1, dtype=torch.int64), val.bytes.long().cumsum(0)))
+    for a, b in tg.find_documents(val.tokens, val.bos):  # its targets are a + 1 .. b
+        row = table.setdefault((b - a) // step, [0, 0, 0.0, 0])
+        for i, value in enumerate((1, b - a, float(total[b + 1] - total[a + 1]), int(before[b + 1] - before[a + 1]))):
+            row[i] += value
+    return dict(sorted(table.items()))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--step", type=int, default=1000, help="tokens of document length in a row of the table")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    notes = tg.read_environment(dict(os.environ))
+    path = notes.explicit.get("eval_only", "")
+    try:
+        if not os.path.isfile(path):
+            raise tg.RunError("EVAL_ONLY takes the artifact to score")
+        artifact = Path(path).read_bytes()
+        cfg = tg.adopt_settings(notes, tg.read_artifact(artifact, path)[0], path)
+        with tempfile.TemporaryDirectory() as folder:
+            return measure(dataclasses.replace(cfg, artifact_dir=folder), notes, artifact, args)
+    except tg.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.Namespace) -> int:
+    """Score the artifact four ways and print the tables."""
+    rt = tg.Runtime(cfg, tg.Launch())
+    run = tg.Run(tg.fit_to_device(dataclasses.replace(cfg, ttt_mode="lora"), rt), notes, rt)
+    tensors, losses, scores = tg.read_artifact(artifact, "the artifact")[1], {}, {}
+    ways = {"windows": {"ttt_mode": "none", "eval_stride": 0}, "no learning": {"ttt_lora_lr": 0.0}, "lora": {},
+            "phased": {"ttt_mode": "phased"}}
+    for name, changes in ways.items():
+        cfg = dataclasses.replace(run.cfg, **changes)
+        tg.load_weights(run.model, cfg, tensors, "the artifact")
+        if run.forward is not run.model and cfg.ttt_mode != "none":
+            tg.warm_up_ttt(cfg, rt, run.model, run.forward, run.val)
+        scorer = tg.Scorer(rt, run.val.bytes)
+        scores[name] = tg.final_stage(cfg, rt, run.model, run.forward, run.val, scorer)
+        losses[name] = scorer.losses
+    rt.close()
+    print(f"\n{run.device}, {torch.get_num_threads()} threads; rank {cfg.ttt_lora_rank}, chunk {cfg.ttt_chunk_size}, "
+          f"windows of {cfg.ttt_eval_seq_len}, {cfg.ttt_batch_size} documents at a time, lr {cfg.ttt_lora_lr:g}, "
+          f"virtual layers {len(tg.virtual_layers(cfg, cfg.num_loops))}")
+    for name, score in scores.items():
+        print(f"{name:12} val_bpb {score.val_bpb:.6f}  {score.seconds:8.1f} s  "
+              f"{1e6 * score.seconds / score.tokens:8.1f} us a token  "
+              f"{score.seconds / scores['windows'].seconds:6.1f} x windows")
+    tables = {name: by_length(values, run.val, args.step) for name, values in losses.items()}
+    print(f"\n{'tokens a document':>18} {'documents':>10} {'tokens':>9}" + "".join(f"{name:>13}" for name in ways))
+    for row, (docs, tokens, _, n_bytes) in tables["lora"].items():
+        bpb = [tables[name][row][2] / (math.log(2) * max(n_bytes, 1)) for name in ways]
+        print(f"{row * args.step:>8} .. {(row + 1) * args.step:>6} {docs:>10} {tokens:>9}"
+              + "".join(f"{value:>13.4f}" for value in bpb))
+    if args.json:
+        with tg.atomic_write(str(args.json)) as file:
+            file.write(json.dumps({"device": run.device, "settings": dataclasses.asdict(run.cfg), "by_length": tables,
+                                   "scores": {n: s._asdict() for n, s in scores.items()}}, indent=1).encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
