@@ -2894,10 +2894,10 @@ class Run:
             if self.forward is not self.model:
                 warm_up_ttt(self.cfg, self.rt, self.model, self.forward, self.val)
             if self.cfg.ttt_mode != "chunk":
-                leaves = DocumentAdapters(self.cfg, self.model, torch.device("meta")).leaves
-                size = sum(leaf.numel() for leaf in leaves)
-                self.rt.log(f"adapters: {size // self.cfg.ttt_batch_size:,} parameters a document; {16 * size / 1e6:.1f} "
-                            f"MB for {self.cfg.ttt_batch_size} with their gradients and AdamW's moments")
+                documents = self.cfg.ttt_batch_size
+                size = sum(t.numel() for t in DocumentAdapters(self.cfg, self.model, torch.device("meta")).leaves)
+                self.rt.log(f"adapters: {size // documents:,} parameters a document; {16 * size / 1e6:.1f} MB for "
+                            f"{documents} with their gradients and AdamW's moments")
             self.stages["ttt"] = self.stage("ttt", final_stage, self.model, self.forward, ())
         return time.perf_counter() - start
 
