@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -1087,6 +1087,7 @@ class Hooks(NamedTuple):
 
     adapters: dict[Site, Adapter] | None = None
     hessians: dict[str, Tensor] | None = None  # role -> (layers, in, in) fp32; sums of x xᵀ are added in place
+    moments: dict[str, Tensor] | None = None  # role -> (layers, out) fp32: sums of squares of the gradients of x Wᵀ
     fake_quant: Callable[[Tensor, Site], Tensor] | None = None
 
 
@@ -1100,12 +1101,29 @@ def capture(x: Tensor, site: Site, hooks: Hooks) -> None:
         hooks.hessians[site.role][site.layer].addmm_(rows.T, rows)
 
 
+def feel(y: Tensor, site: Site, hooks: Hooks, ids: Tensor | None = None) -> None:
+    """Have the squared gradients of y (..., out) added to the moments of this site, if they are collected: by output,
+    or for rows of a table by `ids` (...), of the average element.
+    """
+    def add(gradient: Tensor) -> None:
+        square = gradient.detach().float().square()
+        if ids is None:
+            hooks.moments[site.role][site.layer] += square.flatten(0, -2).sum(0)
+        else:
+            hooks.moments[site.role][0].index_add_(0, ids.flatten(), square.mean(-1).flatten())
+
+    if hooks.moments is not None and site.role in hooks.moments:
+        y.register_hook(add)
+
+
 def linear(x: Tensor, weight: Tensor, site: Site, hooks: Hooks) -> Tensor:
     """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
     capture(x, site, hooks)
     if hooks.fake_quant is not None:
         weight = hooks.fake_quant(weight, site)
-    return adapt(F.linear(x, weight.to(x.dtype)), x, site, hooks)
+    y = F.linear(x, weight.to(x.dtype))
+    feel(y, site, hooks)
+    return adapt(y, x, site, hooks)
 
 
 def adapt(y: Tensor, x: Tensor, site: Site, hooks: Hooks) -> Tensor:
@@ -1120,7 +1138,9 @@ def lookup(table: Tensor, ids: Tensor, site: Site, hooks: Hooks, dtype: torch.dt
     """Rows of table (rows, dim) by ids (B, T) -> (B, T, dim) in `dtype`. The one place where a table is read."""
     if hooks.fake_quant is not None:
         table = hooks.fake_quant(table, site)
-    return F.embedding(ids, table).to(dtype)
+    y = F.embedding(ids, table).to(dtype)
+    feel(y, site, hooks, ids)
+    return y
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -2176,9 +2196,13 @@ def pack_code(source: bytes) -> bytes:
     except ImportError:
         raise RunError("the package python-minifier is not installed; pip install python-minifier") from None
     tree = ast.parse(source)
+    keywords = {k.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords}
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting" and len(node.args) == 3:
             node.args[2] = ast.Constant("")
+        if isinstance(node, (ast.FunctionDef, ast.Lambda)):  # what no call names may get a short name
+            plain = [*takewhile(lambda a: a.arg not in keywords, node.args.args)]
+            node.args.posonlyargs, node.args.args = plain, node.args.args[len(plain):]
     small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
                                    rename_globals=True)
     data = bz2.compress(small.encode())
