@@ -26,7 +26,7 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
     default MAX_WALLCLOCK_SECONDS 60
     default WARMUP_STEPS 2
     default MUON_MOMENTUM_WARMUP_STEPS 100
-    default GPTQ_CALIBRATION_BATCHES 8
+    default GPTQ_CALIBRATION_BATCHES 4
     default GPTQ_RESERVE_SECONDS auto
     default QUANT_MIN_WEIGHTS 8192
     default EVAL_STRIDE 128

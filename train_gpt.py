@@ -28,6 +28,7 @@ import bz2
 import dataclasses
 import glob
 import hashlib
+import importlib
 import inspect
 import io
 import json
@@ -41,6 +42,7 @@ import sys
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -189,18 +191,20 @@ class Settings:
     qat_lite_penalty: str = setting("mse", "train", "rounding error, excess, or both", choices="mse clip hybrid")
     qat_lite_depth_power: float = setting(0.0, "train", "layers weigh ((layer+1)/NUM_LAYERS) to this power")
 
-    matrix_bits: int = setting(6, "quant", "bits of the matrices", low=2, high=8)
-    embed_bits: int = setting(8, "quant", "bits of embedding, hash and value tables, untied head", low=2, high=8)
-    matrix_clip_sigmas: float = setting(12.85, "quant", "grid half-width of a row, in its std", low=0.1)
+    matrix_bits: int = setting(6, "quant", "sdclip: bits of the matrices", low=2, high=8)
+    embed_bits: int = setting(8, "quant", "sdclip: bits of embedding, hash and value tables, head", low=2, high=8)
+    matrix_clip_sigmas: float = setting(12.85, "quant", "sdclip: grid half-width of a row, in its std", low=0.1)
     attn_clip_sigmas: float | None = setting(None, "quant", "same for attention; auto: MATRIX_CLIP_SIGMAS", low=0.1)
     mlp_clip_sigmas: float | None = setting(None, "quant", "the same for the MLP; auto: MATRIX_CLIP_SIGMAS", low=0.1)
     embed_clip_sigmas: float = setting(20.0, "quant", "the same for the embedding", low=0.1)
+    quant_allocation: str = setting("auto", "quant", "steps by what the loss feels, to fill the budget, or by each "
+                                    "row's std", choices="auto sdclip")
     quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16")
     gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train random")
     gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
     gptq_reserve_seconds: float | None = setting(None, "quant", "clock kept for calibration; auto: measured")
 
-    compressor: str = setting("brotli", "pack", "coder of the artifact", choices="brotli lzma",
+    compressor: str = setting("ans", "pack", "coder of the artifact", choices="ans brotli lzma",
                               aliases={"COMPRESSOR": {"pergroup": "brotli"}})
     artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
 
@@ -461,12 +465,16 @@ class Launch(NamedTuple):
     rank: int = 0
     local_rank: int = 0
     world: int = 1
+    store: tuple[str, str, str] = ("", "0", "0")  # torchrun's: host, port, and how often it restarted
 
     @classmethod
     def read(cls, environ: dict[str, str]) -> "Launch":
-        """From torchrun's variables; without all three there is one process."""
+        """From torchrun's variables; without the first three there is one process."""
         names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        return cls(*(int(environ[n]) for n in names)) if all(environ.get(n, "").isdigit() for n in names) else cls()
+        if not all(environ.get(n, "").isdigit() for n in names):
+            return cls()
+        places = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        return cls(*(int(environ[n]) for n in names), tuple(environ.get(n, "0") for n in places))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -503,7 +511,7 @@ class Runtime:
     """Device, processes and log of one run. Rank 0 speaks and writes; the others compute."""
 
     def __init__(self, cfg: Settings, launch: Launch):
-        self.rank, self.local_rank, self.world = launch
+        self.rank, self.local_rank, self.world, _ = launch
         cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: this machine has no GPU that PyTorch can use; takes cpu or auto")
@@ -1784,13 +1792,13 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
             trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops)
     reserve = cfg.gptq_reserve_seconds if cfg.gptq_calibration == "train" else 0.0
     if reserve is None and cfg.max_wallclock_seconds:
-        hessians = empty_hessians(cfg, rt.device)
+        stats = Statistics(empty_hessians(cfg, rt.device), empty_moments(cfg, trainer.model, rt.device))
         batch = random_batch(cfg.micro_batch_tokens // cfg.row_tokens, *row[1:])
         times = []
         for _ in range(2):  # the first pays for allocation
             rt.sync()
             start = time.perf_counter()
-            add_hessians(trainer.model, hessians, batch.ids, batch.bounds)
+            add_statistics(trainer.model, stats, batch)
             rt.sync()
             times.append(time.perf_counter() - start)
         reserve = rt.largest(1.2 * times[-1] * -(-cfg.gptq_calibration_batches // rt.world) + 0.2)
@@ -1896,8 +1904,16 @@ def quant_groups(cfg: Settings) -> list[Group]:
     return groups
 
 
+class Statistics(NamedTuple):
+    """What calibration text says of the matrices, summed over tokens."""
+
+    hessians: dict[str, Tensor]  # role -> (layers, in, in) fp32: Σ x xᵀ of each input that some matrix reads
+    moments: dict[str, Tensor]  # group -> (layers, rows) fp32: Σ of squared gradients of its outputs; empty for SDClip
+    tokens: int = 0
+
+
 def empty_hessians(cfg: Settings, device: torch.device) -> dict[str, Tensor]:
-    """Zero sums of x xᵀ, (layers, in, in) fp32, for each input that some matrix reads."""
+    """Zeros for Statistics.hessians."""
     d, n, e = cfg.model_dim, cfg.num_layers, cfg.embedding_dim or cfg.model_dim
     widths = {"q": (n, d), "o": (n, d), "up": (n, d), "down": (n, int(cfg.mlp_mult * d)), "head": (1, e),
               "embed_in": (1, e), "embed_out": (1, d), "bigram": (1, cfg.bigram_dim), "ve": (1, cfg.ve_dim)}
@@ -1906,23 +1922,44 @@ def empty_hessians(cfg: Settings, device: torch.device) -> dict[str, Tensor]:
             if role in used}
 
 
-@torch.no_grad()
-def add_hessians(model: GPT, hessians: dict[str, Tensor], ids: Tensor, bounds: Bounds | None = None) -> None:
-    """Add Σ x xᵀ of every matrix's inputs over ids (B, T), all visits of a layer."""
-    precision = torch.get_float32_matmul_precision()
+def empty_moments(cfg: Settings, model: GPT, device: torch.device) -> dict[str, Tensor]:
+    """Zeros for Statistics.moments: by row of each group's matrices, and of a tied embedding also as the head."""
+    if cfg.quant_allocation != "auto":
+        return {}
+    params = dict(model.named_parameters())
+    rows = {g.name: (g.stop - g.start, g.view(params[g.param]).size(1)) for g in quant_groups(cfg)}
+    return {name: torch.zeros(shape, device=device) for name, shape in (rows | {"head": (1, cfg.vocab_size)}).items()}
+
+
+def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
+    """Add what the tokens of a batch say, all visits of a layer; moments take the gradient of the summed loss."""
+    precision, hooks = torch.get_float32_matmul_precision(), Hooks(hessians=stats.hessians, moments=stats.moments)
     if model.dtype == torch.bfloat16:  # products of bf16 values are exact in TF32
         torch.set_float32_matmul_precision("high")
-    model(ids, bounds=bounds, hooks=Hooks(hessians=hessians))
+    if stats.moments:
+        tables = list(model.tables().values())
+        before = [p.requires_grad for p in tables]
+        for p in tables:
+            p.requires_grad_(True)
+        with torch.enable_grad():  # all that the tables' gradients pass is felt
+            losses = model(batch.ids, batch.targets, batch.bounds, hooks)
+            torch.autograd.grad(losses.sum(), tables, allow_unused=True)
+        for p, required in zip(tables, before):
+            p.requires_grad_(required)
+    else:
+        with torch.no_grad():
+            model(batch.ids, bounds=batch.bounds, hooks=Hooks(hessians=stats.hessians))
     torch.set_float32_matmul_precision(precision)
 
 
-def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: int, clock: Clock) -> dict[str, Tensor]:
-    """Hessians summed over all ranks, from the training rows that come next, `first` on, or from random tokens.
+def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: int, clock: Clock) -> Statistics:
+    """Statistics summed over all ranks, from the training rows that come next, `first` on, or from random tokens.
 
     Batches are dealt to ranks one by one, so the sum does not depend on how many there are. Training text is read on
     the running clock: after the first round, one that would not end in time is left out.
     """
-    hessians, longest, done = empty_hessians(cfg, rt.device), 0.0, 0
+    stats = Statistics(empty_hessians(cfg, rt.device), empty_moments(cfg, model, rt.device))
+    longest, done = 0.0, 0
     rows = cfg.micro_batch_tokens // cfg.row_tokens
     generator = torch.Generator()
     for round_ in rt.progress(range(-(-cfg.gptq_calibration_batches // rt.world)), "calibration"):
@@ -1933,18 +1970,19 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
         batch = round_ * rt.world + rt.rank
         if batch < cfg.gptq_calibration_batches:
             if cfg.gptq_calibration == "train":
-                ids, _, bounds = windows.batch(first + batch * rows, rows, rows)
+                drawn = windows.batch(first + batch * rows, rows, rows)
             else:
                 generator.manual_seed(cfg.seed + batch)
-                ids = torch.randint(cfg.vocab_size, (rows, cfg.row_tokens), generator=generator).to(rt.device)
-                bounds = Bounds.find(ids, model.bos, cfg.train_seq_len) if cfg.varlen_enabled else None
-            add_hessians(model, hessians, ids, bounds)
+                ids = torch.randint(cfg.vocab_size, (rows, cfg.row_tokens + 1), generator=generator).to(rt.device)
+                bounds = Bounds.find(ids[:, :-1], model.bos, cfg.train_seq_len) if cfg.varlen_enabled else None
+                drawn = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), bounds)
+            add_statistics(model, stats, drawn)
         rt.sync()
         longest = max(longest, rt.largest(clock.seconds()) - before)
         done = min((round_ + 1) * rt.world, cfg.gptq_calibration_batches)
-    for hessian in hessians.values():
-        rt.sum_(hessian)
-    return hessians
+    for total in (*stats.hessians.values(), *stats.moments.values()):
+        rt.sum_(total)
+    return stats._replace(tokens=done * rows * cfg.row_tokens)
 
 
 def clip_scales(weight: Tensor, bits: int, sigmas: float) -> Tensor:
@@ -1973,30 +2011,38 @@ def on_grid(weight: Tensor, bits: int, sigmas: float) -> Tensor:
     return (weight / step).round().clamp(-levels, levels) * step
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int = 128) -> Tensor:
-    """Codes, (n, rows, cols) int8 within ±(2^(bits-1) - 1), that keep weight @ x close (GPTQ, arXiv 2210.17323).
+def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Column order (n, cols), descending diag(H), and in it the upper Cholesky factor of H⁻¹, (n, cols, cols) fp32.
 
-    weight (n, rows, cols); hessian (n, cols, cols) = Σ x xᵀ; scale (n, rows) fp16, the grid's step. Columns go in
-    descending diag(H); each one's rounding error is passed on to those after it through the upper Cholesky factor of
-    H⁻¹, with 1 % of the mean diagonal added to H.
+    hessian (n, cols, cols) = Σ x xᵀ; 1 % of the mean diagonal is added to it.
     """
-    levels = 2 ** (bits - 1) - 1
     diagonal = hessian.double().diagonal(dim1=-2, dim2=-1)
     order = diagonal.argsort(dim=-1, descending=True, stable=True)
-    w = weight.float().gather(2, order[:, None].expand_as(weight))
     h = hessian.double().gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
     mean = diagonal.mean(-1, keepdim=True)
     h.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, 0.01 * mean, 1.0))
     # H⁻¹ = UᵀU with U upper: factor H with rows and columns reversed, then invert the triangle
     lower = torch.linalg.cholesky(h.flip(-1, -2))
     eye = torch.eye(h.size(-1), dtype=h.dtype, device=h.device).expand_as(h)
-    upper = torch.linalg.solve_triangular(lower, eye, upper=False).flip(-1, -2).float()
-    step = scale.float()
+    return order, torch.linalg.solve_triangular(lower, eye, upper=False).flip(-1, -2).float()
+
+
+def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int = 128) -> Tensor:
+    """Codes, (n, rows, cols) int8 within ±(2^(bits-1) - 1), that keep weight @ x close (GPTQ, arXiv 2210.17323).
+
+    weight (n, rows, cols); hessian (n, cols, cols) = Σ x xᵀ; scale, the grid's step, (n, rows) or (n, rows, cols).
+    Each column's rounding error is passed on to those after it in the order of `factorize`.
+    """
+    levels, (order, upper) = 2 ** (bits - 1) - 1, factorize(hessian)
+    w = weight.float().gather(2, order[:, None].expand_as(weight))
+    steps = scale.float() if scale.ndim == 3 else scale.float()[..., None].expand_as(weight)
+    steps = steps.gather(2, order[:, None].expand_as(weight))
     codes = torch.empty_like(w, dtype=torch.int8)
     for start in range(0, w.size(2), block):
         stop = min(start + block, w.size(2))
         errors = torch.empty_like(w[:, :, start:stop])
         for j in range(start, stop):
+            step = steps[:, :, j]
             code = (w[:, :, j] / step).round_().clamp_(-levels, levels)
             codes[:, :, j] = code.to(torch.int8)
             error = (w[:, :, j] - code * step) / upper[:, None, j, j]
@@ -2006,22 +2052,86 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int =
     return torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
 
 
-@torch.no_grad()
-def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Everything the artifact stores, on the CPU: `<group>.codes` int8 and `<group>.scales` fp16, the rest fp16.
+def octaves(exponents: Tensor) -> Tensor:
+    """2^(k/4), fp32, for int8 k (...): by a table of square roots, which every machine rounds alike."""
+    half, quarter = math.sqrt(2.0), math.sqrt(math.sqrt(2.0))
+    powers = [2.0 ** (k // 4) * (1.0, quarter, half, half * quarter)[k % 4] for k in range(-128, 128)]
+    return torch.tensor(powers, dtype=torch.float32, device=exponents.device)[exponents.long() + 128]
 
-    A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is stored as `<group>` in fp16.
+
+class Curvature(NamedTuple):
+    """What the loss feels of errors in a group's weights: E_ij costs about ½ (2^row_i 2^(col_j/4) E_ij)² a token."""
+
+    row: Tensor  # (n, rows) fp32, log2
+    col: Tensor  # (n, cols) int8, quarters of an octave
+    least: Tensor  # (n, rows) fp32, log2: steps that keep codes within int8, over those of the columns
+
+
+@torch.no_grad()
+def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> dict[str, Curvature]:
+    """The Kronecker-factored Fisher of every group that is quantized: F_i = E[g_i²] by row, and by column what GPTQ
+    makes of H = E[xxᵀ], d_j² = 1/U_jj². Our own derivation; it needs no other than the calibration pass.
+
+    Tables are felt by how often and how much each row is read, a tied embedding as input and as head. Rows that the
+    calibration text hardly meets count 1 % of the average, as inputs 2 %.
     """
-    stored = {}
+    visits = Counter(layer for layer, _ in virtual_layers(cfg, cfg.num_loops))
+    found = {}
+    for group in quant_groups(cfg):
+        weight = group.view(state[group.param]).float()
+        if weight[0].numel() < cfg.quant_min_weights:
+            continue
+        n, rows, cols = weight.shape
+        squared, col = torch.zeros(n, rows, device=weight.device), torch.zeros(n, cols, device=weight.device)
+        if group.hessian:
+            hessian = stats.hessians[group.hessian] / stats.tokens
+            order, upper = factorize(hessian)
+            col.scatter_(1, order, -upper.diagonal(dim1=-2, dim2=-1).log2())
+            squared += stats.moments["head" if group.name == "emb" else group.name] / stats.tokens
+            squared /= torch.tensor([visits[i] if n > 1 else 1 for i in range(n)], device=weight.device)[:, None]
+            squared += 0.01 * squared.mean(-1, keepdim=True)
+            mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+        if group.name.endswith("emb") or group.name.endswith("_table"):
+            read = stats.moments[group.name] / stats.tokens
+            read += 0.02 * read.mean(-1, keepdim=True)
+            squared += read / mean if group.hessian else read
+        col = (4 * col).round()
+        least = ((weight.abs() * (2.0 ** (col / 4))[:, None]).amax(2) / 115).clamp(min=2.0**-30).log2()
+        found[group.name] = Curvature(0.5 * squared.clamp(min=1e-30).log2(), col.to(torch.int8), least)
+    return found
+
+
+def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]:
+    """Steps for equal costs: exponents by row and column, int8, of 2^((row + col)/4), from c = 2^finest on."""
+    row = torch.maximum(finest - curvature.row, curvature.least)
+    return (4 * row).ceil().clamp(-127, 127).to(torch.int8), -curvature.col
+
+
+@torch.no_grad()
+def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor],
+             steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
+    """Everything the artifact stores, on the CPU of every rank, each having done its share of the matrices.
+
+    `<group>.codes` int8 with `<group>.scales` fp16 by SDClip or, given `steps`, `<group>.row` and `<group>.col`, int8
+    exponents; the rest fp16. A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is `<group>` in fp16.
+    """
+    stored, share = {}, slice(rt.rank, None, rt.world)
     for group in rt.progress(quant_groups(cfg), "GPTQ"):
         weight = group.view(state[group.param])
         if weight[0].numel() < cfg.quant_min_weights:
             stored[group.name] = weight.half()
             continue
-        scales = clip_scales(weight, group.bits, group.sigmas)
+        if steps:
+            row, col = stored[f"{group.name}.row"], stored[f"{group.name}.col"] = steps[group.name]
+            scales, bits = octaves(row)[..., None] * octaves(col)[:, None], 8
+        else:
+            scales = stored[f"{group.name}.scales"] = clip_scales(weight, group.bits, group.sigmas)
+            bits = group.bits
         hessian = hessians[group.hessian] if group.hessian else torch.eye(weight.size(2), device=weight.device)[None]
-        stored[f"{group.name}.codes"] = gptq(weight, hessian, scales, group.bits)
-        stored[f"{group.name}.scales"] = scales
+        codes = torch.zeros_like(weight, dtype=torch.int8)
+        if len(codes[share]):
+            codes[share] = gptq(weight[share], hessian[share], scales[share], bits)
+        stored[f"{group.name}.codes"] = rt.sum_(codes)
     covered = {g.param for g in quant_groups(cfg)}
     stored |= {name: tensor.half() for name, tensor in state.items() if name not in covered}
     return {name: tensor.cpu() for name, tensor in stored.items()}
@@ -2032,10 +2142,15 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
     state: dict[str, Any] = {}
     for group in quant_groups(cfg):
         if f"{group.name}.codes" in stored:
-            codes, scales = stored[f"{group.name}.codes"], stored[f"{group.name}.scales"]
-            if codes.shape[:-1] != scales.shape:
+            codes = stored[f"{group.name}.codes"]
+            if f"{group.name}.scales" in stored:
+                scales = stored[f"{group.name}.scales"].float()[..., None]
+            else:
+                row, col = (octaves(stored[f"{group.name}.{axis}"]) for axis in ("row", "col"))
+                scales = row[..., None] * col[:, None]
+            if codes.ndim != 3 or scales.shape not in ((*codes.shape[:2], 1), codes.shape):
                 raise ValueError(f"{group.name}: codes {list(codes.shape)}, scales {list(scales.shape)}")
-            weight = codes.float() * scales.float()[..., None]
+            weight = codes.float() * scales
         else:
             weight = stored[group.name].float()
         if len(weight) != group.stop - group.start:
@@ -2051,29 +2166,129 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 1
-COMPRESSORS = ("brotli", "lzma")
+COMPRESSORS = ("brotli", "lzma", "ans")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
 def compress(data: bytes, compressor: str) -> bytes:
-    if compressor == "lzma":
-        return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    return import_brotli().compress(data, quality=11, lgwin=24)
+    """Bytes of which nothing is known; beside codes coded by `ans` these go by LZMA."""
+    if compressor == "brotli":
+        return import_packer("brotli").compress(data, quality=11, lgwin=24)
+    return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
 def decompress(data: bytes, compressor: str) -> bytes:
-    if compressor == "lzma":
-        return lzma.decompress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    return import_brotli().decompress(data)
+    if compressor == "brotli":
+        return import_packer("brotli").decompress(data)
+    return lzma.decompress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
-def import_brotli():
+def import_packer(name: str):
     try:
-        import brotli
+        return importlib.import_module(name)
     except ImportError:
-        raise RunError("COMPRESSOR=brotli: the package brotli is not installed; pip install brotli, or take "
-                       "COMPRESSOR=lzma") from None
-    return brotli
+        which, other = {"brotli": ("brotli", "lzma"), "constriction": ("ans", "brotli")}[name]
+        raise RunError(f"COMPRESSOR={which}: the package {name} is not installed; pip install {name}, or take "
+                       f"COMPRESSOR={other}") from None
+
+
+def table_model(entries: np.ndarray):
+    """Distribution over len(entries) symbols with odds 2^(-entry/8), 0 for 255, from uint8 entries. The same on every
+    machine: made of square roots, products, quotients and an exact sum, which IEEE 754 rounds alike.
+    """
+    eighth = math.sqrt(math.sqrt(math.sqrt(0.5)))
+    odds = np.append(np.cumprod([1.0] + 254 * [eighth]), 0.0)[entries]
+    return import_packer("constriction").stream.model.Categorical(odds / math.fsum(odds), perfect=False)
+
+
+def encode_integers(symbols: np.ndarray, contexts: np.ndarray) -> tuple[bytes, bytes]:
+    """Tables and words of asymmetric numeral systems (arXiv 1311.2540) for symbols (n,) int16, at most 255 apart in one
+    of the contexts (n,) uint8; each context has the table of its own frequencies.
+    """
+    coder, tables = import_packer("constriction").stream.stack.AnsCoder(), []
+    ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
+    for low, high in reversed([*pairwise([0, *ends.tolist()])]):  # what is encoded last is decoded first
+        part = ordered[low:high]
+        least = int(part.min()) if len(part) else 0
+        counts = np.bincount(part - least, minlength=2) if len(part) else np.zeros(0)
+        with np.errstate(divide="ignore"):
+            entries = (8 * np.log2(counts.max(initial=0) / counts)).round().clip(0, 254)
+        entries = np.where(counts > 0, entries, 255).astype(np.uint8)
+        tables.append(least.to_bytes(2, "little", signed=True) + bytes([len(entries)]) + entries.tobytes())
+        if len(part):
+            coder.encode_reverse((part - least).astype(np.int32), table_model(entries))
+    return b"".join(reversed(tables)), coder.get_compressed().tobytes()
+
+
+def decode_integers(contexts: np.ndarray, tables: bytes, words: bytes) -> np.ndarray:
+    """Inverse of encode_integers: symbols (n,) int16."""
+    coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
+    symbols, parts, place = np.empty(len(contexts), dtype=np.int16), [np.zeros(0, dtype=np.int16)], 0
+    for count in np.bincount(contexts).tolist():
+        least, size = int.from_bytes(tables[place : place + 2], "little", signed=True), tables[place + 2]
+        entries = np.frombuffer(tables[place + 3 : place + 3 + size], dtype=np.uint8)
+        place += 3 + size
+        if count:
+            parts.append((coder.decode(table_model(entries), count) + least).astype(np.int16))
+    symbols[np.argsort(contexts, kind="stable")] = np.concatenate(parts)
+    return symbols
+
+
+def step_exponents(tensors: dict[str, Tensor], name: str, shape: list[int]) -> list[np.ndarray]:
+    """Exponents (n, rows) and (n, cols) int16 of the steps of `<group>.codes` of this shape; 0 where it has none."""
+    n, rows, cols = shape
+    return [tensors[key].numpy().astype(np.int16) if (key := name.replace(".codes", axis)) in tensors
+            else np.zeros((n, size), dtype=np.int16) for axis, size in ((".row", rows), (".col", cols))]
+
+
+def size_contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
+    """(n · rows · cols,) uint8 contexts of codes of expected size 2^((row + col)/4): quarters of an octave."""
+    return (row[:, :, None] + col[:, None] + 32).clip(0, 95).astype(np.uint8).ravel()
+
+
+def pack_integers(tensors: dict[str, Tensor]) -> list[bytes]:
+    """Four streams for int8 tensors. Matrices `<group>.codes` (n, rows, cols) are coded under tables for their expected
+    size by row and column. Before them come all other tensors and what gives that size: the spread of the weights of
+    each row and column, in quarters of an octave, which with the step makes that of the codes.
+    """
+    side, codes, contexts = [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.uint8)]
+    for name, tensor in tensors.items():
+        array = tensor.numpy()
+        if not name.endswith(".codes"):
+            side.append(array.astype(np.int16))
+            continue
+        square = array.astype(np.float32) ** 2
+        row = (2 * np.log2(square.mean(2) + 0.02)).round()
+        col = (2 * np.log2((square / 2 ** (row / 2)[:, :, None]).mean(1) + 1e-3)).round()
+        row, col = row.astype(np.int16), col.astype(np.int16)
+        side += [size + step for size, step in zip((row, col), step_exponents(tensors, name, array.shape))]
+        codes.append(array.ravel().astype(np.int16))
+        contexts.append(size_contexts(row, col))
+    which = np.repeat(np.arange(len(side), dtype=np.uint8), [a.size for a in side])
+    return [*encode_integers(np.concatenate([a.ravel() for a in side]), which),
+            *encode_integers(np.concatenate(codes), np.concatenate(contexts))]
+
+
+def unpack_integers(shapes: dict[str, list[int]], streams: list[bytes]) -> dict[str, Tensor]:
+    """Inverse of pack_integers for tensors of these shapes, in order."""
+    sizes = [0]
+    for name, shape in shapes.items():
+        sizes += [shape[0] * shape[1], shape[0] * shape[2]] if name.endswith(".codes") else [math.prod(shape)]
+    which = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
+    side = iter(np.split(decode_integers(which, *streams[:2]), np.cumsum(sizes)[:-1])[1:])
+    tensors, contexts = {}, [np.zeros(0, dtype=np.uint8)]
+    for name, shape in shapes.items():
+        if not name.endswith(".codes"):
+            tensors[name] = torch.from_numpy(next(side).astype(np.int8).reshape(shape))
+            continue
+        row, col = (next(side).reshape(shape[0], -1) - step for step in step_exponents(tensors, name, shape))
+        contexts.append(size_contexts(row, col))
+    contexts = np.concatenate(contexts)
+    codes = torch.from_numpy(decode_integers(contexts, *streams[2:]).astype(np.int8))
+    matrices = [name for name in shapes if name.endswith(".codes")]
+    for name, part in zip(matrices, codes.split([math.prod(shapes[name]) for name in matrices])):
+        tensors[name] = part.view(shapes[name])
+    return tensors
 
 
 def to_stream(tensor: Tensor) -> bytes:
@@ -2096,14 +2311,17 @@ def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compres
     """The container: magic, version, compressor, checksum, then header and streams compressed one by one.
 
     The header is JSON: settings, names and shapes of the tensors, the streams' lengths. All fp16 tensors share the
-    first stream; int8 tensors, (..., rows, cols), have one each. Data only: no pickle.
+    first stream; int8 tensors, (..., rows, cols), have one each, or by `ans` four together. Data only: no pickle.
     """
     halves = {n: t for n, t in tensors.items() if t.dtype == torch.float16}
     codes = {n: t for n, t in tensors.items() if t.dtype == torch.int8}
     half = torch.cat([torch.zeros(0, dtype=torch.float16), *(t.flatten() for t in halves.values())])
-    raw = [to_stream(half), *(to_stream(t) for t in codes.values())]
+    raw = [to_stream(half)] + ([] if compressor == "ans" else [to_stream(t) for t in codes.values()])
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(lambda data: compress(data, compressor), raw))
+    if compressor == "ans":
+        tables, words, *coded = pack_integers(codes)
+        packed += [compress(tables, compressor), words, compress(coded[0], compressor), coded[1]]
     header = {
         "settings": settings,
         "halves": [[n, list(t.shape)] for n, t in halves.items()],
@@ -2130,17 +2348,24 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
         header = json.loads(decompress(body[6 : 6 + size], compressor))
         ends = np.cumsum([6 + size] + header["bytes"])
         packed = [body[a:b] for a, b in pairwise(ends)]
+        shapes, coded = dict(header["codes"]), packed[1:]
+        if compressor == "ans":
+            packed, coded = [packed[0]], [*packed[1:]]
+            coded[0], coded[2] = (decompress(tables, compressor) for tables in coded[::2])
         with ThreadPoolExecutor() as pool:
-            raw = list(pool.map(lambda stream: decompress(stream, compressor), packed))
-        shapes = [shape for _, shape in header["halves"]]
-        values = from_stream(raw[0], torch.float16, [-1]).split([math.prod(s) for s in shapes])
+            half, *raw = pool.map(lambda stream: decompress(stream, compressor), packed)
+        values = from_stream(half, torch.float16, [-1]).split([math.prod(s) for _, s in header["halves"]])
         tensors = {n: v.view(s) for (n, s), v in zip(header["halves"], values, strict=True)}
-        for (n, shape), stream in zip(header["codes"], raw[1:], strict=True):
-            tensors[n] = from_stream(stream, torch.int8, shape)
+        if compressor == "ans":
+            tensors |= unpack_integers(shapes, coded)
+        else:
+            tensors |= {n: from_stream(stream, torch.int8, shapes[n]) for n, stream in zip(shapes, raw, strict=True)}
         return dict(header["settings"]), tensors
     except RunError:
         raise
-    except Exception as e:  # the checksum held, so someone built it wrong: say so, whatever broke
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # the checksum held, so someone built it wrong: say so, whatever broke (Rust panics too)
         raise RunError(f"{name}: checksum holds, content is not an artifact ({type(e).__name__}: {e})") from None
 
 
@@ -2179,6 +2404,44 @@ def load_weights(model: GPT, cfg: Settings, tensors: dict[str, Tensor], name: st
         p.copy_(state[n])
 
 
+FINEST_BITS = 6.0  # of a weight: more buy nothing that can be measured
+
+
+@torch.no_grad()
+def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Statistics, room: int) -> bytes:
+    """The artifact with the finest weighted steps that take at most `room` bytes, on every rank; by secants of exact
+    sizes until it takes 99.95 % of them. If none fits, the smallest one tried.
+    """
+    curved, settings = curvatures(cfg, state, stats), artifact_settings(cfg)
+    views = {group.name: group.view(state[group.param]).float() for group in quant_groups(cfg)}
+    count = sum(views[name].numel() for name in curved)
+    octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
+                             .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
+    bits = octaves_wide + math.log2(4.133)  # of a Gaussian weight under steps from c = 2^0 on (techniques.md)
+    finest, tried, best = bits - FINEST_BITS, [], b""
+    at = max(finest, bits - 8 * room / max(count, 1))
+    for _ in range(8):
+        steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
+        tensors = quantize(cfg, rt, state, stats.hessians, steps)
+        artifact = rt.share_bytes(write_artifact(settings, tensors, cfg.compressor) if rt.rank == 0 else None)
+        size = len(artifact)
+        rt.log(f"steps from 2^{at:.3f}: {size} bytes of {room}")
+        if not best or (size <= room and (size > len(best) or len(best) > room)) or size < len(best) > room:
+            best = artifact
+        if not count or (size <= room and (size >= 0.9995 * room or at <= finest)):
+            break
+        tried = sorted([*tried, (at, size)])
+        above = [t for t in tried if t[1] > room][-1:]  # the coarsest that is too large
+        below = [t for t in tried if t[1] <= room][:1]  # the finest that fits
+        slope = -count / 8
+        if above and below:
+            slope = (below[0][1] - above[0][1]) / (below[0][0] - above[0][0])
+        at = max(finest, at + (0.9998 * room - size) / slope)
+        if above and below and not above[0][0] < at < below[0][0]:
+            at = (above[0][0] + below[0][0]) / 2
+    return best
+
+
 PACKED_START = b"#coding:latin1\nimport bz2,linecache\n"
 
 
@@ -2200,6 +2463,8 @@ def pack_code(source: bytes) -> bytes:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting" and len(node.args) == 3:
             node.args[2] = ast.Constant("")
+        if isinstance(node, ast.FunctionDef) and node.name == "pack_code":
+            node.body = node.body[:2]  # a packed script never gets further
         if isinstance(node, (ast.FunctionDef, ast.Lambda)):  # what no call names may get a short name
             plain = [*takewhile(lambda a: a.arg not in keywords, node.args.args)]
             node.args.posonlyargs, node.args.args = plain, node.args.args[len(plain):]
@@ -2882,27 +3147,32 @@ class Run:
         kept = trainer.use_average()
         if cfg.gptq_calibration == "random":
             clock.stop()
-        hessians = calibrate(cfg, rt, self.model, self.windows, steps * plan.windows, clock)
+        stats = calibrate(cfg, rt, self.model, self.windows, steps * plan.windows, clock)
         seconds, tokens = rt.largest(clock.stop()), steps * cfg.train_batch_tokens
         rt.log(f"trained {steps} steps, {tokens} tokens in {seconds:.1f}s, {seconds - loop_seconds:.1f}s of it "
                f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}; kept: {kept}")
         if cfg.save_model and rt.rank == 0:
             save_tensors(rt.path("final_model.pt"), self.model.state_dict())
         self.stages["pre_quant"] = self.window_stage("pre_quant", cfg.eval_seq_len)
-        artifact = self.compress(hessians) if rt.rank == 0 else None
-        return rt.share_bytes(artifact), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
+        return self.compress(stats), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
                                           "tok_per_s": tokens / max(loop_seconds, 1e-9)}
 
-    def compress(self, hessians: dict[str, Tensor]) -> bytes:
-        """Quantize and pack on this rank; the artifact's bytes as read back from disk."""
+    def compress(self, stats: Statistics) -> bytes:
+        """Quantize and pack; on every rank the artifact's bytes, rank 0's as read back from disk."""
         cfg, rt, start = self.cfg, self.rt, time.perf_counter()
-        tensors = quantize(cfg, rt, dict(self.model.named_parameters()), hessians)
-        quantized = time.perf_counter()
-        with atomic_write(rt.path("final_model.int6.ptz")) as file:
-            file.write(write_artifact(artifact_settings(cfg), tensors, cfg.compressor))
-        rt.log(f"quantized in {quantized - start:.1f}s, packed in {time.perf_counter() - quantized:.1f}s")
-        with open(rt.path("final_model.int6.ptz"), "rb") as file:
-            return file.read()
+        state, room = dict(self.model.named_parameters()), cfg.artifact_budget_bytes - int(rt.largest(len(self.code)))
+        if cfg.quant_allocation == "auto":
+            artifact = fill_budget(cfg, rt, state, stats, room)
+        else:
+            tensors = quantize(cfg, rt, state, stats.hessians)
+            artifact = write_artifact(artifact_settings(cfg), tensors, cfg.compressor) if rt.rank == 0 else None
+        rt.log(f"quantized and packed in {time.perf_counter() - start:.1f}s")
+        if rt.rank == 0:
+            with atomic_write(rt.path("final_model.int6.ptz")) as file:
+                file.write(artifact)
+            with open(rt.path("final_model.int6.ptz"), "rb") as file:
+                artifact = file.read()
+        return rt.share_bytes(artifact)
 
     def score(self, artifact: bytes, name: str) -> float:
         """Load the artifact over poisoned weights and run the stages; returns their seconds."""
@@ -2946,8 +3216,10 @@ class Run:
             artifact, trained = self.train()
         total = len(artifact) + len(self.code)
         fits = total <= cfg.artifact_budget_bytes
+        verdict = "fits" if fits else (f"OVER by {total - cfg.artifact_budget_bytes}; lower NUM_LAYERS, MODEL_DIM or "
+                                       "VOCAB_SIZE, or take QUANT_ALLOCATION=auto and COMPRESSOR=ans")
         rt.log(f"artifact: model {len(artifact)} + code {len(self.code)} = {total} bytes, budget "
-               f"{cfg.artifact_budget_bytes}: {'fits' if fits else f'OVER by {total - cfg.artifact_budget_bytes}'}")
+               f"{cfg.artifact_budget_bytes}: {verdict}")
         eval_seconds, final = self.score(artifact, name), list(self.stages.values())[-1]
         audit = self.audit(artifact, name, eval_seconds)
         peak_memory = int(rt.largest(rt.peak_memory()))
@@ -3008,10 +3280,10 @@ def speaks_first(launch: Launch) -> bool:
     """Whether this process is the first of the run to have an error to tell: all meet the same one, or its echo."""
     if launch.world == 1:
         return True
+    host, port, attempt = launch.store
     try:  # torchrun's own store, which outlives its processes
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5))
-        return store.add(f"error {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
-    except (RuntimeError, KeyError, ValueError):  # then it is rank 0's to tell, unless that is what is missing
+        return dist.TCPStore(host, int(port), timeout=timedelta(seconds=5)).add(f"error {attempt}", 1) == 1
+    except (RuntimeError, ValueError):  # then it is rank 0's to tell, unless that is what is missing
         time.sleep(5 if launch.rank else 0)
         return True
 

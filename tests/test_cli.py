@@ -58,7 +58,7 @@ def test_any_other_argument_is_an_error():
     ({"MATRIX_LR": "-1"}, "MATRIX_LR=-1.0: takes a number of at least 0"),
     ({"LN_SCALE": "yes"}, "LN_SCALE=yes: takes 0 or 1"),
     ({"DEVICE": "tpu"}, "DEVICE=tpu: takes one of auto, cpu, cuda"),
-    ({"COMPRESSOR": "zip"}, "COMPRESSOR=zip: takes one of brotli, lzma"),
+    ({"COMPRESSOR": "zip"}, "COMPRESSOR=zip: takes one of ans, brotli, lzma"),
     ({"EVAL_SEQ_LEN": "x"}, "EVAL_SEQ_LEN=x: takes a whole number or auto"),
     ({"NUM_KV_HEADS": "3"}, "NUM_KV_HEADS=3: takes a divisor of NUM_HEADS=8"),
     ({"ROPE_DIMS": "15"}, "ROPE_DIMS=15: takes an even number up to 64"),
