@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -39,7 +40,8 @@ def halves(*shape: int, seed: int = 0) -> torch.Tensor:
 
 def sample_tensors() -> dict[str, torch.Tensor]:
     """Odd shapes, both dtypes in turn, extremes, a tensor without elements and one without dimensions."""
-    return {"a.codes": codes(3, 5, 7), "a.scales": halves(3, 5), "one": codes(1, 1, 1), "vector": halves(13, seed=1),
+    return {"a.codes": codes(3, 5, 7), "a.scales": halves(3, 5), "b.row": codes(2, 9), "b.col": codes(2, 4),
+            "b.codes": codes(2, 9, 4, seed=3) // 16, "one": codes(1, 1, 1), "vector": halves(13, seed=1),
             "empty": halves(2, 0), "wide": codes(1, 2, 301, seed=2), "scalar": torch.tensor(2.5).half(),
             "extreme": torch.tensor([65504.0, -65504.0, 6e-8, -0.0, 0.0]).half(), "deep": halves(2, 1, 3, 2)}
 
@@ -56,7 +58,7 @@ def seal(body: bytes) -> bytes:
 
 def with_header(header, streams: bytes = b"", compressor: str = "lzma") -> bytes:
     head = tg.compress(header if isinstance(header, bytes) else json.dumps(header).encode(), compressor)
-    return seal(bytes([1, ("brotli", "lzma").index(compressor)]) + struct.pack("<I", len(head)) + head + streams)
+    return seal(bytes([1, ("brotli", "lzma", "ans").index(compressor)]) + struct.pack("<I", len(head)) + head + streams)
 
 
 def assert_refused(data: bytes) -> None:
@@ -74,7 +76,7 @@ def assert_same(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor])
 # ----- round trips
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("compressor", ["brotli", "lzma", "ans"])
 def test_artifact_round_trip(compressor):
     stored = {"num_layers": 3, "mlp_mult": 2.5, "ln_scale": True, "name": "ü"}
     settings, tensors = tg.read_artifact(pack(compressor, settings=stored), NAME)
@@ -82,14 +84,14 @@ def test_artifact_round_trip(compressor):
     assert_same(tensors, sample_tensors())
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("compressor", ["brotli", "lzma", "ans"])
 @pytest.mark.parametrize("tensors", [{"only": codes(2, 3, 5)}, {"only": halves(3)}, {}],
                          ids=["codes", "halves", "none"])
 def test_artifact_without_one_kind_of_tensor(compressor, tensors):
     assert_same(tg.read_artifact(pack(compressor, tensors), NAME)[1], tensors)
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("compressor", ["brotli", "lzma", "ans"])
 def test_artifact_is_deterministic(compressor):
     assert pack(compressor) == pack(compressor)
 
@@ -127,7 +129,7 @@ def test_stream_of_another_length_is_a_value_error(dtype, shape):
 # ----- damage
 
 
-@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+@pytest.mark.parametrize("compressor", ["brotli", "lzma", "ans"])
 def test_every_changed_byte_is_noticed(compressor):
     data = pack(compressor, {"c": codes(1, 3, 5), "h": halves(4)})
     for place in range(len(data)):
@@ -171,6 +173,87 @@ def test_damage_under_a_right_checksum_is_an_artifact_or_refused():
             tg.read_artifact(seal(bytes(damaged[: rng.choice([None, rng.randrange(len(body))])])), NAME)
         except tg.RunError as e:
             assert NAME in str(e)
+
+
+@pytest.mark.parametrize("streams", [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(4, 5)])
+def test_damaged_ans_streams_under_a_right_checksum(streams):
+    """Ten thousand times in all: an artifact or refused, whatever the coder under it makes of that."""
+    rng, body = random.Random(streams.start), pack("ans")[20:]
+    size = int.from_bytes(body[2:6], "little")
+    header = json.loads(tg.decompress(body[6 : 6 + size], "ans"))
+    ends = [6 + size + sum(header["bytes"][:i]) for i in range(6)]
+    for _ in range(2000):
+        damaged = bytearray(body)
+        for _ in range(rng.randint(1, 4)):
+            damaged[rng.randrange(ends[streams.start], ends[streams.stop])] = rng.randrange(256)
+        try:
+            tg.read_artifact(seal(bytes(damaged)), NAME)
+        except tg.RunError as e:
+            assert NAME in str(e)
+
+
+# ----- entropy coding
+
+
+@hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.integers(-127, 127), st.integers(0, 95)), max_size=300), st.integers(-3000, 3000))
+def test_integers_round_trip(pairs, shift):
+    symbols = np.array([a + shift for a, _ in pairs], dtype=np.int16)
+    contexts = np.array([b for _, b in pairs], dtype=np.uint8)
+    back = tg.decode_integers(contexts, *tg.encode_integers(symbols, contexts))
+    assert back.dtype == np.int16 and np.array_equal(back, symbols)
+
+
+def weights_like(n: int, rows: int, cols: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Codes of heavy-tailed weights whose rows and columns differ in size, and the exponents of their steps."""
+    chance = np.random.default_rng(seed)
+    row, col = chance.integers(-60, -40, (n, rows)), chance.integers(-9, 9, (n, cols))
+    weights = chance.standard_t(6, (n, rows, cols)) * np.exp(0.2 * chance.standard_normal((n, rows, 1)))
+    weights *= 2.0 ** (chance.integers(-53, -48, (n, 1, cols)) / 4)
+    codes = (weights / 2.0 ** ((row[:, :, None] + col[:, None]) / 4) / 4).round().clip(-127, 127)
+    arrays = {"w.row": row, "w.col": col, "w.codes": codes}
+    return {name: torch.from_numpy(array.astype(np.int8)) for name, array in arrays.items()}
+
+
+def test_ans_takes_what_its_tables_say_and_less_than_the_others():
+    tensors = weights_like(3, 400, 300)
+    side_tables, side_words, tables, words = tg.pack_integers(tensors)
+    codes = tensors["w.codes"].numpy().astype(np.int64)
+    row, col = (tensors[f"w.{axis}"].numpy().astype(np.int64) for axis in ("row", "col"))
+    which = np.repeat(np.arange(5), [0, 1200, 900, 1200, 900])
+    side = tg.decode_integers(which.astype(np.uint8), side_tables, side_words).astype(np.int64)
+    size = (side[2100:3300].reshape(3, 400) - row)[:, :, None] + (side[3300:].reshape(3, 300) - col)[:, None]
+    contexts, bits = np.clip(size + 32, 0, 95), 0.0
+    for context in np.unique(contexts):  # by the tables' definition, in plain floating point
+        counts = np.bincount(codes[contexts == context] + 127)
+        odds = np.array([2.0 ** (-round(8 * np.log2(counts.max() / c)) / 8) if c else 0.0 for c in counts])
+        bits -= float((counts[counts > 0] * np.log2(odds[counts > 0] / odds.sum())).sum())
+    assert bits < 8 * len(words) < 1.005 * bits + 64
+    sizes = {c: len(tg.write_artifact({}, tensors, c)) for c in tg.COMPRESSORS}
+    assert sizes["ans"] < 0.975 * min(sizes["brotli"], sizes["lzma"])
+
+
+def test_decoding_does_not_depend_on_threads(tmp_path):
+    tensors = weights_like(2, 300, 200, seed=1)
+    (tmp_path / "model").write_bytes(tg.write_artifact({}, tensors, "ans"))
+    program = ("import sys, hashlib, torch, train_gpt as tg\n"
+               "t = tg.read_artifact(open(sys.argv[1], 'rb').read(), 'model')[1]\n"
+               "w = t['w.codes'].float() * tg.octaves(t['w.row'])[..., None] * tg.octaves(t['w.col'])[:, None]\n"
+               "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in (*t.values(), w))).hexdigest())\n")
+    found = set()
+    for threads in ("1", "4"):
+        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "model")], capture_output=True, text=True,
+                              cwd=SCRIPT.parent, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
+        found.add(done.stdout.strip())
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("missing, words", [("constriction", "COMPRESSOR=ans: .* take COMPRESSOR=brotli"),
+                                            ("brotli", "COMPRESSOR=brotli: .* take COMPRESSOR=lzma")])
+def test_a_missing_package_is_named_with_a_way_out(monkeypatch, missing, words):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(tg.RunError, match=words):
+        pack({"constriction": "ans"}.get(missing, missing))
 
 
 # ----- malice

@@ -192,7 +192,7 @@ def test_nan_loss_names_the_step(tiny, tmp_path):
     assert 2 <= step <= 7
 
 
-@pytest.mark.parametrize("moment", ["step:3/", "quantized in", "stage:quantized"])
+@pytest.mark.parametrize("moment", ["step:3/", "quantized and packed in", "stage:quantized"])
 def test_a_killed_run_leaves_no_result_not_even_an_old_one(tiny, tmp_path, moment):
     (tmp_path / "result.json").write_text('{"val_bpb": 0.5}')  # of an earlier run in the same folder
     process = subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], stdout=subprocess.PIPE, text=True,
@@ -246,3 +246,25 @@ def test_killing_one_process_of_three_ends_the_others_with_one_line(finished, ti
     assert len(said) == 1 and "another process of this run has ended" in said[0], errors[-2000:]
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert not (tmp_path / "result.json").exists()
+
+
+def test_weighted_steps_fill_the_budget_and_never_exceed_it(tiny, tmp_path):
+    sizes = []
+    for budget in (75_000, 100_000):
+        done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": str(budget),
+                                  "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024"})
+        assert done.returncode == 0, done.stderr
+        result = read_result(tmp_path)
+        assert result["fits"] and 0.999 * budget <= result["bytes_total"] <= budget
+        sizes.append(result["stages"]["quantized"]["val_loss"] - result["stages"]["pre_quant"]["val_loss"])
+    assert sizes[1] < sizes[0]  # more bytes, less loss
+
+
+def test_a_model_that_cannot_fit_says_so_before_it_is_scored(tiny, tmp_path):
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": "31000", "EVAL_STRIDE": "0"})
+    assert done.returncode == 2, done.stderr
+    lines = done.stdout.splitlines()
+    told = next(i for i, line in enumerate(lines) if "OVER by" in line and "lower NUM_LAYERS" in line)
+    assert told < next(i for i, line in enumerate(lines) if line.startswith("stage:quantized"))
+    result = read_result(tmp_path)
+    assert not result["fits"] and f"OVER by {result['bytes_total'] - 31000};" in lines[told]

@@ -432,8 +432,13 @@ def stored_bytes(cfg: tg.Settings, model: tg.GPT) -> dict[str, int]:
     hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
 
     class Quiet:
+        rank, world = 0, 1
+
         def progress(self, items, what):
             return items
+
+        def sum_(self, tensor):
+            return tensor
 
     stored = tg.quantize(cfg, Quiet(), {n: p.detach() for n, p in model.named_parameters()}, hessians)
     return {name: t.numel() * t.element_size() for name, t in stored.items()}

@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Loss against bytes for every way to quantize and to pack, on one trained model and the same tensors.
+
+    DATA_PATH=... TOKENIZER_PATH=... NUM_LAYERS=... python benchmarks/bytes.py logs/smoke/final_model.pt
+
+takes the settings the model was trained with from the environment (SAVE_MODEL=1 leaves final_model.pt). The gap is the
+rise of the loss, in nats a token, over the model as it was trained. `weighted` fills the very bytes of GPTQ + SDClip's
+best packer, and then 85 % of them. lrzip, where it is installed, is the field's packer: `lrzip -z -L 9` on the codes of
+each group, by rows or by columns.
+"""
+
+import argparse
+import dataclasses
+import json
+import lzma
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+
+def rounded(cfg: tg.Settings, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What quantize() stores, each weight rounded to the nearest point of SDClip's grid."""
+    stored = {name: tensor.half() for name, tensor in state.items()
+              if name not in {group.param for group in tg.quant_groups(cfg)}}
+    for group in tg.quant_groups(cfg):
+        weight = group.view(state[group.param])
+        if weight[0].numel() < cfg.quant_min_weights:
+            stored[group.name] = weight.half()
+            continue
+        scales, levels = tg.clip_scales(weight, group.bits, group.sigmas), 2 ** (group.bits - 1) - 1
+        codes = (weight / scales.float()[..., None]).round().clamp(-levels, levels)
+        stored |= {f"{group.name}.codes": codes.to(torch.int8), f"{group.name}.scales": scales}
+    return stored
+
+
+def packed_sizes(cfg: tg.Settings, stored: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Bytes of the whole artifact by packer; for what is not ours the codes' share is replaced, in its better order."""
+    settings = tg.artifact_settings(cfg)
+    sizes = {name: len(tg.write_artifact(settings, stored, name)) for name in ("brotli", "ans")}
+    codes = {name: tensor for name, tensor in stored.items() if tensor.dtype == torch.int8}
+    orders = [[(t.mT if by_column else t).contiguous().numpy().tobytes() for t in codes.values()]
+              for by_column in (False, True)]
+    rest = len(tg.write_artifact(settings, {n: t for n, t in stored.items() if n not in codes}, "brotli"))
+    brotli = tg.import_packer("brotli")
+    packers = {"brotli": lambda data: len(brotli.compress(data, quality=11, lgwin=24)),
+               "lzma": lambda data: len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=tg.LZMA_FILTERS))}
+    if shutil.which("lrzip"):
+        packers["lrzip"] = lrzip
+    for name, packer in packers.items():
+        sizes[name] = rest + min(sum(packer(stream) for stream in order) for order in orders)
+    return sizes
+
+
+def lrzip(data: bytes) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "codes")
+        path.write_bytes(data)
+        subprocess.run(["lrzip", "-q", "-z", "-L", "9", str(path)], check=True)
+        return Path(folder, "codes.lrz").stat().st_size
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model", type=Path, help="final_model.pt of a run with SAVE_MODEL=1")
+    parser.add_argument("--tokens", type=int, default=500_000, help="validation tokens to score (default: 500000)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            return measure(dataclasses.replace(tg.read_settings(dict(os.environ))[0], artifact_dir=folder), args)
+    except (tg.RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
+    """Calibrate, then quantize, pack and score in every way; print the table."""
+    rt = tg.Runtime(cfg, tg.Launch())
+    rt.open_logs(append=False)
+    cfg = tg.fit_to_device(dataclasses.replace(cfg, quant_allocation="auto", gptq_reserve_seconds=0.0), rt)
+    val = tg.Validation.load(cfg, tg.read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
+    val = val._replace(tokens=val.tokens[: args.tokens], bytes=val.bytes[: args.tokens])
+    model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype)[1], val.bos)
+    model.load_state_dict(torch.load(args.model, map_location=rt.device, weights_only=True))
+    trained = {name: p.detach().clone() for name, p in model.named_parameters()}
+    clock = tg.Clock(rt, 0.0, 0.0)
+    clock.start()
+    stats = tg.calibrate(cfg, rt, model, tg.Windows(cfg, rt, val.bos), 0, clock)
+
+    def loss(stored: dict[str, torch.Tensor] | None) -> float:
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(trained[name])
+        if stored is not None:
+            tg.load_weights(model, cfg, stored, "the table")
+        return tg.evaluate(cfg, rt, model, val, tg.Scorer(rt, val.bytes), cfg.eval_seq_len, "loss").val_loss
+
+    base, rows = loss(None), []
+    n = sum(g.view(trained[g.param]).numel() for g in tg.quant_groups(cfg))
+    print(f"{sum(p.numel() for p in trained.values()):,} parameters, {stats.tokens:,} calibration tokens, "
+          f"{len(val.tokens):,} validation tokens, loss {base:.5f}; bytes of the artifact by packer")
+
+    def row(label: str, stored: dict[str, torch.Tensor]) -> None:
+        sizes, gap = packed_sizes(cfg, stored), loss(stored) - base
+        rows.append({"way": label, "gap": gap, "bytes": sizes})
+        print(f"{label:24} gap {gap:8.5f}  " + "  ".join(f"{name} {size:>9,}" for name, size in sorted(sizes.items()))
+              + f"  {8 * min(sizes.values()) / n:.3f} bits a weight", flush=True)
+
+    row("nearest, SDClip", rounded(cfg, trained))
+    start = time.perf_counter()
+    plain = tg.quantize(cfg, rt, trained, stats.hessians)
+    seconds = {"gptq": time.perf_counter() - start}
+    row("GPTQ, SDClip", plain)
+    most = min(rows[-1]["bytes"].values())
+    for share in (1.0, 0.85):
+        artifact = tg.fill_budget(dataclasses.replace(cfg, compressor="ans"), rt, trained, stats, int(share * most))
+        row(f"GPTQ, weighted, {share:.0%}", tg.read_artifact(artifact, "the table")[1])
+    weighted = tg.read_artifact(artifact, "the table")[1]
+    start = time.perf_counter()
+    again = tg.write_artifact(tg.artifact_settings(cfg), weighted, "ans")
+    seconds["pack"] = time.perf_counter() - start
+    start = time.perf_counter()
+    tg.read_artifact(again, "the table")
+    seconds["unpack"] = time.perf_counter() - start
+    print("seconds: " + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items()))
+    if args.json:
+        args.json.write_text(json.dumps({"base": base, "rows": rows, "seconds": seconds}, indent=1))
+    rt.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
