@@ -199,7 +199,7 @@ class Settings:
     quant_allocation: str = setting("auto", "quant", "steps by what the loss feels, to fill the budget, or by each "
                                     "row's std, which QAT_ENABLED needs", choices="auto sdclip")
     quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16")
-    gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train random")
+    gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train self random")
     gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
     gptq_reserve_seconds: float | None = setting(None, "quant", "clock kept for calibration; auto: measured")
 
@@ -1953,8 +1953,24 @@ def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
     torch.set_float32_matmul_precision(precision)
 
 
+@torch.no_grad()
+def sample_text(cfg: Settings, model: GPT, rows: int, length: int, generator: torch.Generator) -> Tensor:
+    """(rows, length) int64 tokens that the model itself draws at temperature 0.8, in documents of 128 tokens that begin
+    with BOS. Short ones: reading each anew for every token then costs less than the parts of a key/value cache would.
+    """
+    size, start = min(128, length), max(model.bos, 0)
+    documents = torch.full((-(-rows * length // size), size), start, device=model.tok_emb.device)
+    for part in documents.split(max(1, cfg.micro_batch_tokens // size)):
+        for t in range(1, size):
+            width = min(size, -(-t // 32) * 32)  # few shapes; what stands after t is not seen
+            odds = (model(part[:, :width])[:, t - 1] / 0.8).softmax(-1).cpu()
+            part[:, t] = torch.multinomial(odds, 1, generator=generator)[:, 0].to(part.device)
+    return documents.flatten()[: rows * length].view(rows, length)
+
+
 def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: int, clock: Clock) -> Statistics:
-    """Statistics summed over all ranks, from the training rows that come next, `first` on, or from random tokens.
+    """Statistics summed over all ranks, from the training rows that come next, `first` on, from text that the model
+    draws, or from random tokens.
 
     Batches are dealt to ranks one by one, so the sum does not depend on how many there are. Training text is read on
     the running clock: after the first round, one that would not end in time is left out.
@@ -1973,8 +1989,11 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
             if cfg.gptq_calibration == "train":
                 drawn = windows.batch(first + batch * rows, rows, rows)
             else:
-                generator.manual_seed(cfg.seed + batch)
-                ids = torch.randint(cfg.vocab_size, (rows, cfg.row_tokens + 1), generator=generator).to(rt.device)
+                generator.manual_seed(batch if cfg.gptq_calibration == "self" else cfg.seed + batch)
+                if cfg.gptq_calibration == "self":
+                    ids = sample_text(cfg, model, rows, cfg.row_tokens + 1, generator)
+                else:
+                    ids = torch.randint(cfg.vocab_size, (rows, cfg.row_tokens + 1), generator=generator).to(rt.device)
                 bounds = Bounds.find(ids[:, :-1], model.bos, cfg.train_seq_len) if cfg.varlen_enabled else None
                 drawn = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), bounds)
             add_statistics(model, stats, drawn)
@@ -2413,7 +2432,7 @@ FINEST_BITS = 6.0  # of a weight: more buy nothing that can be measured
 @torch.no_grad()
 def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Statistics, room: int) -> bytes:
     """The artifact with the finest weighted steps that take at most `room` bytes, on every rank; by secants of exact
-    sizes until it takes 99.95 % of them. If none fits, the smallest one tried.
+    sizes until it takes 99.9 % of them. If none fits, the smallest one tried.
     """
     curved, settings = curvatures(cfg, state, stats), artifact_settings(cfg)
     views = {group.name: group.view(state[group.param]).float() for group in quant_groups(cfg)}
@@ -2431,18 +2450,41 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
         rt.log(f"steps from 2^{at:.3f}: {size} bytes of {room}")
         if not best or (size <= room and (size > len(best) or len(best) > room)) or size < len(best) > room:
             best = artifact
-        hopeless = size > room and any(size > 0.99 * other for _, other in tried)  # coarser steps save nothing more
-        if not count or hopeless or (size <= room and (size >= 0.9995 * room or at <= finest)):
+        hopeless = any(at > t + 0.5 and size > max(room, 0.99 * other) for t, other in tried)  # no more to save
+        if not count or hopeless or (size <= room and (size >= 0.999 * room or at <= finest)):
             break
-        tried = sorted([*tried, (at, size)])
-        above = [t for t in tried if t[1] > room][-1:]  # the coarsest that is too large
-        below = [t for t in tried if t[1] <= room][:1]  # the finest that fits
-        slope = -count / 8
-        if above and below:
-            slope = (below[0][1] - above[0][1]) / (below[0][0] - above[0][0])
-        at = max(finest, at + (0.9998 * room - size) / slope)
-        if above and below and not above[0][0] < at < below[0][0]:
-            at = (above[0][0] + below[0][0]) / 2
+        slope = -count / 8  # bytes an octave
+        if tried:
+            slope = min(max((size - tried[-1][1]) / (at - tried[-1][0]), 2 * slope), 0.2 * slope)
+        tried.append((at, size))
+        at += (0.9996 * room - size) / slope
+        above = max((t for t, other in tried if other > room), default=finest)
+        below = min((t for t, other in tried if other <= room), default=math.inf)
+        if not above < at < below:
+            at = (above + below) / 2 if below < math.inf else max(at, finest)
+    return best
+
+
+def prune(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str, room: int) -> bytes:
+    """The artifact; where it takes more than `room` bytes, with the codes of ±1 that have the least steps set to 0, as
+    few as bring it to 99.9 % of that (PR 609). If even all do not, without any.
+    """
+    best = write_artifact(settings, tensors, compressor)
+    if len(best) <= room:
+        return best
+    scales = {n: tensors[n.replace("codes", "scales")] for n in tensors if n.replace("codes", "scales") in tensors
+              and n.endswith(".codes")}
+    steps = torch.cat([torch.zeros(0), *(s.float().flatten() for s in scales.values())]).unique()
+    low, high = 0, len(steps)
+    while low < high and not 0.999 * room <= len(best) <= room:
+        middle = (low + high) // 2
+        pruned = {n: tensors[n].masked_fill((tensors[n].abs() == 1) & (s.float() <= steps[middle])[..., None], 0)
+                  for n, s in scales.items()}
+        tried = write_artifact(settings, tensors | pruned, compressor)
+        if len(tried) <= room:
+            best, high = tried, middle
+        else:
+            low = middle + 1
     return best
 
 
@@ -3160,7 +3202,7 @@ class Run:
         feeder.close()
         loop_seconds = rt.largest(clock.seconds())
         kept = trainer.use_average()
-        if cfg.gptq_calibration == "random":
+        if cfg.gptq_calibration != "train":
             clock.stop()
         stats = calibrate(cfg, rt, self.model, self.windows, steps * plan.windows, clock)
         seconds, tokens = rt.largest(clock.stop()), steps * cfg.train_batch_tokens
@@ -3180,7 +3222,7 @@ class Run:
             artifact = fill_budget(cfg, rt, state, stats, room)
         else:
             tensors = quantize(cfg, rt, state, stats.hessians)
-            artifact = write_artifact(artifact_settings(cfg), tensors, cfg.compressor) if rt.rank == 0 else None
+            artifact = prune(artifact_settings(cfg), tensors, cfg.compressor, room) if rt.rank == 0 else None
         rt.log(f"quantized and packed in {time.perf_counter() - start:.1f}s")
         if rt.rank == 0:
             with atomic_write(rt.path("final_model.int6.ptz")) as file:

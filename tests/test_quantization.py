@@ -485,3 +485,67 @@ def test_weighted_steps_cost_less_than_sdclip_at_the_same_bits():
         found.append((total, cost(codes[0].float(), steps[0])))
     within = [value for total, value in found if total <= plain[1]]
     assert within and min(within) < 0.7 * plain[0]
+
+
+# ----- text the model draws
+
+
+def test_drawn_text_is_what_the_prefixes_say(tmp_path):
+    """Token by token from the model's own distribution at temperature 0.8, each document from BOS on."""
+    cfg = tiny(tmp_path, micro_batch_tokens=80)
+    model = random_model(cfg)
+    model.bos = 3
+    ids = tg.sample_text(cfg, model, 3, 70, torch.Generator().manual_seed(4))
+    assert ids.shape == (3, 70) and ids.dtype == torch.int64
+    documents, generator = torch.full((3, 70), 3), torch.Generator().manual_seed(4)
+    for part in documents.split(1):
+        for t in range(1, 70):
+            odds = torch.softmax(model(part[:, :t]).detach()[:, -1].double() / 0.8, -1).float()
+            part[:, t] = torch.multinomial(odds, 1, generator=generator)[:, 0]
+    assert (ids == documents).float().mean() > 0.98  # a last bit may turn one draw
+    assert len(ids.unique()) > 20
+
+
+def test_calibration_on_drawn_text_is_the_same_for_any_number_of_ranks_and_needs_no_shards(rt, tmp_path, monkeypatch):
+    cfg = tiny(tmp_path, gptq_calibration="self", gptq_calibration_batches=3, max_wallclock_seconds=0.0)
+    model = random_model(cfg)
+    monkeypatch.setattr(rt, "sum_", lambda t: t)
+    monkeypatch.setattr(rt, "largest", lambda value: value)
+
+    def sums(rank, world):
+        rt.rank, rt.world = rank, world
+        return tg.calibrate(cfg, rt, model, None, 0, tg.Clock(rt, 0.0, 0.0)).hessians
+
+    alone, parts = sums(0, 1), [sums(rank, 2) for rank in range(2)]
+    for role, hessian in alone.items():
+        assert torch.allclose(parts[0][role] + parts[1][role], hessian, rtol=1e-4, atol=1e-4) and hessian.any()
+
+
+# ----- pruning
+
+
+def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
+    cfg = tiny(tmp_path, quant_allocation="sdclip")
+    state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
+    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    whole = tg.write_artifact({}, stored, "lzma")
+    assert tg.prune({}, stored, "lzma", len(whole)) == whole
+    for share in (0.99, 0.97):
+        room = int(share * len(whole))
+        data = tg.prune({}, stored, "lzma", room)
+        assert 0.99 * room <= len(data) <= room
+        kept, zeroed = 0.0, 0.0
+        back = tg.read_artifact(data, "x")[1]
+        for name, codes in back.items():
+            changed = codes != stored[name]
+            if changed.any():
+                assert (stored[name][changed].abs() == 1).all() and not codes[changed].any()
+                steps = stored[name.replace("codes", "scales")].float()[..., None].expand(codes.shape)
+                zeroed = max(zeroed, float(steps[changed].max()))
+        for name, codes in back.items():
+            if name.endswith(".codes"):
+                steps = stored[name.replace("codes", "scales")].float()[..., None].expand(codes.shape)
+                assert (steps[codes.abs() == 1] > zeroed).all()
+                kept += float((codes.abs() == 1).sum())
+        assert kept and zeroed
+    assert tg.prune({}, stored, "lzma", 10) == whole  # nothing helps
