@@ -198,6 +198,11 @@ class Settings:
     embed_clip_sigmas: float = setting(20.0, "quant", "the same for the embedding", low=0.1)
     quant_allocation: str = setting("auto", "quant", "steps by what the loss feels, to fill the budget, or by each "
                                     "row's std, which QAT_ENABLED needs", choices="auto sdclip")
+    lqer_enabled: bool = setting(False, "quant", "also store a low-rank part of the largest errors")
+    lqer_rank: int = setting(4, "quant", "LQER: its rank", low=1)
+    lqer_top_k: int = setting(3, "quant", "LQER: of so many matrices, those with the largest errors", low=1)
+    lqer_factor_bits: int = setting(4, "quant", "LQER: bits of its factors", low=1, high=7)
+    lqer_asym_group: int = setting(64, "quant", "LQER: numbers of a factor that share a grid", low=1)
     quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16")
     gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train self random")
     gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
@@ -2127,13 +2132,48 @@ def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]
     return (4 * row).ceil().clamp(-127, 127).to(torch.int8), -curvature.col
 
 
+def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """Codes (rank, n) int8 from 0 to 2^bits - 1 for a factor (rank, n), and steps and least values of every `group`
+    numbers of a row, (2, rank, groups) fp16.
+    """
+    lots = F.pad(factor, (0, -factor.size(1) % group), mode="replicate").unflatten(1, (-1, group))
+    least = lots.amin(-1).half()
+    step = ((lots.amax(-1) - least.float()) / (2**bits - 1)).clamp(min=2.0**-14).half()
+    codes = ((lots - least.float()[..., None]) / step.float()[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.flatten(1)[:, : factor.size(1)].to(torch.int8), torch.stack((step, least))
+
+
+def from_even_grid(codes: Tensor, grid: Tensor, group: int) -> Tensor:
+    """Inverse of even_grid: (rank, n) fp32."""
+    step, least = grid.float().repeat_interleave(group, dim=2)[:, :, : codes.size(1)]
+    return codes.float() * step + least
+
+
+def add_low_rank(cfg: Settings, state: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """LQER (PR 1797): store the first LQER_RANK singular parts of W - Q, as two factors, of the LQER_TOP_K matrices
+    with the largest error: `lqer.<group>.<i>.left` (rank, rows), `.right` (rank, cols), and their `.grid`.
+    """
+    rebuilt, errors = dequantize(cfg, stored), []
+    for group in quant_groups(cfg):
+        if f"{group.name}.codes" in stored:
+            error = group.view(state[group.param]).float() - group.view(rebuilt[group.param])
+            errors += [(float(e.norm()), group.name, i, e) for i, e in enumerate(error)]
+    for _, name, i, error in sorted(errors, key=lambda e: -e[0])[: cfg.lqer_top_k]:
+        left, size, right = torch.linalg.svd(error, full_matrices=False)
+        root = size[: cfg.lqer_rank].sqrt()[:, None]
+        for side, factor in (("left", left.T), ("right", right)):
+            codes, grid = even_grid(factor[: cfg.lqer_rank] * root, cfg.lqer_factor_bits, cfg.lqer_asym_group)
+            stored[f"lqer.{name}.{i}.{side}"], stored[f"lqer.{name}.{i}.{side}.grid"] = codes, grid
+
+
 @torch.no_grad()
 def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor],
              steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
     """Everything the artifact stores, on the CPU of every rank, each having done its share of the matrices.
 
     `<group>.codes` int8 with `<group>.scales` fp16 by SDClip or, given `steps`, `<group>.row` and `<group>.col`, int8
-    exponents; the rest fp16. A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is `<group>` in fp16.
+    exponents; gates int8 by row; the rest fp16. A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is
+    `<group>` in fp16.
     """
     stored, share = {}, slice(rt.rank, None, rt.world)
     for group in rt.progress(quant_groups(cfg), "GPTQ"):
@@ -2153,7 +2193,14 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
             codes[share] = gptq(weight[share], hessian[share], scales[share], bits)
         stored[f"{group.name}.codes"] = rt.sum_(codes)
     covered = {g.param for g in quant_groups(cfg)}
-    stored |= {name: tensor.half() for name, tensor in state.items() if name not in covered}
+    for name, tensor in ((n, t) for n, t in state.items() if n not in covered):
+        if name == "attn_gate":
+            step = stored["attn_gate.step"] = (tensor.abs().amax(-1) / 127).clamp(min=2.0**-14).half()
+            stored["attn_gate.int8"] = (tensor / step.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
+        else:
+            stored[name] = tensor.half()
+    if cfg.lqer_enabled:
+        add_low_rank(cfg, state, stored)
     return {name: tensor.cpu() for name, tensor in stored.items()}
 
 
@@ -2171,13 +2218,20 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
             if codes.ndim != 3 or scales.shape not in ((*codes.shape[:2], 1), codes.shape):
                 raise ValueError(f"{group.name}: codes {list(codes.shape)}, scales {list(scales.shape)}")
             weight = codes.float() * scales
+            for i in range(len(weight)):
+                if f"lqer.{group.name}.{i}.left" in stored:
+                    left, right = (from_even_grid(stored[key], stored[f"{key}.grid"], cfg.lqer_asym_group)
+                                   for key in (f"lqer.{group.name}.{i}.{side}" for side in ("left", "right")))
+                    weight[i] += left.T @ right
         else:
             weight = stored[group.name].float()
         if len(weight) != group.stop - group.start:
             raise ValueError(f"{group.name}: {len(weight)} matrices instead of {group.stop - group.start}")
         state.setdefault(group.param, []).append(weight)
     state = {name: torch.cat(parts) if name.endswith("_bank") else parts[0][0] for name, parts in state.items()}
-    names = {g.name for g in quant_groups(cfg)}
+    if "attn_gate.int8" in stored:
+        state["attn_gate"] = stored["attn_gate.int8"].float() * stored["attn_gate.step"].float()[..., None]
+    names = {"lqer", "attn_gate", *(g.name for g in quant_groups(cfg))}
     return state | {name: t.float() for name, t in stored.items() if name.split(".")[0] not in names}
 
 
@@ -2393,7 +2447,7 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
 
 def artifact_settings(cfg: Settings) -> dict[str, Any]:
     """What stands in the artifact: the settings its weights and its score depend on."""
-    names = ["vocab_size", "bos_id", "train_seq_len", *Settings.group("model", "eval")]
+    names = ["vocab_size", "bos_id", "train_seq_len", "lqer_asym_group", *Settings.group("model", "eval")]
     return {name: getattr(cfg, name) for name in names if name not in ("eval_batch_tokens", "eval_budget_seconds")}
 
 
@@ -2402,7 +2456,7 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     wrong = set(stored) ^ set(artifact_settings(Settings()))
     if wrong:
         raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
-    for key in ("vocab_size", *Settings.group("model")):
+    for key in ("vocab_size", "lqer_asym_group", *Settings.group("model")):
         if notes.explicit.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
     try:

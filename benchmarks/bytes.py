@@ -64,7 +64,8 @@ def lrzip(data: bytes) -> int:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "codes")
         path.write_bytes(data)
-        subprocess.run(["lrzip", "-q", "-z", "-L", "9", str(path)], check=True)
+        subprocess.run(["lrzip", "-q", "-z", "-L", "9", str(path)], check=True, stderr=subprocess.DEVNULL,
+                       stdout=subprocess.DEVNULL)
         return Path(folder, "codes.lrz").stat().st_size
 
 

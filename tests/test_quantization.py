@@ -1,5 +1,7 @@
 """GPTQ against textbook Optimal Brain Quantization, SDClip against its formula, and what the groups cover."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -549,3 +551,62 @@ def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
                 kept += float((codes.abs() == 1).sum())
         assert kept and zeroed
     assert tg.prune({}, stored, "lzma", 10) == whole  # nothing helps
+
+
+# ----- LQER and gates
+
+
+@pytest.mark.parametrize("bits, group", [(4, 64), (2, 64), (4, 7), (7, 1000)])
+def test_even_grids_reach_both_ends_of_each_lot(bits, group):
+    factor = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    codes, grid = tg.even_grid(factor, bits, group)
+    back = tg.from_even_grid(codes, grid, group)
+    assert codes.shape == back.shape == factor.shape and codes.min() == 0 and codes.max() == 2**bits - 1
+    for row, again in zip(factor, back):
+        for lot, lot_again in zip(row.split(group), again.split(group)):
+            step = float(lot.max() - lot.min()) / (2**bits - 1)
+            assert (lot - lot_again).abs().max() <= 0.51 * step + 2e-3 * lot.abs().max()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_lqer_repairs_the_matrices_with_the_largest_errors(rt, tmp_path, weighted):
+    cfg = tiny(tmp_path, matrix_bits=3, lqer_enabled=True, lqer_rank=3, lqer_top_k=2, lqer_factor_bits=7)
+    model = random_model(cfg)
+    state, steps = {n: p.detach() for n, p in model.named_parameters()}, None
+    state["mlp_up_bank"][1] *= 5
+    stats, _ = statistics(cfg, model)
+    if weighted:
+        steps = {n: tg.weighted_steps(c, -1.0) for n, c in tg.curvatures(cfg, state, stats).items()}
+    plain_cfg = dataclasses.replace(cfg, lqer_enabled=False)
+    plain = tg.dequantize(cfg, tg.quantize(plain_cfg, rt, state, stats.hessians, steps))
+    stored = tg.quantize(cfg, rt, state, stats.hessians, steps)
+    back = tg.dequantize(cfg, stored)
+    errors = sorted(((float((w - q).norm()), g.name, i) for g in tg.quant_groups(cfg) for i, (w, q) in enumerate(zip(
+        g.view(state[g.param]), g.view(plain[g.param])))), reverse=True)
+    largest = {(name, i) for _, name, i in errors[:2]}
+    assert {n for n in stored if n.startswith("lqer.")} == {
+        f"lqer.{name}.{i}.{side}{what}" for name, i in largest for side in ("left", "right") for what in ("", ".grid")}
+    for group in tg.quant_groups(cfg):
+        for i, weight in enumerate(group.view(state[group.param])):
+            before, after = group.view(plain[group.param])[i], group.view(back[group.param])[i]
+            if (group.name, i) not in largest:
+                assert torch.equal(before, after)
+                continue
+            rest = torch.linalg.svdvals((weight - before).double())[3:].norm()  # the best a rank of 3 can do
+            assert rest * 0.999 <= (weight - after).double().norm() < rest * 1.02
+    artifact = tg.write_artifact(tg.artifact_settings(cfg), stored, "ans")
+    tg.load_weights(model, cfg, tg.read_artifact(artifact, "x")[1], "x")
+    assert all(torch.equal(p, back[n]) for n, p in model.named_parameters())
+
+
+def test_gates_take_a_byte_a_number(rt, tmp_path):
+    cfg = tiny(tmp_path, gated_attn_enabled=True)
+    model = random_model(cfg)
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    state["attn_gate"][1, 2] = 0.0
+    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    assert stored["attn_gate.int8"].dtype == torch.int8 and stored["attn_gate.step"].dtype == torch.float16
+    gate, back = state["attn_gate"], tg.dequantize(cfg, stored)["attn_gate"]
+    step = gate.abs().amax(-1, keepdim=True) / 127
+    assert ((back - gate).abs() <= 0.51 * step + 1e-6).all() and not back[1, 2].any()
+    assert set(tg.dequantize(cfg, stored)) == set(state)

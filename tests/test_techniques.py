@@ -444,6 +444,7 @@ def stored_bytes(cfg: tg.Settings, model: tg.GPT) -> dict[str, int]:
     return {name: t.numel() * t.element_size() for name, t in stored.items()}
 
 
+GATE = {"attn_gate.int8", "attn_gate.step"}  # as stored
 TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; parameters that adds; how they are stored
     "recurrence": ({"num_loops": 0, "loop_start": 0, "loop_end": 4, "recur_blend": "ab", "recur_alpha_init": 0.3,
                     "recur_a_init": 0.4, "recur_b_init": 0.5}, LOOPS | {"recur_blend": "ab"}, {"recur_blend"},
@@ -468,9 +469,9 @@ TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; paramet
                         {"ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
                         {"ve_table.codes", "ve_table.scales", "ve.codes", "ve.scales", "ve_scale", "ve_layer_scale"}),
     "sparse-gate": ({"sparse_attn_gate_scale": 3.0, "gate_window": 2}, {"sparse_attn_gate_enabled": True},
-                    {"attn_gate"}, {"attn_gate"}),
-    "gated": ({"gate_window": 2}, {"gated_attn_enabled": True}, {"attn_gate"}, {"attn_gate"}),
-    "out-gate": ({"gate_window": 2}, {"attn_out_gate_enabled": True}, {"attn_gate"}, {"attn_gate"}),
+                    {"attn_gate"}, GATE),
+    "gated": ({"gate_window": 2}, {"gated_attn_enabled": True}, {"attn_gate"}, GATE),
+    "out-gate": ({"gate_window": 2}, {"attn_out_gate_enabled": True}, {"attn_gate"}, GATE),
     "yarn": ({"train_seq_len": 20}, {"rope_yarn": True, "train_seq_len": 10}, set(), set()),
     "untied": ({"head_lr": 0.5}, {"tie_embeddings": False}, {"head"}, {"head.codes", "head.scales"}),
     "factorised": ({"embedding_dim": 0}, {"embedding_dim": 9}, {"embed_in_bank", "embed_out_bank"},
