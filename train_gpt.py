@@ -2489,6 +2489,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     sizes until it takes 99.9 % of them. If none fits, the smallest one tried.
     """
     curved, settings = curvatures(cfg, state, stats), artifact_settings(cfg)
+    curved = {name: Curvature(*(rt.sum_(t if rt.rank == 0 else torch.zeros_like(t)) for t in curvature))
+              for name, curvature in curved.items()}  # rank 0's: a last bit could differ, and turn a step
     views = {group.name: group.view(state[group.param]).float() for group in quant_groups(cfg)}
     count = sum(views[name].numel() for name in curved)
     octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from test_scorer import FakeRuntime, on_ranks
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
@@ -610,3 +611,16 @@ def test_gates_take_a_byte_a_number(rt, tmp_path):
     step = gate.abs().amax(-1, keepdim=True) / 127
     assert ((back - gate).abs() <= 0.51 * step + 1e-6).all() and not back[1, 2].any()
     assert set(tg.dequantize(cfg, stored)) == set(state)
+
+
+@pytest.mark.parametrize("world", [2, 5])
+def test_ranks_that_share_the_matrices_store_the_same(tmp_path, world):
+    """Each rank quantizes its share; what is stored is one rank's, also where there are fewer matrices than ranks."""
+    cfg = tiny(tmp_path)
+    model = random_model(cfg)
+    stats, _ = statistics(cfg, model)
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    steps = {n: tg.weighted_steps(c, -3.0) for n, c in tg.curvatures(cfg, state, stats).items()}
+    alone = tg.quantize(cfg, FakeRuntime(), state, stats.hessians, steps)
+    for stored in on_ranks(world, lambda rt: tg.quantize(cfg, rt, state, stats.hessians, steps)):
+        assert list(stored) == list(alone) and all(torch.equal(stored[n], alone[n]) for n in alone)
