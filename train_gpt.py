@@ -1910,6 +1910,9 @@ def quant_groups(cfg: Settings) -> list[Group]:
     return groups
 
 
+CALIBRATION_TOKENS = 16384  # that a backward pass of calibration holds at a time: it is not compiled, and takes memory
+
+
 class Statistics(NamedTuple):
     """What calibration text says of the matrices, summed over tokens."""
 
@@ -1943,13 +1946,14 @@ def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
     if model.dtype == torch.bfloat16:  # products of bf16 values are exact in TF32
         torch.set_float32_matmul_precision("high")
     if stats.moments:
-        tables = list(model.tables().values())
+        tables, rows = list(model.tables().values()), max(1, CALIBRATION_TOKENS // batch.ids.size(1))
         before = [p.requires_grad for p in tables]
         for p in tables:
             p.requires_grad_(True)
         with torch.enable_grad():  # all that the tables' gradients pass is felt
-            losses = model(batch.ids, batch.targets, batch.bounds, hooks)
-            torch.autograd.grad(losses.sum(), tables, allow_unused=True)
+            for ids, targets in zip(batch.ids.split(rows), batch.targets.split(rows)):
+                bounds = batch.bounds and Bounds.find(ids, model.bos, batch.bounds.max_len)
+                torch.autograd.grad(model(ids, targets, bounds, hooks).sum(), tables, allow_unused=True)
         for p, required in zip(tables, before):
             p.requires_grad_(required)
     else:

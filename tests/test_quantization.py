@@ -375,6 +375,24 @@ def statistics(cfg: tg.Settings, model: tg.GPT, rows: int = 40) -> tuple[tg.Stat
     return stats, tokens
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+def test_statistics_do_not_depend_on_how_a_batch_is_cut(tmp_path, monkeypatch, varlen):
+    cfg = tiny(tmp_path, varlen_enabled=varlen)
+    model = random_model(cfg)
+    model.bos = 3
+    tokens = torch.randint(0, 41, (6, 17), generator=torch.Generator().manual_seed(2))
+    tokens[:, ::5] = 3
+    batch = tg.Batch(tokens[:, :-1], tokens[:, 1:], tg.Bounds.find(tokens[:, :-1], 3, 8) if varlen else None)
+    found = []
+    for size in (16384, 40):
+        monkeypatch.setattr(tg, "CALIBRATION_TOKENS", size)
+        stats = tg.Statistics(tg.empty_hessians(cfg, torch.device("cpu")),
+                              tg.empty_moments(cfg, model, torch.device("cpu")))
+        tg.add_statistics(model, stats, batch)
+        found.append([*stats.hessians.values(), *stats.moments.values()])
+    assert all((a - b).abs().max() < 1e-4 * a.abs().max() for a, b in zip(*found))
+
+
 def test_moments_are_squares_of_the_gradients_of_each_product(tmp_path):
     """All visits of a looped layer, the tied embedding as head and as input; against gradients taken one by one."""
     cfg = tiny(tmp_path, num_layers=4, num_loops=1, loop_start=1, loop_end=2)
