@@ -233,6 +233,27 @@ def test_ans_takes_what_its_tables_say_and_less_than_the_others():
     assert sizes["ans"] < 0.975 * min(sizes["brotli"], sizes["lzma"])
 
 
+def test_what_rows_of_a_table_share_is_coded_once():
+    """Rows along two directions cost less than the same rows turned at random; noise costs no more for it."""
+    chance = np.random.default_rng(3)
+    noise = 3 * chance.standard_normal((1, 4000, 40))
+    shared = noise + (chance.standard_normal((2, 4000, 1)) * 9 * chance.standard_normal((2, 1, 40))).sum(0)
+    sizes = {}
+    for name, array in (("noise", noise), ("shared", shared)):
+        codes = torch.from_numpy(array.round().clip(-127, 127).astype(np.int8))
+        tensors = {"emb.codes": codes}
+        data = tg.write_artifact({}, tensors, "ans")
+        assert torch.equal(tg.read_artifact(data, NAME)[1]["emb.codes"], codes)
+        left, right = tg.find_common_part(codes[0].numpy())
+        assert left.any() == right.any() == (name == "shared") and abs(left).max(initial=0) <= 15
+        halves = {f"{i}.codes": part for i, part in enumerate(codes.split(100, dim=1))}  # too wide to be tables
+        sizes[name] = len(data), len(tg.write_artifact({}, halves, "ans"))
+    assert sizes["shared"][0] < 0.85 * sizes["shared"][1]
+    counts = np.bincount(noise.round().astype(int).ravel() + 64)
+    counts = counts[counts > 0]
+    assert sizes["noise"][0] < 1.01 * float((counts * np.log2(noise.size / counts)).sum()) / 8 + 600
+
+
 def test_decoding_does_not_depend_on_threads(tmp_path):
     tensors = weights_like(2, 300, 200, seed=1)
     (tmp_path / "model").write_bytes(tg.write_artifact({}, tensors, "ans"))
