@@ -2131,9 +2131,14 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> di
 
 
 def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]:
-    """Steps for equal costs: exponents by row and column, int8, of 2^((row + col)/4), from c = 2^finest on."""
-    row = torch.maximum(finest - curvature.row, curvature.least)
-    return (4 * row).ceil().clamp(-127, 127).to(torch.int8), -curvature.col
+    """Steps for equal costs: exponents by row and column, int8, of 2^((row + col)/4), for c = 2^finest.
+
+    Rows are rounded up or down by turns (golden section), so that rows felt alike, as those of tokens that calibration
+    never met, do not all take their next step at one c: the artifact's size would jump there.
+    """
+    rows = torch.arange(curvature.row.size(1), device=curvature.row.device)
+    row = (4 * (finest - curvature.row) + rows * 0.6180339887 % 1).floor()
+    return torch.maximum(row, (4 * curvature.least).ceil()).clamp(-127, 127).to(torch.int8), -curvature.col
 
 
 def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -2543,7 +2548,7 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     bits = octaves_wide + math.log2(4.133)  # of a Gaussian weight under steps from c = 2^0 on (techniques.md)
     finest, tried, best = bits - FINEST_BITS, [], b""
     at = max(finest, bits - 8 * room / max(count, 1))
-    for _ in range(8):
+    for _ in range(12):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
         tensors = quantize(cfg, rt, state, stats.hessians, steps)
         artifact = rt.share_bytes(write_artifact(settings, tensors, cfg.compressor) if rt.rank == 0 else None)

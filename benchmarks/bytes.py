@@ -122,6 +122,7 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
     seconds = {"gptq": time.perf_counter() - start}
     row("GPTQ, SDClip", plain)
     most = min(rows[-1]["bytes"].values())
+    row("GPTQ, SDClip, LQER", tg.quantize(dataclasses.replace(cfg, lqer_enabled=True), rt, trained, stats.hessians))
     for share in (1.0, 0.85):
         artifact = tg.fill_budget(dataclasses.replace(cfg, compressor="ans"), rt, trained, stats, int(share * most))
         row(f"GPTQ, weighted, {share:.0%}", tg.read_artifact(artifact, "the table")[1])
