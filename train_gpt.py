@@ -2285,8 +2285,8 @@ def table_model(entries: np.ndarray):
 
 
 def encode_integers(symbols: np.ndarray, contexts: np.ndarray) -> tuple[bytes, bytes]:
-    """Tables and words of asymmetric numeral systems (arXiv 1311.2540) for symbols (n,) int16 in contexts (n,) uint8;
-    each context has the table of its own frequencies.
+    """Tables, by LZMA, and words of asymmetric numeral systems (arXiv 1311.2540) for symbols (n,) int16 in contexts
+    (n,) uint8; each context has the table of its own frequencies.
     """
     coder, tables = import_packer("constriction").stream.stack.AnsCoder(), []
     ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
@@ -2300,12 +2300,13 @@ def encode_integers(symbols: np.ndarray, contexts: np.ndarray) -> tuple[bytes, b
         tables.append(np.array([least, len(entries)], dtype="<i2").tobytes() + entries.tobytes())
         if len(part):
             coder.encode_reverse((part - least).astype(np.int32), table_model(entries))
-    return b"".join(reversed(tables)), coder.get_compressed().tobytes()
+    return compress(b"".join(reversed(tables)), "lzma"), coder.get_compressed().tobytes()
 
 
 def decode_integers(contexts: np.ndarray, tables: bytes, words: bytes) -> np.ndarray:
     """Inverse of encode_integers: symbols (n,) int16. ValueError when words or tables are left over."""
     coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
+    tables = decompress(tables, "lzma")
     symbols, parts, place = np.empty(len(contexts), dtype=np.int16), [np.zeros(0, dtype=np.int16)], 0
     for count in np.bincount(contexts).tolist():
         least, size = np.frombuffer(tables, dtype="<i2", count=2, offset=place).tolist()
@@ -2446,8 +2447,7 @@ def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compres
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(lambda data: compress(data, compressor), raw))
     if compressor == "ans":
-        tables, words, *coded = pack_integers(codes)
-        packed += [compress(tables, compressor), words, compress(coded[0], compressor), coded[1]]
+        packed += pack_integers(codes)
     header = {
         "settings": settings,
         "halves": [[n, list(t.shape)] for n, t in halves.items()],
@@ -2474,16 +2474,14 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
         header = json.loads(decompress(body[6 : 6 + size], compressor))
         ends = np.cumsum([6 + size] + header["bytes"])
         packed = [body[a:b] for a, b in pairwise(ends)]
-        shapes, coded = dict(header["codes"]), packed[1:]
-        if compressor == "ans":
-            packed, coded = [packed[0]], [*packed[1:]]
-            coded[0], coded[2] = (decompress(tables, compressor) for tables in coded[::2])
+        shapes = dict(header["codes"])
         with ThreadPoolExecutor() as pool:
-            half, *raw = pool.map(lambda stream: decompress(stream, compressor), packed)
+            plain = packed[:1] if compressor == "ans" else packed
+            half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
         values = from_stream(half, torch.float16, [-1]).split([math.prod(s) for _, s in header["halves"]])
         tensors = {n: v.view(s) for (n, s), v in zip(header["halves"], values, strict=True)}
         if compressor == "ans":
-            tensors |= unpack_integers(shapes, coded)
+            tensors |= unpack_integers(shapes, packed[1:])
         else:
             tensors |= {n: from_stream(stream, torch.int8, shapes[n]) for n, stream in zip(shapes, raw, strict=True)}
         return dict(header["settings"]), tensors
@@ -3451,10 +3449,14 @@ def speaks_first(launch: Launch) -> bool:
         return True
 
 
-def leave(launch: Launch, status: int, message: str = "") -> None:
-    """End this process of several at once: an orderly exit waits for the others, and Gloo's threads can abort it."""
-    if message and speaks_first(launch):
+def tell(launch: Launch, message: str) -> None:
+    """The one line on stderr, from one process of the run."""
+    if speaks_first(launch):
         print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def leave(status: int) -> None:
+    """End this process of several at once: an orderly exit waits for the others, and Gloo's threads can abort it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
@@ -3470,7 +3472,8 @@ def leave_when_told(launch: Launch) -> None:
     def wait() -> None:
         while os.read(reader, 1)[0] != signal.SIGTERM:
             pass
-        leave(launch, 143, "another process of this run has ended, or torchrun was told to end it")
+        tell(launch, "another process of this run has ended, or torchrun was told to end it")
+        leave(143)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -3496,10 +3499,10 @@ def main() -> int:
         if launch.world == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
             raise
         message = "another process of this run has ended"
-    if launch.world > 1:
-        leave(launch, status, message)
     if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        tell(launch, message)
+    if launch.world > 1:
+        leave(status)
     return status
 
 

@@ -12,7 +12,6 @@ each group, by rows or by columns.
 import argparse
 import dataclasses
 import json
-import lzma
 import os
 import shutil
 import subprocess
@@ -27,32 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
 
-def rounded(cfg: tg.Settings, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What quantize() stores, each weight rounded to the nearest point of SDClip's grid."""
-    stored = {name: tensor.half() for name, tensor in state.items()
-              if name not in {group.param for group in tg.quant_groups(cfg)}}
-    for group in tg.quant_groups(cfg):
-        weight = group.view(state[group.param])
-        if weight[0].numel() < cfg.quant_min_weights:
-            stored[group.name] = weight.half()
-            continue
-        scales, levels = tg.clip_scales(weight, group.bits, group.sigmas), 2 ** (group.bits - 1) - 1
-        codes = (weight / scales.float()[..., None]).round().clamp(-levels, levels)
-        stored |= {f"{group.name}.codes": codes.to(torch.int8), f"{group.name}.scales": scales}
-    return stored
-
-
 def packed_sizes(cfg: tg.Settings, stored: dict[str, torch.Tensor]) -> dict[str, int]:
     """Bytes of the whole artifact by packer; for what is not ours the codes' share is replaced, in its better order."""
     settings = tg.artifact_settings(cfg)
-    sizes = {name: len(tg.write_artifact(settings, stored, name)) for name in ("brotli", "ans")}
+    sizes = {"ans": len(tg.write_artifact(settings, stored, "ans"))}
     codes = {name: tensor for name, tensor in stored.items() if tensor.dtype == torch.int8}
     orders = [[(t.mT if by_column else t).contiguous().numpy().tobytes() for t in codes.values()]
               for by_column in (False, True)]
     rest = len(tg.write_artifact(settings, {n: t for n, t in stored.items() if n not in codes}, "brotli"))
-    brotli = tg.import_packer("brotli")
-    packers = {"brotli": lambda data: len(brotli.compress(data, quality=11, lgwin=24)),
-               "lzma": lambda data: len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=tg.LZMA_FILTERS))}
+    packers = {"brotli": lambda data: len(tg.compress(data, "brotli")),
+               "lzma": lambda data: len(tg.compress(data, "lzma"))}
     if shutil.which("lrzip"):
         packers["lrzip"] = lrzip
     for name, packer in packers.items():
@@ -116,7 +99,8 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
         print(f"{label:24} gap {gap:8.5f}  " + "  ".join(f"{name} {size:>9,}" for name, size in sorted(sizes.items()))
               + f"  {8 * min(sizes.values()) / n:.3f} bits a weight", flush=True)
 
-    row("nearest, SDClip", rounded(cfg, trained))
+    apart = {role: torch.eye(h.size(1), device=h.device).expand_as(h) for role, h in stats.hessians.items()}
+    row("nearest, SDClip", tg.quantize(cfg, rt, trained, apart))  # inputs that have nothing to do with each other
     start = time.perf_counter()
     plain = tg.quantize(cfg, rt, trained, stats.hessians)
     seconds = {"gptq": time.perf_counter() - start}
