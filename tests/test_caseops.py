@@ -1,0 +1,229 @@
+"""data/caseops.py: no text is lost, and every byte of the raw text is charged once."""
+
+import hashlib
+import io
+import random
+import re
+import sys
+import time
+
+import caseops
+import numpy as np
+import pytest
+import sentencepiece as spm
+from caseops import ALLCAPS, CAP, ESCAPE, MARKERS, TITLE, restore, source_bytes, token_bytes, transform
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+CODE_POINTS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
+READABLE = str.maketrans({TITLE: "^", ALLCAPS: "#", CAP: "+", ESCAPE: "\\"})
+SENTENCES = [
+    "The quick brown fox asked NASA about McDonald's iPhone.\n", "I am A. J. R. Smith, and HTTPServer isn't DON'T.\n",
+    "na\u00efve \u00c9COLE, \u0396\u03b5\u03cd\u03c2, \u041f\u0440\u0430\u0432\u0434\u0430 7 + 1234.5\n",
+]
+CASED = st.text(st.sampled_from("aAbBzZ \n.'7\u00c9\u00e9\u00df\u0130\u0131\u01c4\u01c5\u01c6\u03a3\u03c3\u03c2"
+                                "\u023a\u2c65\u2c6f\u1e9e\u0301\u2581\0" + "".join(MARKERS)))
+ANY = st.one_of(st.text(), CASED, st.text(st.sampled_from(CODE_POINTS), max_size=20))
+
+
+# ----- the transform
+
+
+@pytest.mark.parametrize(("raw", "transformed"), [
+    ("The NASA probe", "^the# nasa probe"),  # a marker stands in front of the space
+    ("McDonald's iPhone", "^mc^donald's i^phone"),
+    ("HTTPServer, TVs", "#http^server,+ t^vs"),
+    ("I saw A. J. DON'T", "+i saw+ a.+ j.# don'+t"),
+    ("  Two\tTabs\nLine", " ^ two\t^tabs\n^line"),
+    ("B2B COVID19 3D", "+b2+b# covid19 3+d"),
+    ("\u00c9cole E\u0301COLE", "^\u00e9cole+ e\u0301#cole"),
+    ("Stra\u00dfe \u00df\u1e9e", "^stra\u00dfe \u00df\u1e9e"),
+    ("\u0130stanbul \u0131I", "\u0130stanbul \u0131+i"),
+    ("\u0396\u03b5\u03cd\u03c2 \u039f\u0394\u039f\u03a3", "^\u03b6\u03b5\u03cd\u03c2# \u03bf\u03b4\u03bf\u03c3"),
+    ("\u01c4\u01c5\u01c6", "+\u01c6\u01c5\u01c6"),
+    ("\u13a0\u13a1 \U00010400 \uff21", "\u13a0\u13a1 \U00010400 \uff21"),  # letters outside of BLOCKS
+    (f"{TITLE}The {ESCAPE}", "\\^^the \\\\"),
+    (f" {CAP} x", " \\+ x"),
+    ("", ""),
+])
+def test_what_becomes_of_words(raw, transformed):
+    assert transform(raw).translate(READABLE) == transformed
+    assert restore(transform(raw)) == raw
+
+
+def test_every_code_point_alone_and_in_company():
+    """All 1.1 million at once, between separators: one by one, after a capital, between small letters, in capitals."""
+    started = time.perf_counter()
+    for before, after in (("", ""), ("A", ""), ("a", "b"), ("AB", "C")):
+        text = "\n".join(before + c + after for c in CODE_POINTS)
+        assert restore(transform(text), strict=False) == text
+    assert time.perf_counter() - started < 30  # about 4 s
+
+
+@given(ANY)
+@settings(max_examples=1000, deadline=None)
+@example(f"{ESCAPE}{ESCAPE}{TITLE}A{CAP}")
+def test_restores_any_text(text):
+    transformed = transform(text)
+    assert restore(transformed) == text == restore(transformed, strict=False)
+    assert not any(c in caseops.SMALL for c in transformed)
+
+
+@given(ANY, ANY)
+@settings(max_examples=500, deadline=None)
+def test_different_texts_stay_different(a, b):
+    assert (transform(a) == transform(b)) == (a == b)
+
+
+@given(ANY)
+@settings(max_examples=1000, deadline=None)
+def test_restore_takes_only_what_transform_writes(text):
+    """The strict form refuses the rest in one line; the other takes anything."""
+    assert isinstance(restore(text, strict=False), str)
+    try:
+        raw = restore(text)
+    except ValueError as error:
+        assert len(str(error).splitlines()) == 1
+        assert transform(restore(text, strict=False)) != text
+    else:
+        assert transform(raw) == text
+
+
+@pytest.mark.parametrize("sample", ["A", TITLE, f"{TITLE}7", f"{ALLCAPS}a", f"{CAP}ab", f"a{ESCAPE}", f"{ESCAPE}a",
+                                    f" {TITLE}ab", f"{TITLE}  ab", f"{TITLE}{TITLE}ab"])
+def test_restore_refuses(sample):
+    with pytest.raises(ValueError, match="^not a transformed text: character "):
+        restore(sample)
+
+
+def test_samples_of_a_model_are_read_leniently():
+    assert restore(f"{TITLE} the {TITLE}{CAP}x{ALLCAPS} a 7{ESCAPE}", strict=False) == " The X A 7"
+
+
+def test_the_letters_are_those_of_every_python():
+    """Data written under one Unicode table must be readable under another: the pairs are pinned."""
+    assert len(caseops.SMALL) == len(set(caseops.SMALL.values())) == 655
+    pairs = "".join(capital + small for capital, small in sorted(caseops.SMALL.items()))
+    assert hashlib.sha256(pairs.encode()).hexdigest()[:16] == "6207ebc18292b0b2"
+    assert not set(caseops.SMALL) & set(caseops.SMALL.values())
+    assert not (set(caseops.SMALL) | set(caseops.SMALL.values())) & {*MARKERS, *" \n\0"}
+
+
+def test_speed():
+    """10 MB/s and more on one core of an EPYC; the limit leaves room for a busy machine."""
+    text = "".join(random.Random(0).choices(SENTENCES, k=20_000))
+    started = time.perf_counter()
+    transform(text)
+    assert len(text.encode()) / (time.perf_counter() - started) > 2e6
+
+
+# ----- bytes
+
+
+@given(ANY)
+@settings(max_examples=500, deadline=None)
+def test_source_bytes_are_those_of_the_raw_characters(text):
+    """Against a walk over the transformed text, character by character."""
+    transformed, raw, expected, escaped = transform(text), iter(text), [], False
+    for c in transformed:
+        inserted = c in MARKERS and not escaped
+        escaped = inserted and c == ESCAPE
+        expected.append(0 if inserted else len(next(raw).encode()))
+    assert next(raw, None) is None
+    assert source_bytes(text, transformed).tolist() == expected
+    assert sum(expected) == len(text.encode())
+
+
+def train(**options) -> spm.SentencePieceProcessor:
+    """A small BPE tokenizer with MARKERS, otherwise as data/tokenize_docs.py trains it."""
+    model = io.BytesIO()
+    texts = [transform(text) for text in SENTENCES * 5] + ["the them then there"] * 10
+    settings = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "vocab_size": 360} | options
+    spm.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", byte_fallback=True, split_digits=True,
+        required_chars="\u2581", pad_id=0, bos_id=1, eos_id=2, unk_id=3, user_defined_symbols=list(MARKERS),
+        hard_vocab_limit=False, num_threads=1, minloglevel=2, **settings,
+    )
+    return spm.SentencePieceProcessor(model_proto=model.getvalue())
+
+
+@pytest.fixture(scope="module")
+def identity() -> spm.SentencePieceProcessor:
+    return train()
+
+
+@pytest.fixture(scope="module", params=["identity", "bare", "nmt_nfkc", "nfkc_cf"])
+def any_processor(request, identity) -> spm.SentencePieceProcessor:
+    """Also tokenizers that merge and drop characters, and one that puts no space in front."""
+    if request.param == "identity":
+        return identity
+    if request.param == "bare":
+        return train(add_dummy_prefix=False)
+    return train(normalization_rule_name=request.param, remove_extra_whitespaces=True)
+
+
+def slow_counts(processor: spm.SentencePieceProcessor, text: str) -> list[int]:
+    """Raw bytes of each token, for a tokenizer that changes nothing: its pieces laid over the text byte by byte."""
+    owners = []  # of each byte of the transformed text: how many raw bytes it carries
+    for c, size in zip(transform(text), source_bytes(text, transform(text))):
+        n = len(c.encode())
+        owners += [int(size) * (k + 1) // n - int(size) * k // n for k in range(n)]
+    counts, place = [], -1  # the dummy space in front is no text
+    for token in processor.encode(transform(text)):
+        piece = processor.id_to_piece(token)
+        size = 1 if processor.is_byte(token) else len(piece.replace("\u2581", " ").encode())
+        counts.append(sum(owners[max(place, 0) : place + size]))
+        place += size
+    assert place == len(owners) or not text
+    return counts
+
+
+@given(ANY.filter(lambda text: "\u2581" not in text))
+@settings(max_examples=500, deadline=None)
+def test_tokens_are_charged_what_they_stand_for(identity, text):
+    ids, counts = token_bytes(identity, text)
+    assert ids.dtype == counts.dtype == np.uint16
+    assert counts.tolist() == slow_counts(identity, text)
+    assert restore(identity.decode(ids.tolist())) == text
+
+
+@given(ANY)
+@settings(max_examples=500, deadline=None)
+def test_sums_are_exact_whatever_the_tokenizer_does(any_processor, text):
+    ids, counts = token_bytes(any_processor, text)
+    assert ids.tolist() == any_processor.encode(transform(text))
+    assert len(ids) == len(counts)
+    assert counts.sum() == (len(text.encode()) if len(ids) else 0)
+
+
+def test_every_code_point_is_charged(any_processor):
+    text = "".join(random.Random(0).sample(CODE_POINTS, 50_000))
+    ids, counts = token_bytes(any_processor, text)
+    assert counts.sum() == len(text.encode())
+    if any_processor.normalize("\ufb01") == "\u2581\ufb01":
+        assert restore(any_processor.decode(ids.tolist())) == text.replace("\u2581", " ")
+
+
+def test_markers_cost_nothing_and_bytes_are_shared(identity):
+    ids, counts = token_bytes(identity, f"The\U0001f600\u023a {CAP}A")
+    by_piece = list(zip(identity.id_to_piece(ids.tolist()), counts.tolist()))
+    assert [count for piece, count in by_piece if piece in (TITLE, ALLCAPS, ESCAPE)] == [0, 0]
+    assert [count for piece, count in by_piece if piece == CAP] == [0, 3, 0]  # the second stands for itself
+    assert [count for piece, count in by_piece if re.fullmatch("<0x..>", piece)] == [1, 1, 1, 1, 0, 1, 1]
+
+
+def test_a_charge_fits_16_bits(any_processor):
+    """Only a tokenizer that drops characters can charge so much to one token."""
+    text = "a" + 65_534 * " " + "a"
+    for more in (0, 1, 100_000):
+        longer = text.replace("a ", "a" + (more + 1) * " ")
+        if any_processor.normalize("a   a").count("\u2581") > 2 or not more:
+            assert token_bytes(any_processor, longer)[1].sum() == len(longer)
+        else:
+            with pytest.raises(ValueError, match="at most 65535"):
+                token_bytes(any_processor, longer)
+
+
+def test_a_text_of_which_nothing_is_left():
+    ids, counts = token_bytes(train(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True), "  ")
+    assert len(ids) == len(counts) == 0
