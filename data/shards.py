@@ -1,12 +1,17 @@
-"""The shard format in one place, and how the data tools put files in place.
+"""The shard format and the manifest in one place, and how the data tools put files in place.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then little-endian uint16 tokens.
+The manifest lists the data sets and tokenizers of a folder, by name; what else it says is kept as it is.
 """
 
+import argparse
+import json
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import BinaryIO
 
@@ -70,6 +75,66 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path}: expected tokens below {vocab_size}, found {largest}")
     return tokens
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    digest = sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def read_manifest(path: Path) -> dict:
+    """The manifest at `path`, or an empty one; ValueError if it is not one."""
+    if not path.exists():
+        return {"datasets": [], "tokenizers": []}
+    try:
+        manifest = json.loads(path.read_bytes())
+        for key in ("datasets", "tokenizers"):
+            for entry in manifest.setdefault(key, []):
+                entry["name"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: not a manifest: {error!r}") from error
+    return manifest
+
+
+def find_entry(manifest: dict, key: str, name: str | None) -> dict | None:
+    """The entry of manifest[`key`] with this name, or None."""
+    return next((entry for entry in manifest[key] if entry["name"] == name), None)
+
+
+def merge_manifest(manifest: dict, key: str, entry: dict) -> None:
+    """Put `entry` in manifest[`key`] in the place of one of the same name, or last."""
+    entries = manifest[key]
+    names = [other["name"] for other in entries]
+    if entry["name"] in names:
+        entries[names.index(entry["name"])] = entry
+    else:
+        entries.append(entry)
+
+
+def write_manifest(path: Path, manifest: dict) -> None:
+    """Write `manifest` as JSON, atomically. Raises OSError."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+
+
+class Parser(argparse.ArgumentParser):
+    """Command-line parser that raises ValueError with one line where the original prints several and exits."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def interrupt_on_sigterm() -> None:
+    """Let SIGTERM end the program like Ctrl-C, so that temporary files are removed."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
 
 
 def one_line(error: BaseException) -> str:

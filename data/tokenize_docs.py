@@ -39,14 +39,25 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from itertools import count
 from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import sentencepiece as spm
-from shards import MAX_VOCAB, atomic_write, one_line, read_shard, write_shard
+from shards import (
+    MAX_VOCAB,
+    atomic_write,
+    file_sha256,
+    interrupt_on_sigterm,
+    merge_manifest,
+    one_line,
+    read_manifest,
+    read_shard,
+    write_manifest,
+    write_shard,
+)
 from tqdm import tqdm
 
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
@@ -378,11 +389,7 @@ def write_split(folder: Path, split: str, encoded: Iterable[Encoded], shard_toke
     def flush() -> None:
         path = folder / f"fineweb_{split}_{result.files:06d}.bin"
         write_shard(path, buffer[:filled])
-        with open(path, "rb") as file:
-            digest = sha256()
-            while block := file.read(BATCH_BYTES):
-                digest.update(block)
-        result.shards.append({"name": path.name, "tokens": filled, "sha256": digest.hexdigest()})
+        result.shards.append({"name": path.name, "tokens": filled, "sha256": file_sha256(path)})
         result.files += 1
         result.tokens += filled
 
@@ -459,30 +466,6 @@ def place_folder(build: Callable[[Path], tuple[Split, Split]], final: Path) -> t
 # ----- manifest
 
 
-def read_manifest(path: Path) -> dict:
-    """The manifest at `path`, or an empty one; ValueError if it is not one."""
-    if not path.exists():
-        return {"datasets": [], "tokenizers": []}
-    try:
-        manifest = json.loads(path.read_bytes())
-        for key in ("datasets", "tokenizers"):
-            for entry in manifest.setdefault(key, []):
-                entry["name"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: not a manifest: {error!r}") from error
-    return manifest
-
-
-def merge_manifest(manifest: dict, key: str, entry: dict) -> None:
-    """Put `entry` in manifest[`key`] in the place of one of the same name, or last."""
-    entries = manifest[key]
-    names = [other["name"] for other in entries]
-    if entry["name"] in names:
-        entries[names.index(entry["name"])] = entry
-    else:
-        entries.append(entry)
-
-
 def stats(train: Split, val: Split) -> dict:
     """The manifest's numbers: files, tokens, docs (and those empty or lossy) and bytes of both splits."""
     names = ("files", "tokens", "docs", "docs_empty", "docs_lossy", "bytes")
@@ -557,8 +540,7 @@ def tokenize(args: argparse.Namespace) -> None:
         "model_path": model_path.as_posix(),
         "vocab_path": model_path.with_suffix(".vocab").as_posix(),
     })
-    with atomic_write(manifest_path) as file:
-        file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+    write_manifest(manifest_path, manifest)
     for part, totals in (("train", train), ("val", val)):
         print(f"{part}: {totals.files} files, {totals.tokens:,} tokens, {totals.bytes:,} bytes, {totals.docs:,} "
               f"documents ({totals.docs_lossy:,} decode to another text), {totals.docs_empty:,} empty ones skipped")
@@ -575,11 +557,6 @@ def worker_count(text: str) -> int:
             raise ValueError
         return int(text)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def terminate(*_: object) -> None:
-    """Signal handler: end like Ctrl-C, so that temporary files are removed."""
-    raise KeyboardInterrupt
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -601,7 +578,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=worker_count, default="auto", metavar="N",
                         help="processes that encode (default: auto, one a core)")
     args = parser.parse_args(argv)
-    signal.signal(signal.SIGTERM, terminate)
+    interrupt_on_sigterm()
     try:
         tokenize(args)
     except (OSError, ValueError, MemoryError, KeyboardInterrupt) as error:
