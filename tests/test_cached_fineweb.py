@@ -1,0 +1,573 @@
+"""data/cached_challenge_fineweb.py, run as a user runs it, against a hub of our own that can misbehave."""
+
+import hashlib
+import io
+import json
+import os
+import pty
+import random
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import cached_challenge_fineweb as cached
+import numpy as np
+import pytest
+import sentencepiece as spm
+
+TOOL = Path(cached.__file__)
+REPO, CASEOPS = "willdepueoai/parameter-golf", "romeerp/parameter-golf-caseops-v1"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+# ----- a hub
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/datasets/<repo>/resolve/<revision>/<file>; large files are sent by another host, as by the real one."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def answer(self, status: int, length: int = 0, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        hub, path = self.server, self.path.partition("?")[0]
+        _, place, owner, repo, *rest = path.split("/")
+        name = f"{owner}/{repo}/" + "/".join(rest[2:])
+        hub.requests.append((self.command, place, name, self.headers.get("Range")))
+        data = hub.files.get(name)
+        if data is None or rest[:1] != ["resolve"] or rest[1] not in ("main", COMMIT):
+            return self.answer(404, X_Error_Code="EntryNotFound")
+        if self.command == "GET" or name not in hub.faults:
+            faults = hub.faults.get(name, [])
+        else:
+            faults = [fault for fault in hub.faults[name] if fault == "HEAD 503"]
+        fault = faults[0] if faults else ""
+        if fault and fault != hub.always.get(name):
+            hub.faults[name].remove(fault)
+        if fault.endswith("503"):
+            return self.answer(503)
+        large = name.endswith((".bin", ".model", ".jsonl"))
+        if large:
+            etag = hashlib.sha256(data).hexdigest()
+        else:
+            etag = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        common = {"ETag": f'"{etag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+        if large and place == "datasets":
+            elsewhere = f"http://localhost:{hub.server_port}/cdn/{path.split('/', 2)[2]}?signature=x"
+            linked = {"X_Linked_Size": str(len(data)), "X_Linked_ETag": f'"{etag}"'}
+            return self.answer(302, Location=elsewhere, **linked, **common)
+        start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if fault == "truncated":
+            data = data[: len(data) // 2]
+        if fault == "corrupted":
+            data = data[:-1] + bytes([data[-1] ^ 1])
+        if start and start >= len(data):
+            return self.answer(416)
+        body = data[start:]
+        ranged = {"Content_Range": f"bytes {start}-{len(data) - 1}/{len(data)}"} if start else {}
+        self.answer(206 if start else 200, len(body), **common, **ranged)
+        if self.command == "HEAD":
+            return None
+        if fault == "stalled":  # all but the end, then nothing
+            self.wfile.write(body[: len(body) * 9 // 10])
+            self.wfile.flush()
+            hub.released.wait(20)
+        elif fault == "dropped":
+            self.wfile.write(body[: len(body) // 2])
+        else:
+            self.wfile.write(body)
+            return None
+        self.wfile.flush()
+        self.close_connection = True
+        return None
+
+
+class LocalHub(ThreadingHTTPServer):
+    """Files by "owner/repo/path"; what to do wrong with each GET of one; and what was asked for."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.faults: dict[str, list[str]] = {}
+        self.always: dict[str, str] = {}
+        self.requests: list[tuple] = []
+        self.released = threading.Event()
+
+    def fetched(self) -> list[str]:
+        """Names of the files whose contents were sent, without the repository."""
+        return sorted(name.split("/", 2)[2] for method, place, name, _ in self.requests
+                      if method == "GET" and (place == "cdn" or not name.endswith((".bin", ".model", ".jsonl"))))
+
+    def spoil(self, name: str, fault: str) -> None:
+        """Let every GET of the one file with this ending go wrong."""
+        name, = (known for known in self.files if known.endswith(name))
+        self.faults[name], self.always[name] = [fault], fault
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a client that was killed
+
+
+def shard(tokens: np.ndarray) -> bytes:
+    return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.astype("<u2").tobytes()
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    rng = random.Random(1)
+    lines = [" ".join("".join(rng.choices("abcdefgh", k=4)) for _ in range(30)) for _ in range(40)]
+    out = io.BytesIO()
+    spm.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, model_type="bpe", vocab_size=320,
+                                   byte_fallback=True, minloglevel=2)
+    return out.getvalue()
+
+
+def publish(hub: LocalHub, model: bytes, repo: str = REPO, name: str = "fineweb10B_sp320", caseops=False) -> dict:
+    """Put a data set of 4 training and 2 validation shards in the hub; its manifest, which is there as well."""
+    rng = np.random.default_rng(len(name))
+    put = {}
+    for split, count in (("train", 4), ("val", 2)):
+        for index in range(count):
+            tokens = rng.integers(4, 320, 3_000 + index)
+            tokens[rng.permutation(len(tokens))[:10]] = 1
+            put[f"datasets/{name}/fineweb_{split}_{index:06d}.bin"] = shard(tokens)
+            if caseops and split == "val":
+                put[f"datasets/{name}/fineweb_val_bytes_{index:06d}.bin"] = shard(rng.integers(0, 9, len(tokens)))
+    put |= {"tokenizers/fineweb_320_bpe.model": model, "tokenizers/fineweb_320_bpe.vocab": b"<pad>\t0\n"}
+    docs = b'{"text": "one"}\n{"text": "two"}\n' * 1000
+    sha = hashlib.sha256(docs).hexdigest()
+    source = json.dumps({"docs_sha256": sha}).encode()
+    put |= {"docs_selected.jsonl": docs, "docs_selected.source_manifest.json": source}
+    manifest = {
+        "version": "10B", "num_docs": 100, "docs_meta": {"docs_sha256": sha},
+        "tokenizers": [{"name": "sp_bpe_320", "vocab_size": 320, "model_path": "tokenizers/fineweb_320_bpe.model",
+                        "vocab_path": "tokenizers/fineweb_320_bpe.vocab"}],
+        "datasets": [{"name": "fineweb10B_sp77", "tokenizer_name": "sp_bpe_77", "stats": {}},
+                     {"name": name, "tokenizer_name": "sp_bpe_320", "path": f"datasets/{name}", "vocab_size": 320,
+                      "stats": {"files_train": 4, "files_val": 2, "tokens_train": 12_006, "tokens_val": 6_001,
+                                "docs_val": 20}}],
+    }
+    hub.files |= {f"{repo}/datasets/{path}": data for path, data in put.items()}
+    set_manifest(hub, manifest, repo)
+    return manifest
+
+
+def set_manifest(hub: LocalHub, manifest: dict, repo: str = REPO) -> None:
+    hub.files[f"{repo}/datasets/manifest.json"] = json.dumps(manifest).encode()
+
+
+@pytest.fixture
+def hub():
+    server = LocalHub()
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
+
+
+# ----- the program
+
+
+def environment(hub: LocalHub | None, **more: str) -> dict[str, str]:
+    known = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MATCHED_"))}
+    endpoint = f"http://127.0.0.1:{hub.server_port}" if hub else "http://127.0.0.1:9"
+    return known | {"HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_XET": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+                    "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1"} | more
+
+
+def command(out: Path, *arguments: object, variant: str = "sp320") -> list[str]:
+    return [sys.executable, str(TOOL), "--out", str(out), "--variant", variant, *map(str, arguments)]
+
+
+def run(hub: LocalHub | None, out: Path, *arguments: object, variant: str = "sp320",
+        **more: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(out, *arguments, variant=variant), env=environment(hub, **more), capture_output=True,
+                          text=True, timeout=60)
+
+
+def assert_refused(done: subprocess.CompletedProcess, *parts: str) -> None:
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
+    assert done.stderr.startswith("error: ")
+    for part in parts:
+        assert part in done.stderr
+
+
+def published(hub: LocalHub, name: str) -> bytes:
+    """Contents of the one file whose name in some repository ends like this."""
+    data, = (data for known, data in hub.files.items() if known.endswith(f"/datasets/{name}"))
+    return data
+
+
+def assert_sound(hub: LocalHub, out: Path) -> None:
+    """Whatever has its final name is the published file; nothing is a link."""
+    for path in out.rglob("*"):
+        assert not path.is_symlink()
+        if path.is_file() and not path.name.startswith(".") and path.name != "manifest.json":
+            assert path.read_bytes() == published(hub, path.relative_to(out).as_posix()), path
+
+
+def names(out: Path) -> list[str]:
+    return sorted(path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file())
+
+
+FOLDER = "datasets/fineweb10B_sp320"
+VAL = [f"{FOLDER}/fineweb_val_{index:06d}.bin" for index in range(2)]
+TRAIN = [f"{FOLDER}/fineweb_train_{index:06d}.bin" for index in range(4)]
+OTHERS = ["manifest.json", "tokenizers/fineweb_320_bpe.model", "tokenizers/fineweb_320_bpe.vocab"]
+
+
+def test_download_then_again_then_verify(hub, model, tmp_path):
+    remote = publish(hub, model)
+    other = {"name": "mine", "tokenizer_name": "mine_bpe", "stats": {"files_val": 1}}
+    before = {"note": "kept", "datasets": [other], "tokenizers": [{"name": "mine_bpe"}]}
+    (tmp_path / "manifest.json").write_text(json.dumps(before))
+
+    done = run(hub, tmp_path, "--train-shards", 3)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert " GB needed, " in done.stdout and " GB free" in done.stdout
+    assert names(tmp_path) == sorted(VAL + TRAIN[:3] + OTHERS)
+    assert_sound(hub, tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    assert manifest["note"] == "kept"
+    assert manifest["datasets"][0] == other
+    entry = manifest["datasets"][1]
+    assert entry["name"] == "fineweb10B_sp320"
+    assert entry["stats"] == remote["datasets"][1]["stats"]
+    assert (entry["repo"], entry["revision"]) == (REPO, COMMIT)
+    assert entry["docs_sha256"] == remote["docs_meta"]["docs_sha256"]
+    listed = {FOLDER + "/" + each["name"]: (each["tokens"], each["sha256"]) for each in entry["shard_files"]}
+    assert listed == {name: ((len(published(hub, name)) - 1024) // 2, hashlib.sha256(published(hub, name)).hexdigest())
+                      for name in VAL + TRAIN[:3]}
+    assert [each["name"] for each in manifest["tokenizers"]] == ["mine_bpe", "sp_bpe_320"]
+
+    # Again, with one shard more, one damaged, one gone and one a link to its own right contents: these four only.
+    damaged = bytearray((tmp_path / TRAIN[0]).read_bytes())
+    damaged[5000] ^= 1
+    (tmp_path / TRAIN[0]).write_bytes(damaged)
+    (tmp_path / VAL[1]).unlink()
+    (tmp_path / TRAIN[1]).rename(tmp_path / "blob")
+    (tmp_path / TRAIN[1]).symlink_to(tmp_path / "blob")
+    hub.requests.clear()
+    terminal, end = pty.openpty()
+    termios.tcsetwinsize(end, (24, 80))
+    with subprocess.Popen(command(tmp_path, "--train-shards", 4), env=environment(hub),
+                          stdout=subprocess.DEVNULL, stderr=end) as process:
+        assert process.wait(timeout=30) == 0
+    bar = os.read(terminal, 1 << 16).decode()
+    assert "checking" in bar and "100%" in bar  # a terminal gets a progress bar
+    assert hub.fetched() == sorted(["datasets/" + name for name in (TRAIN[0], TRAIN[1], TRAIN[3], VAL[1])]
+                                   + ["datasets/manifest.json"])
+    (tmp_path / "blob").unlink()
+    assert names(tmp_path) == sorted(VAL + TRAIN + OTHERS)
+    assert_sound(hub, tmp_path)
+
+    done = run(None, tmp_path, "--verify", "--train-shards", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "6 shards and the tokenizer are as published" in done.stdout
+
+
+def test_verify_finds_each_fault(hub, model, tmp_path, capsys):
+    publish(hub, model)
+    done = run(hub, tmp_path, "--train-shards", 1, "--with-docs")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert names(tmp_path) == sorted(VAL + TRAIN[:1] + OTHERS + ["docs_selected.jsonl",
+                                                                 "docs_selected.source_manifest.json"])
+    assert_sound(hub, tmp_path)
+
+    def verify(*arguments: str) -> str:
+        capsys.readouterr()
+        status = cached.main(["--verify", "--variant", "sp320", "--out", str(tmp_path), *arguments])
+        error = capsys.readouterr().err
+        assert (status, error.count("\n")) in ((0, 0), (1, 1))
+        return error
+
+    assert verify("--with-docs") == ""
+    assert "fineweb_train_000001.bin: no such file" in verify("--train-shards", "2")
+
+    def changed(name: str, change, *arguments: str) -> str:
+        path = tmp_path / name
+        data = path.read_bytes()
+        new = change(data)
+        path.unlink() if new is None else path.write_bytes(new)
+        error = verify(*arguments)
+        path.write_bytes(data)
+        return error
+
+    def flipped(data: bytes) -> bytes:
+        return data[:-1] + bytes([data[-1] ^ 1])
+
+    assert "fineweb_val_000001.bin: expected SHA-256" in changed(VAL[1], flipped)
+    assert "fineweb_val_000001.bin: expected SHA-256" in changed(VAL[1], lambda data: data[:-2])
+    assert "fineweb_val_000001.bin: no such file" in changed(VAL[1], lambda data: None)
+    assert "fineweb_320_bpe.model: expected SHA-256" in changed(OTHERS[1], flipped)
+    assert "docs_selected.jsonl: expected SHA-256" in changed("docs_selected.jsonl", flipped, "--with-docs")
+    assert "expected a data set fineweb10B_sp320, found none" in changed("manifest.json", lambda data: b"{}")
+    assert "not a manifest" in changed("manifest.json", lambda data: data[:50])
+    more = changed("manifest.json", lambda data: data.replace(b'"docs_val": 20', b'"docs_val": 21'))
+    assert "docs_val 21, the shards hold 20" in more
+    (tmp_path / TRAIN[1]).write_bytes(published(hub, TRAIN[1]))
+    assert "fineweb_train_000001.bin: not listed" in verify()
+    (tmp_path / TRAIN[1]).rename(tmp_path / FOLDER / "fineweb_train_000007.bin")
+    assert "fineweb_train_000007.bin: not part of the published set" in verify()
+    assert_refused(run(hub, tmp_path, "--train-shards", 1), "fineweb_train_000007.bin: not part of the published set")
+    (tmp_path / FOLDER / "fineweb_train_000007.bin").unlink()
+    assert verify("--with-docs") == ""
+
+
+def test_what_passes_is_waited_for(hub, model, tmp_path):
+    publish(hub, model)
+    base = f"{REPO}/datasets/"
+    hub.faults = {base + "manifest.json": ["HEAD 503"], base + VAL[0]: ["503", "503"], base + VAL[1]: ["dropped"],
+                  base + OTHERS[1]: ["truncated"], base + OTHERS[2]: ["HEAD 503", "503"]}
+    done = run(hub, tmp_path, "--train-shards", 1)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not any(hub.faults.values())
+    assert names(tmp_path) == sorted(VAL + TRAIN[:1] + OTHERS)
+    assert_sound(hub, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "parts"),
+    [
+        (VAL[0], "truncated", ("fineweb_val_000000.bin", "expected 7024 bytes", "ends after 3512")),
+        (VAL[1], "corrupted", ("fineweb_val_000001.bin", "expected SHA-256")),
+        (TRAIN[0], "corrupted", ("fineweb_train_000000.bin", "expected SHA-256")),
+        (OTHERS[2], "corrupted", ("fineweb_320_bpe.vocab", "expected Git hash")),
+        (TRAIN[1], "503", ("fineweb_train_000001.bin: HTTP 503", "(2 attempts)")),
+        ("manifest.json", "503", ("manifest.json: HTTP 503", "(2 attempts)")),
+        (TRAIN[0], "404", (f"{REPO}: datasets/{TRAIN[0]}: HTTP 404",)),
+        ("manifest.json", "404", (f"{REPO}: datasets/manifest.json: HTTP 404",)),
+    ],
+)
+def test_what_does_not_pass(hub, model, tmp_path, name, fault, parts):
+    publish(hub, model)
+    if fault == "404":
+        del hub.files[f"{REPO}/datasets/{name}"]
+    else:
+        hub.spoil("/" + name, fault)
+    done = run(hub, tmp_path, "--train-shards", 2, "--retries", 1)
+    assert_refused(done, *parts)
+    assert_sound(hub, tmp_path)
+    if fault == "corrupted":
+        assert not list(tmp_path.rglob(f".{Path(name).name}*"))  # a wrong one is not gone on with
+    if name in VAL:
+        assert not (tmp_path / "manifest.json").exists() and not (tmp_path / TRAIN[0]).exists()
+
+
+def changed_stats(**changes: int):
+    def change(hub: LocalHub, manifest: dict) -> None:
+        manifest["datasets"][1]["stats"] |= changes
+        set_manifest(hub, manifest)
+
+    return change
+
+
+def cut_validation(hub: LocalHub, manifest: dict) -> None:
+    """The hub itself has a shard that ends early, sound in itself."""
+    hub.files[f"{REPO}/datasets/{VAL[1]}"] = shard(np.arange(4, 104))
+
+
+def replaced(name: str, data: bytes):
+    return lambda hub, manifest: hub.files.__setitem__(f"{REPO}/datasets/{name}", data)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (changed_stats(files_val=3), ("fineweb_val_000002.bin: HTTP 404",)),
+        (changed_stats(files_val=1), ("tokens_val 6001, the shards hold 3000",)),
+        (changed_stats(tokens_val=6_002), ("tokens_val 6002, the shards hold 6001",)),
+        (changed_stats(docs_val=50_000), ("docs_val 50000, the shards hold 20",)),
+        (changed_stats(tokens_train=5), ("tokens_train 5, the shards hold 12006",)),
+        (changed_stats(files_val=0), ("expected stats.files_val, a number of files",)),
+        (cut_validation, ("tokens_val 6001, the shards hold 3100",)),
+        (replaced(VAL[0], b"version https://git-lfs.github.com/spec/v1\n" * 30), ("expected magic 20240520",)),
+        (replaced(TRAIN[0], shard(np.full(3_000, 320))), ("expected tokens below 320, found 320",)),
+        (replaced(OTHERS[1], b"model"), ("not a SentencePiece model",)),
+        (replaced("manifest.json", b"<html>"), ("not a manifest",)),
+        (replaced("manifest.json", b'{"datasets": []}'), ("expected a data set fineweb10B_sp320, found none",)),
+    ],
+)
+def test_what_is_published_wrong(hub, model, tmp_path, change, parts):
+    change(hub, publish(hub, model))
+    assert_refused(run(hub, tmp_path, "--train-shards", 4), *parts)
+    assert_sound(hub, tmp_path)
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.01)
+
+
+def test_killed_and_continued(hub, model, tmp_path):
+    manifest = publish(hub, model)
+    big = np.tile(np.arange(4, 304), 50_000)  # 30 MB: the client hands over 10 MB at a time
+    hub.files[f"{REPO}/datasets/{TRAIN[1]}"] = shard(big)
+    changed_stats(tokens_train=12_006 - 3_001 + len(big))(hub, manifest)
+    hub.spoil(TRAIN[1], "stalled")
+
+    def partial() -> list[Path]:
+        return [path for path in tmp_path.rglob(".fineweb_train_000001.bin.*") if path.stat().st_size >= 20 << 20]
+
+    process = subprocess.Popen(command(tmp_path, "--train-shards", 4), env=environment(hub))
+    try:
+        wait_for(partial, process)
+        assert_refused(run(hub, tmp_path), "another download into it is running")
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / TRAIN[1]).exists()
+    assert_sound(hub, tmp_path)
+    kept = partial()[0].stat().st_size
+
+    process = subprocess.Popen(command(tmp_path, "--train-shards", 4), env=environment(hub), stderr=subprocess.PIPE,
+                               text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    hub.requests.clear()
+    try:
+        wait_for(lambda: ("GET", "cdn", f"{REPO}/datasets/{TRAIN[1]}", f"bytes={kept}-") in hub.requests, process)
+        process.send_signal(signal.SIGINT)
+        started = time.monotonic()
+        error = process.communicate(timeout=30)[1]
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (1, "error: interrupted\n")
+    assert time.monotonic() - started < 3
+    assert not (tmp_path / TRAIN[1]).exists()
+
+    hub.faults.clear()
+    hub.released.set()
+    hub.requests.clear()
+    done = run(hub, tmp_path, "--train-shards", 4)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"datasets/{TRAIN[1]}" in hub.fetched() and f"datasets/{VAL[0]}" not in hub.fetched()
+    asked = [extent for method, place, name, extent in hub.requests if (method, place) == ("GET", "cdn")
+             and name.endswith(TRAIN[1])]
+    assert asked == [f"bytes={kept}-"]
+    assert names(tmp_path) == sorted(VAL + TRAIN + OTHERS)
+    assert_sound(hub, tmp_path)
+
+
+def test_disk(hub, model, tmp_path):
+    publish(hub, model)
+    patched = ("import runpy, shutil, sys, collections; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv.pop(0)); "
+               "shutil.disk_usage = lambda path: collections.namedtuple('usage', 'free')(20_000); "
+               "runpy.run_path(sys.argv[0], run_name='__main__')")
+    arguments = [sys.executable, "-c", patched, str(TOOL.parent), *command(tmp_path, "--train-shards", 4)[1:]]
+    done = subprocess.run(arguments, env=environment(hub), capture_output=True, text=True, timeout=60)
+    assert_refused(done, "not enough disk space: 0.000 GB needed, 0.000 GB free")
+    assert hub.fetched() == ["datasets/manifest.json"]
+    assert names(tmp_path) == []
+
+    resource = pytest.importorskip("resource")
+    done = subprocess.run(command(tmp_path, "--train-shards", 4), env=environment(hub), capture_output=True, text=True,
+                          timeout=60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (7_100, 7_100)))
+    assert_refused(done, "File too large")
+    assert_sound(hub, tmp_path)
+
+
+def test_documents(hub, model, tmp_path):
+    # Documents from the default repository where that of the variant has none of its own.
+    publish(hub, model)
+    publish(hub, model, CASEOPS, "fineweb10B_sp320_lossless_caps_caseops_v1_reserved", caseops=True)
+    for name in ("docs_selected.jsonl", "docs_selected.source_manifest.json"):
+        del hub.files[f"{CASEOPS}/datasets/{name}"]
+    done = run(hub, tmp_path, "--train-shards", 0, "--with-docs", variant="sp320_caseops")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "docs_selected.jsonl").read_bytes() == published(hub, "docs_selected.jsonl")
+
+    # Documents that are not those of their source manifest are not even begun.
+    hub.files[f"{REPO}/datasets/docs_selected.jsonl"] += b"{}\n"
+    hub.requests.clear()
+    done = run(hub, tmp_path / "new", "--train-shards", 1, "--with-docs")
+    assert_refused(done, "docs_selected.jsonl: expected SHA-256")
+    assert "datasets/docs_selected.jsonl" not in hub.fetched()
+    assert_sound(hub, tmp_path / "new")
+
+
+def test_caseops(hub, model, tmp_path):
+    name = "fineweb10B_sp320_lossless_caps_caseops_v1_reserved"
+    publish(hub, model, CASEOPS, name, caseops=True)
+    done = run(hub, tmp_path, "--train-shards", 1, variant="sp320_caseops")
+    assert (done.returncode, done.stderr) == (0, "")
+    folder = tmp_path / "datasets/fineweb10B_sp320_caseops"
+    shards = ["fineweb_train_000000.bin"] + [f"fineweb_{split}_{index:06d}.bin" for split in ("val", "val_bytes")
+                                             for index in range(2)]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(shards)
+    for each in shards:
+        assert (folder / each).read_bytes() == published(hub, f"datasets/{name}/{each}")
+    entry, = json.loads((tmp_path / "manifest.json").read_bytes())["datasets"]
+    assert (entry["name"], entry["caseops"]) == ("fineweb10B_sp320_caseops", True)
+    assert sorted(each["name"] for each in entry["shard_files"]) == sorted(shards)
+    assert run(None, tmp_path, "--verify", variant="sp320_caseops").returncode == 0
+
+    sidecar = f"{CASEOPS}/datasets/datasets/{name}/fineweb_val_bytes_000001.bin"
+    hub.files[sidecar] = shard(np.zeros(100, int))
+    done = run(hub, tmp_path / "new", "--train-shards", 1, variant="sp320_caseops")
+    assert_refused(done, "fineweb_val_bytes_*.bin", "the bytes of [3000, 3001] tokens, found [3000, 100]")
+    del hub.files[sidecar]
+    done = run(hub, tmp_path / "new", "--train-shards", 1, variant="sp320_caseops")
+    assert_refused(done, "fineweb_val_bytes_000001.bin: HTTP 404")
+
+
+def test_repositories(monkeypatch, hub, model, tmp_path):
+    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID", raising=False)
+    known = {"sp1024": REPO, "sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf",
+             "sp8192_caseops": CASEOPS}
+    assert {variant: cached.repository(variant) for variant in known} == known
+    publish(hub, model, "someone/else")
+    for path in [path for path in hub.files if path.startswith("someone/else/")]:
+        hub.files[path.replace("else/datasets/", "else/deep/down/")] = hub.files.pop(path)
+    more = {"MATCHED_FINEWEB_REPO_ID": "someone/else", "MATCHED_FINEWEB_REMOTE_ROOT_PREFIX": "deep/down"}
+    done = run(hub, tmp_path, "--train-shards", 1, **more)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert names(tmp_path) == sorted(VAL + TRAIN[:1] + OTHERS)
+
+
+def test_command_line_refusals(capsys, monkeypatch, hub, model, tmp_path):
+    for arguments, parts in (
+        (("--variant", "gpt2"), ("--variant", "gpt2")),
+        (("--train-shards", "-1"), ("--train-shards", "-1")),
+        (("--workers", "0"), ("--workers",)),
+        (("--shards", "1"), ("--shards",)),
+        (("--verify",), ("expected a data set fineweb10B_sp8192, found none",)),
+    ):
+        assert cached.main(["--out", str(tmp_path), *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1
+        assert all(part in error for part in parts)
+    manifest = publish(hub, model)
+    assert_refused(run(hub, tmp_path, "--train-shards", 5), "--train-shards: expected at most 4")
+    assert_refused(run(None, tmp_path, "--retries", 0), "manifest.json", "refused")
+    assert_refused(run(hub, tmp_path, HF_HUB_OFFLINE="1"), "offline")
+    assert_refused(run(hub, tmp_path, MATCHED_FINEWEB_REPO_ID="no such/name/at all"), "no such/name/at all")
+    manifest["tokenizers"][0]["model_path"] = "tokenizers/../../x.model"
+    set_manifest(hub, manifest)
+    assert_refused(run(hub, tmp_path), "expected model_path")
+    # A set of one's own with this name is left alone.
+    mine = {"datasets": [{"name": "fineweb10B_sp320", "stats": {}, "shard_files": []}], "tokenizers": []}
+    (tmp_path / "manifest.json").write_text(json.dumps(mine))
+    publish(hub, model)
+    assert_refused(run(hub, tmp_path), "made by data/tokenize_docs.py")
