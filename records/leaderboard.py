@@ -1,0 +1,111 @@
+"""The leaderboard in records/README.md: figures measured here and those published by others, best first.
+
+    python records/leaderboard.py            # print it
+    python records/leaderboard.py --write    # put it in its place in records/README.md
+
+A folder with a `submission.json` is a system measured here. A recipe has a `published.json`: what the authors of its
+pull request of openai/parameter-golf say they reached. Nobody's figure stands for another's: without a submission in
+its folder, a recipe says that there is none of ours.
+"""
+
+import argparse
+import json
+import os
+import sys
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).resolve().parent
+START = "<!-- leaderboard: written by `python records/leaderboard.py --write` -->"
+END = "<!-- leaderboard ends -->"
+HEAD = "| val_bpb | system | whose figure | seeds | largest artifact, bytes |\n|---|---|---|---|---|"
+
+
+class Row(NamedTuple):
+    """A line of the table."""
+
+    val_bpb: Decimal  # with the digits that its file gives
+    text: str
+
+
+def read_fields(path: Path, *names: str) -> dict[str, Any]:
+    """The object in a JSON file, numbers with a point as Decimal. ValueError, naming file and field, if one is missing.
+    """
+    try:
+        content = dict(json.loads(path.read_bytes(), parse_float=Decimal))
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{path}: not a JSON object ({e})") from None
+    for name in names:
+        if content.get(name) in (None, "", [], {}):
+            raise ValueError(f"{path}: has no {name}")
+    if not isinstance(content["val_bpb"], Decimal):
+        raise ValueError(f"{path}: val_bpb is {content['val_bpb']!r}, expected a number with a point")
+    return content
+
+
+def write_row(folder: Path, val_bpb: Decimal, score: str, system: str, whose: str, seeds: int | None,
+              artifact: int | None) -> Row:
+    """A row that links to `folder`; what is None is not known."""
+    link = f"[{system}]({folder.parent.name}/{folder.name})"
+    return Row(val_bpb, f"| {score} | {link} | {whose} | {seeds or '–'} | {f'{artifact:,}' if artifact else '–'} |")
+
+
+def measured(folder: Path) -> Row:
+    """The row of a submission of ours."""
+    s = read_fields(folder / "submission.json", "name", "val_bpb", "seeds", "bytes_total", "hardware", "date")
+    spread = f" ± {s['val_bpb_std']:.5f}" if s.get("val_bpb_std") is not None else ""
+    return write_row(folder, s["val_bpb"], f"**{s['val_bpb']:.5f}**{spread}", s["name"],
+                     f"**measured here**, {s['hardware']}, {s['date']}", len(s["seeds"]), s["bytes_total"])
+
+
+def published(folder: Path) -> Row:
+    """The row of a recipe: the figure of others, and that there is none of ours."""
+    p = read_fields(folder / "published.json", "system", "pull_request", "val_bpb", "hardware", "note")
+    whose = f"published in PR {p['pull_request']}, {p['hardware']}, {p['note']}; none of ours in this folder"
+    return write_row(folder, p["val_bpb"], str(p["val_bpb"]), p["system"], whose, p.get("seeds"),
+                     p.get("largest_artifact_bytes"))
+
+
+def leaderboard(records: Path) -> str:
+    """The table of the folders records/<track>/<name>. ValueError or OSError for a file that cannot be used."""
+    ours = [measured(path.parent) for path in sorted(records.glob("track_*/*/submission.json"))]
+    others = [published(path.parent) for path in sorted(records.glob("track_*/*/published.json"))
+              if not (path.parent / "submission.json").exists()]
+    lines = [HEAD, *(row.text for row in sorted(ours + others, key=lambda row: row.val_bpb))]
+    if not ours:
+        lines += ["", "No folder holds a `submission.json`: that takes three real runs at full size, and none of ours "
+                      "has been made."]
+    return "\n".join(lines)
+
+
+def with_leaderboard(readme: Path, table: str) -> str:
+    """The text of `readme` with `table` between its two markers. ValueError if it does not have them, each once."""
+    text = readme.read_text()
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"{readme}: expected the line {START} and after it {END}, each once")
+    return text[: text.index(START) + len(START)] + f"\n\n{table}\n\n" + text[text.index(END) :]
+
+
+def main(argv: list[str] | None = None, records: Path = HERE) -> int:
+    """Command line; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Make the leaderboard of records/README.md.")
+    parser.add_argument("--write", action="store_true", help="put it into the README instead of printing it")
+    args = parser.parse_args(argv)
+    readme = records / "README.md"
+    try:
+        table = leaderboard(records)
+        if args.write:
+            temporary = readme.with_name(".README.md.tmp")
+            temporary.write_text(with_leaderboard(readme, table))
+            os.replace(temporary, readme)
+        else:
+            print(table)
+    except (OSError, ValueError) as e:
+        print(f"error: {f'{e.filename}: {e.strerror}' if isinstance(e, OSError) else e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
