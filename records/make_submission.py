@@ -10,7 +10,6 @@ whole or, with one line that says why, not at all. AUDIT=1 is needed in every ru
 
 import argparse
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -63,28 +62,28 @@ def check_runs(folders: list[Path], runs: list[dict[str, Any]]) -> None:
             raise tg.RunError(f"{folder}: run on {places[0]}, {folders[0]} on {places[1]}")
 
 
-def seed_result(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
+def seed_result(artifact: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The seed's entry in submission.json; scores as its log prints them."""
     return {"val_loss": round(run["val_loss"], 8), "val_bpb": round(run["val_bpb"], 8),
             "artifact_bytes": run["bytes_total"], "model_bytes": run["model_bytes"],
-            "model_sha256": s.sha256(folder / ARTIFACT), "steps": run["steps"], "step_avg_ms": round(s.step_ms(run), 2),
+            "model_sha256": s.sha256(artifact), "steps": run["steps"], "step_avg_ms": round(s.step_ms(run), 2),
             "train_time_s": round(run["train_seconds"], 2), "eval_time_s": round(run["eval_seconds"], 2)}
 
 
-def submission_json(args: argparse.Namespace, folders: list[Path], runs: list[dict[str, Any]]) -> dict[str, Any]:
-    seeds, run = {str(run["seed"]): seed_result(folder, run) for folder, run in zip(folders, runs)}, runs[0]
+def submission_json(args: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
+    seeds = {str(run["seed"]): seed_result(folder / ARTIFACT, run) for folder, run in zip(args.logs, runs)}
+    run = runs[0]
     loss, loss_std = s.mean_std([row["val_loss"] for row in seeds.values()])
     bpb, bpb_std = s.mean_std([row["val_bpb"] for row in seeds.values()])
-    tokenizer = Path(run["config"]["tokenizer_path"])
     return {
         "author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb, "date": args.date,
         "track": args.track, "val_loss": round(loss, 8), "val_bpb": round(bpb, 8), "val_loss_std": round(loss_std, 8),
         "val_bpb_std": round(bpb_std, 8), "seeds": [run["seed"] for run in runs], "seed_results": seeds,
         "bytes_total": max(run["bytes_total"] for run in runs), "code_bytes": run["code_bytes"],
-        "code_sha256": s.sha256(folders[0] / COUNTED), "val_docs": run["val_docs"], "val_tokens": run["val_tokens"],
+        "code_sha256": s.sha256(args.logs[0] / COUNTED), "val_docs": run["val_docs"], "val_tokens": run["val_tokens"],
         "val_bytes": run["val_bytes"], "hardware": s.hardware(run), "pytorch_version": run["torch"],
-        "attention": run["attention"], "tokenizer": {"name": tokenizer.name, "sha256": s.sha256(tokenizer)},
-        "settings": s.environment(run["config"]),
+        "attention": run["attention"], "settings": s.environment(run["config"]),
+        "tokenizer": {"name": Path(run["config"]["tokenizer_path"]).name, "sha256": s.sha256(args.tokenizer)},
     }
 
 
@@ -109,9 +108,9 @@ def fill(folder: Path, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
         shutil.copyfile(place / ARTIFACT, folder / f"final_model_seed{run['seed']}.int6.ptz")
     shutil.copyfile(args.logs[0] / COUNTED, folder / s.CODE)
     if not s.published_tokenizer(runs[0]["config"]):
-        shutil.copyfile(runs[0]["config"]["tokenizer_path"], folder / s.TOKENIZER)
+        shutil.copyfile(args.tokenizer, folder / s.TOKENIZER)
     shutil.copyfile(Path(__file__).resolve().parent.parent / s.REQUIREMENTS, folder / s.REQUIREMENTS)
-    content = submission_json(args, args.logs, runs)
+    content = submission_json(args, runs)
     (folder / s.SUBMISSION).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (folder / s.README).write_text(s.write_readme(args.name, args.blurb, runs), encoding="utf-8")
 
@@ -132,9 +131,9 @@ def make(args: argparse.Namespace) -> Path:
             raise tg.RunError(f"no {name}: give --{name.replace('_', '-')}, or set git's {flag}")
     args.date = args.date or max(run["finished"] for run in runs)[:10]
     args.blurb = args.blurb or default_blurb(runs)
-    tokenizer = runs[0]["config"]["tokenizer_path"]
-    if not os.path.isfile(tokenizer):
-        raise tg.RunError(f"{tokenizer}: no such file; it is the runs' tokenizer, relative to where they were started")
+    args.tokenizer = args.tokenizer or Path(runs[0]["config"]["tokenizer_path"])
+    if not args.tokenizer.is_file():
+        raise tg.RunError(f"{args.tokenizer}: no such file; --tokenizer tells where the runs' tokenizer is")
     target = args.out / args.track / f"{args.date}_{args.name}"
     if target.exists():
         raise tg.RunError(f"{target}: is there already")
@@ -163,6 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--github-id", help="default: git's github.user")
     parser.add_argument("--blurb", help="a sentence or two (default: the shape of the model and its score)")
     parser.add_argument("--date", help="YYYY-MM-DD (default: the day the last run finished)")
+    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="default: where the runs had it")
     parser.add_argument("--artifacts", action="store_true", help="keep every seed's artifact, not only the first one's")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, metavar="DIR",
                         help="folder of the tracks (default: records)")
