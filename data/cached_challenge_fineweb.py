@@ -26,7 +26,6 @@ huggingface_hub's.
 """
 
 import argparse
-import fcntl
 import glob
 import json
 import os
@@ -35,9 +34,8 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha1
 from pathlib import Path
@@ -58,6 +56,7 @@ from shards import (
     interrupt_on_sigterm,
     merge_manifest,
     one_line,
+    only_one,
     read_manifest,
     read_shard,
     write_manifest,
@@ -611,20 +610,6 @@ def verify(out: Path, variant: str, train_shards: int | None, with_docs: bool, w
 
 
 # ----- command line
-
-
-@contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Hold the folder `out` against other downloads; ValueError if there is one."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another download into it is running") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def at_least(least: int) -> Callable[[str], int]:

@@ -5,6 +5,7 @@ The manifest lists the data sets and tokenizers of a folder, by name; what else 
 """
 
 import argparse
+import fcntl
 import json
 import os
 import signal
@@ -41,16 +42,21 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
         raise
 
 
+def shard_header(count: int) -> bytes:
+    """The first HEADER_BYTES of a shard of `count` tokens; ValueError if it cannot have as many."""
+    if count >= 1 << 31:
+        raise ValueError(f"expected fewer than {1 << 31} tokens in a shard, found {count}")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, count
+    return header.tobytes()
+
+
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
     """Write `tokens` (count,) uint16 as one shard, atomically. ValueError for other arrays, OSError from the system."""
     if tokens.ndim != 1 or tokens.dtype.kind != "u" or tokens.dtype.itemsize != 2:
         raise ValueError(f"{path}: expected a 1-D uint16 array, found {tokens.ndim}-D {tokens.dtype}")
-    if len(tokens) >= 1 << 31:
-        raise ValueError(f"{path}: expected fewer than {1 << 31} tokens, found {len(tokens)}")
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = MAGIC, VERSION, len(tokens)
     with atomic_write(path) as file:
-        file.write(header.data)
+        file.write(shard_header(len(tokens)))
         file.write(np.ascontiguousarray(tokens, "<u2").data)
 
 
@@ -119,6 +125,20 @@ def write_manifest(path: Path, manifest: dict) -> None:
     """Write `manifest` as JSON, atomically. Raises OSError."""
     with atomic_write(path) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Hold the folder `out` against other programs that put data there; ValueError if one is running."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another program is putting data there") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,22 +1,32 @@
 #!/usr/bin/env python3
-"""Documents -> tokenizer, shards and manifest in the published layout.
+"""Documents -> tokenizers, shards and manifest in the published layout.
 
 Notable features:
 - reads .jsonl, .jsonl.gz and .jsonl.xz as streams, one {"text": ...} a line
-- trains a SentencePiece BPE tokenizer of any size on the training documents, or takes an existing one
-- refuses a tokenizer whose bytes cannot be counted exactly, and validation documents that also stand in training
+- trains SentencePiece BPE tokenizers of any size on the training documents, or takes existing ones
+- makes the data sets of several tokenizers in one pass over the documents
+- splits the published documents as the challenge does: the first 50,000 are validation, and no others
+- refuses a tokenizer whose bytes cannot be counted exactly, and training shards that know the validation documents
 - encodes on all cores with bounded memory; the output does not depend on the number of workers
-- the dataset folder appears whole or not at all, the manifest last
+- goes on where a killed run ended, with the same output; a data set appears whole or not at all, the manifest last
 
+    python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --name mine_sp8192 --vocab-size 8192
+    python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --specs tokenizers.json
     python data/tokenize_docs.py --train docs_train.jsonl --val docs_val.jsonl --out data --vocab-size 1024
 
-writes, below --out:
+The last one writes, below --out:
 
     datasets/local_sp1024/fineweb_train_000000.bin, ..., fineweb_val_000000.bin
     tokenizers/local_1024_bpe.model, tokenizers/local_1024_bpe.vocab
     manifest.json
 
 A dataset `<prefix>_sp<N>` gets the tokenizer `<prefix>_<N>_bpe`; an existing tokenizer keeps the name of its file.
+tokenizers.json is a list of one object a data set: its "name" (or none, for local_sp<N>), and either "vocab_size" or
+"model", the file of a tokenizer, beside tokenizers.json if its path is relative:
+
+    [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"}]
+
+What is unfinished stands in datasets/.tokenize. The same command goes on with it, another one begins anew.
 """
 
 import argparse
@@ -31,37 +41,44 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import threading
+import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from hashlib import blake2b
-from itertools import count
+from dataclasses import dataclass, replace
+from hashlib import blake2b, sha256
+from itertools import count, islice
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import sentencepiece as spm
 from shards import (
+    HEADER_BYTES,
     MAX_VOCAB,
+    Parser,
     atomic_write,
     file_sha256,
+    find_entry,
     interrupt_on_sigterm,
     merge_manifest,
     one_line,
+    only_one,
     read_manifest,
     read_shard,
+    shard_header,
     write_manifest,
-    write_shard,
 )
 from tqdm import tqdm
 
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces
+DEFAULT_VAL_DOCS = 50_000  # of the published documents
+SAVE_SECONDS = 1  # a killed run has this much to do again
 TRAINER_SENTENCE_CHARS = 30_000  # the trainer stores positions in 16 bits and drops what is too long
 ROUND_TRIP_PROBES = (
     "plain", " leading", "trailing ", "two  spaces", "a\nb\n\n c\r\n", "\ttab\t", "7 + 1234.5", "na\u00efve e\u0301",
@@ -74,7 +91,7 @@ ROUND_TRIP_PROBES = (
 
 @dataclass(frozen=True)
 class Batch:
-    """Consecutive JSON `lines` (bytes) of file `path`, the first being line `first_line` (from 1).
+    """Consecutive JSON `lines` (bytes) of file `path`, the first being line `first_line` (from 1), all of one `split`.
 
     `consumed` counts the bytes read from disk for it, for the progress bar.
     """
@@ -83,6 +100,7 @@ class Batch:
     first_line: int
     lines: list[bytes]
     consumed: int
+    split: str = "train"
 
 
 def read_batches(paths: Iterable[Path], batch_bytes: int = BATCH_BYTES) -> Iterator[Batch]:
@@ -124,6 +142,61 @@ def texts(batch: Batch) -> Iterator[tuple[str, str]]:
         yield place, text
 
 
+class Sources:
+    """The documents: files of training and of validation, or one file `docs` that begins with `val_docs` of validation.
+
+    A pass over `docs` ends by setting `docs_sha256`, the hash of its lines.
+    """
+
+    def __init__(self, train: list[Path], val: list[Path], docs: Path | None, val_docs: int) -> None:
+        self.train, self.val, self.docs, self.val_docs = train, val, docs, val_docs
+        self.paths = [docs] if docs else val + train
+        for path in self.paths:
+            path.stat()  # a missing file is found before hours of work
+        self.docs_sha256: str | None = None
+        self.published = self.read_source_manifest() if docs else {}
+
+    def read_source_manifest(self) -> dict:
+        """What <docs>.source_manifest.json says, if it stands beside. ValueError if val_docs are fewer than it says."""
+        path = self.docs.with_name(self.docs.name.partition(".")[0] + ".source_manifest.json")
+        if not path.exists():
+            return {}
+        try:
+            published = dict(json.loads(path.read_bytes()))
+            reserved = int(published.get("docs_val", 0))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: not a source manifest: {error!r}") from error
+        if self.val_docs < reserved:  # as a run of the challenge did, that trained on 40,000 of the scored documents
+            raise ValueError(f"--val-docs: expected at least {reserved}, the docs_val of {path}, found {self.val_docs}")
+        return published
+
+    def batches(self) -> Iterator[Batch]:
+        """All documents, those of validation first. ValueError, at the end, if the hash is not the published one."""
+        if not self.docs:
+            for split, paths in (("val", self.val), ("train", self.train)):
+                yield from (replace(batch, split=split) for batch in read_batches(paths))
+            return
+        digest = sha256()
+        for batch in read_batches([self.docs]):
+            digest.update(b"".join(batch.lines))
+            held_out = max(0, self.val_docs - batch.first_line + 1)  # lines of it; slices may reach beyond its end
+            for split, start, end in (("val", 0, held_out), ("train", held_out, len(batch.lines))):
+                if lines := batch.lines[start:end]:
+                    consumed = batch.consumed * len(lines) // len(batch.lines)
+                    yield Batch(batch.path, batch.first_line + start, lines, consumed, split)
+        self.docs_sha256 = digest.hexdigest()
+        expected = self.published.get("docs_sha256", self.docs_sha256)
+        if self.docs_sha256 != expected:
+            raise ValueError(f"{self.docs}: expected SHA-256 {expected}, as its source manifest says, found "
+                             f"{self.docs_sha256}")
+
+    def identity(self) -> list:
+        """What changes when the documents may have."""
+        stats = [path.stat() for path in self.paths]
+        files = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.paths, stats)]
+        return [files, len(self.val), self.val_docs, self.published]
+
+
 def hash64(data: bytes) -> int:
     """64-bit hash of `data`, the same in every run."""
     return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
@@ -132,18 +205,26 @@ def hash64(data: bytes) -> int:
 # ----- tokenizer
 
 
-def sample_texts(paths: Iterable[Path], sample_bytes: int) -> list[str]:
-    """Documents of about `sample_bytes` UTF-8 bytes in all, spread over the files: those with the smallest hashes."""
+def sample_texts(sources: Sources, sample_bytes: int) -> list[str]:
+    """Training documents of about `sample_bytes` UTF-8 bytes, spread over all: those with the smallest hashes."""
     heap: list[tuple[int, int, str]] = []  # the largest hash on top
     total, order = 0, count()
-    for batch in progress(read_batches(paths), paths, "sampling"):
-        for _, text in texts(batch):
-            data = text.encode()
-            heapq.heappush(heap, (-hash64(data), next(order), text))
-            total += len(data)
-            while total > sample_bytes and len(heap) > 1:
-                total -= len(heapq.heappop(heap)[2].encode())
+    with progress(sources, "sampling") as bar:
+        for batch in sources.batches():
+            for _, text in texts(batch) if batch.split == "train" else ():
+                data = text.encode()
+                heapq.heappush(heap, (-hash64(data), next(order), text))
+                total += len(data)
+                while total > sample_bytes and len(heap) > 1:
+                    total -= len(heapq.heappop(heap)[2].encode())
+            bar.update(batch.consumed)
     return [text for _, _, text in sorted(heap, reverse=True)]
+
+
+def progress(sources: Sources, label: str, done: int = 0) -> tqdm:
+    """Progress bar over the bytes of the documents on disk, `done` of them already; none where nobody looks at it."""
+    total = sum(os.path.getsize(path) for path in sources.paths)
+    return tqdm(total=total, desc=label, initial=done, unit="B", unit_scale=True, disable=None)
 
 
 def train_tokenizer(sample: list[str], vocab_size: int) -> bytes:
@@ -253,25 +334,21 @@ def vocab_lines(tokenizer: spm.SentencePieceProcessor) -> bytes:
 
 @dataclass
 class Encoded:
-    """What became of one batch: `tokens` (count,) uint16, `hashes` (docs,) uint64, and counts.
-
-    A hash is over the tokens of a document, so that texts the tokenizer cannot tell apart count as the same.
+    """What became of some documents under one tokenizer: `tokens` (count,) uint16, BOS before each, and counts.
 
     `docs_empty` gave no token and were skipped; `docs_lossy` decode to another text; `bytes` is the UTF-8 length of the
-    decoded documents, what the scorer will count; `consumed` is the batch's, for the progress bar.
+    decoded documents, what the scorer will count.
     """
 
     tokens: np.ndarray
-    hashes: np.ndarray
     docs: int = 0
     docs_empty: int = 0
     docs_lossy: int = 0
     bytes: int = 0
-    consumed: int = 0
 
 
 class Encoder:
-    """Encodes batches with the serialized `model`; can be sent to another process."""
+    """Encodes documents with the serialized `model`; can be sent to another process."""
 
     def __init__(self, model: bytes, name: str) -> None:
         self.model, self.name = model, name
@@ -286,10 +363,10 @@ class Encoder:
         size, space, boundary = self.tables
         return int(size[tokens[1:]].sum() + (space[tokens[1:]] & ~boundary[tokens[:-1]]).sum())
 
-    def __call__(self, batch: Batch) -> Encoded:
-        """Tokens of `batch`, BOS before every document. ValueError, naming file and line, for a bad document."""
-        parts, hashes, result = [], [], Encoded(np.zeros(0, np.uint16), np.zeros(0, np.uint64))
-        for place, text in texts(batch):
+    def __call__(self, documents: list[tuple[str, str]]) -> Encoded:
+        """Tokens of the (place, text) pairs. ValueError, naming the place, if the scorer would miscount the bytes."""
+        parts, result = [np.zeros(0, np.uint16)], Encoded(np.zeros(0, np.uint16))
+        for place, text in documents:
             ids = self.tokenizer.encode(text)
             if not ids:
                 result.docs_empty += 1
@@ -300,23 +377,19 @@ class Encoder:
             if counted != length:
                 raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document that decodes to {length}")
             parts.append(tokens)
-            hashes.append(hash64(tokens.tobytes()))
             result.docs += 1
             result.docs_lossy += decoded != text
             result.bytes += length
-        if parts:
-            result.tokens, result.hashes = np.concatenate(parts), np.array(hashes, np.uint64)
-        result.consumed = batch.consumed
+        result.tokens = np.concatenate(parts)
         return result
 
 
-_encoder: Encoder | None = None  # of this worker process; set once by start_worker
+_encoders: list[Encoder] = []  # of this worker process; filled once by start_worker
 
 
-def start_worker(encoder: Encoder) -> None:
-    """Prepare a worker process: keep the `encoder`, leave Ctrl-C to the parent, end when the parent is gone."""
-    global _encoder
-    _encoder = encoder
+def start_worker(encoders: list[Encoder]) -> None:
+    """Prepare a worker process: keep the `encoders`, leave Ctrl-C to the parent, end when the parent is gone."""
+    _encoders.extend(encoders)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
@@ -327,160 +400,374 @@ def start_worker(encoder: Encoder) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def encode_in_worker(batch: Batch) -> Encoded:
-    """Encode `batch` in a worker process prepared by start_worker."""
-    return _encoder(batch)
+def encode(batch: Batch, encoders: list[Encoder]) -> list[Encoded]:
+    """`batch` under each of the `encoders`."""
+    documents = list(texts(batch))
+    return [encoder(documents) for encoder in encoders]
 
 
-def ordered_map(encoder: Encoder, batches: Iterable[Batch], workers: int) -> Iterator[Encoded]:
-    """`encoder` over `batches` in order on `workers` processes, with a bounded number of batches in flight."""
+def encode_in_worker(batch: Batch) -> list[Encoded]:
+    """`batch` under each of the encoders of a worker process prepared by start_worker."""
+    return encode(batch, _encoders)
+
+
+def encode_all(batches: Iterable[Batch], encoders: list[Encoder],
+               workers: int) -> Iterator[tuple[Batch, list[Encoded]]]:
+    """Each batch and what became of it, in order; by `workers` processes, with a bounded number of batches in flight.
+    """
     if workers == 1:
-        yield from map(encoder, batches)
+        yield from ((batch, encode(batch, encoders)) for batch in batches)
         return
     context = multiprocessing.get_context("spawn")  # the same on every system, and safe with threads
-    pool = ProcessPoolExecutor(workers, context, start_worker, (encoder,))
+    pool = ProcessPoolExecutor(workers, context, start_worker, (encoders,))
     pending = deque()
     try:
         for batch in batches:
-            pending.append(pool.submit(encode_in_worker, batch))
+            pending.append((replace(batch, lines=[]), pool.submit(encode_in_worker, batch)))
             if len(pending) > 2 * workers:
-                yield pending.popleft().result()
+                done, future = pending.popleft()
+                yield done, future.result()
         while pending:
-            yield pending.popleft().result()
+            done, future = pending.popleft()
+            yield done, future.result()
     except BrokenProcessPool as error:
-        raise ValueError("a worker process died (out of memory?)") from error
+        raise ChildProcessError("a worker process died (out of memory?)") from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def progress(items: Iterable, paths: Iterable[Path], label: str) -> Iterator:
-    """`items` with a progress bar over the bytes of `paths` on disk; each item says how many it `consumed`."""
-    total = sum(os.path.getsize(path) for path in paths)
-    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
-        for item in items:
-            yield item
-            bar.update(item.consumed)
 
 
 # ----- shards
 
 
-@dataclass
-class Split:
-    """Totals of one split and its shards; the fields are the manifest's."""
+class ShardWriter:
+    """A stream of tokens, in files `folder`/fineweb_<split>_<6 digits>.bin of `shard_tokens` each, the last shorter.
 
-    files: int = 0
-    tokens: int = 0
-    docs: int = 0
-    docs_empty: int = 0
-    docs_lossy: int = 0
-    bytes: int = 0
-    shards: list[dict] = field(default_factory=list)
-
-
-def write_split(folder: Path, split: str, encoded: Iterable[Encoded], shard_tokens: int) -> Split:
-    """Write the token stream as `folder`/fineweb_<split>_<6 digits>.bin, `shard_tokens` each, the last one shorter.
-
-    Documents are cut where a shard is full, as in the published data.
+    Documents are cut where a shard is full, as in the published data. `shards` lists those that are complete, `filled`
+    counts the tokens of the one that is not: what another ShardWriter needs to go on, whatever was written since.
     """
-    result = Split()
-    buffer, filled = np.empty(shard_tokens, np.uint16), 0
 
-    def flush() -> None:
-        path = folder / f"fineweb_{split}_{result.files:06d}.bin"
-        write_shard(path, buffer[:filled])
-        result.shards.append({"name": path.name, "tokens": filled, "sha256": file_sha256(path)})
-        result.files += 1
-        result.tokens += filled
+    def __init__(self, folder: Path, split: str, shard_tokens: int, shards: list[dict] = (), filled: int = 0) -> None:
+        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
+        self.shards, self.filled = list(shards), filled
+        self.file: BinaryIO | None = None
+        if filled:
+            final, unfinished = self.paths()
+            if final.exists():  # complete when the last run ended, but not yet when that was noted
+                final.rename(unfinished)
+            if not unfinished.exists() or unfinished.stat().st_size < HEADER_BYTES + 2 * filled:
+                raise ValueError(f"{unfinished}: has lost tokens in a crash of the machine; run again to begin anew")
+            self.file = open(unfinished, "r+b")
+            self.file.seek(HEADER_BYTES + 2 * filled)
 
-    for item in encoded:
-        for name in ("docs", "docs_empty", "docs_lossy", "bytes"):
-            setattr(result, name, getattr(result, name) + getattr(item, name))
-        tokens = item.tokens
+    def paths(self) -> tuple[Path, Path]:
+        """The current shard, complete and unfinished."""
+        name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
+        return self.folder / name, self.folder / f".{name}.unfinished"
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append `tokens` (count,) uint16 to the stream."""
         while len(tokens):
-            taken = min(len(tokens), shard_tokens - filled)
-            buffer[filled : filled + taken] = tokens[:taken]
-            filled, tokens = filled + taken, tokens[taken:]
-            if filled == shard_tokens:
-                flush()
-                filled = 0
-    if filled:
-        flush()
-    if not result.docs:
-        raise ValueError(f"no document with text for {split}")
-    return result
+            if not self.file:
+                self.file = open(self.paths()[1], "wb")
+                self.file.write(bytes(HEADER_BYTES))
+            taken = min(len(tokens), self.shard_tokens - self.filled)
+            self.file.write(tokens[:taken].astype("<u2").data)
+            self.filled, tokens = self.filled + taken, tokens[taken:]
+            if self.filled == self.shard_tokens:
+                self.finish_shard()
+
+    def finish_shard(self) -> None:
+        """Complete the current shard."""
+        final, unfinished = self.paths()
+        self.file.truncate()
+        self.file.seek(0)
+        self.file.write(shard_header(self.filled))
+        self.file.close()
+        unfinished.rename(final)
+        self.shards.append({"name": final.name, "tokens": self.filled, "sha256": file_sha256(final)})
+        self.file, self.filled = None, 0
+
+    def close(self) -> None:
+        """Complete the last shard."""
+        if self.filled:
+            self.finish_shard()
+
+    def state(self) -> dict:
+        """How far it is; all of that has been handed to the system."""
+        if self.file:
+            self.file.flush()
+        return {"shards": self.shards, "filled": self.filled}
 
 
-def encode_dataset(folder: Path, encoder: Encoder, train: list[Path], val: list[Path], shard_tokens: int,
-                   workers: int) -> tuple[Split, Split]:
-    """Write train and val shards to `folder`; returns their totals. ValueError if a val document is also in train."""
-    held_out: set[int] = set()
-    overlapping = 0
+class Dataset:
+    """One tokenizer's shards of both splits in `folder`, and their totals; goes on from a `state` that is not empty."""
 
-    def remember(items: Iterable[Encoded]) -> Iterator[Encoded]:
-        for item in items:
-            held_out.update(item.hashes.tolist())
-            yield item
+    def __init__(self, folder: Path, shard_tokens: int, state: dict) -> None:
+        self.folder = folder
+        self.totals = {split: Counter(state["totals"][split]) if state else Counter() for split in ("train", "val")}
+        self.writers = {split: ShardWriter(folder, split, shard_tokens, **(state["writers"][split] if state else {}))
+                        for split in ("train", "val")}
 
-    def compare(items: Iterable[Encoded]) -> Iterator[Encoded]:
-        nonlocal overlapping
-        for item in items:
-            overlapping += sum(value in held_out for value in item.hashes.tolist())
-            yield item
+    def add(self, split: str, encoded: Encoded) -> None:
+        """Append some documents to `split`."""
+        self.writers[split].add(encoded.tokens)
+        for name in ("docs", "docs_empty", "docs_lossy", "bytes"):
+            self.totals[split][name] += getattr(encoded, name)
 
-    def encoded(paths: list[Path], label: str) -> Iterator[Encoded]:
-        return progress(ordered_map(encoder, read_batches(paths), workers), paths, label)
+    def close(self) -> None:
+        """Complete the last shards. ValueError if a split has no documents."""
+        for split, totals in self.totals.items():
+            if not totals["docs"]:
+                raise ValueError(f"no document with text for {split}")
+        for writer in self.writers.values():
+            writer.close()
 
-    val_split = write_split(folder, "val", remember(encoded(val, "val")), shard_tokens)
-    train_split = write_split(folder, "train", compare(encoded(train, "train")), shard_tokens)
-    if overlapping:
-        raise ValueError(f"{overlapping} training documents also stand in validation; remove them from --train")
-    return train_split, val_split
+    def state(self) -> dict:
+        """How far it is, for a run that goes on with it."""
+        return {"totals": self.totals, "writers": {split: writer.state() for split, writer in self.writers.items()}}
+
+    def stats(self) -> dict:
+        """The manifest's numbers: files, tokens, docs (and those empty or lossy) and bytes of both splits."""
+        numbers = {}
+        for split, totals in self.totals.items():
+            shards = self.writers[split].shards
+            totals = totals | {"files": len(shards), "tokens": sum(shard["tokens"] for shard in shards)}
+            for name in ("files", "tokens", "docs", "docs_empty", "docs_lossy", "bytes"):
+                numbers[f"{name}_{split}"] = totals[name]
+        return numbers
+
+    def shard_files(self) -> list[dict]:
+        """Name, tokens and hash of every shard."""
+        return [shard for writer in self.writers.values() for shard in writer.shards]
+
+    def overlap(self, bos: int) -> int:
+        """Number of validation documents that begin like a training document, as a run's AUDIT=1 finds them.
+
+        ValueError if they are more than that allows: a few stand twice in the published documents themselves.
+        """
+        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+        from train_gpt import OVERLAP_TOLERANCE, find_overlap  # late: it takes torch along
+
+        paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
+                 for split, writer in self.writers.items()}
+        val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
+        which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
+        numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
+        if len(numbers) > OVERLAP_TOLERANCE * docs:
+            listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+            raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "
+                             f"training (numbers {listed}); remove them there")
+        return len(numbers)
 
 
-def place_folder(build: Callable[[Path], tuple[Split, Split]], final: Path) -> tuple[Split, Split]:
-    """Run `build`(temporary folder) and give the folder the name `final`, replacing one that stands there.
+# ----- data sets
 
-    Returns what `build` returns. Nothing is left of a build that fails.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=final.parent))
+
+@dataclass(frozen=True)
+class Spec:
+    """A data set to make: its `name` and its tokenizer, which is to be trained if there is no `model` yet."""
+
+    name: str
+    tokenizer_name: str
+    vocab_size: int
+    model: bytes | None
+
+    @classmethod
+    def make(cls, name: str | None, vocab_size: int | None, model: Path | None) -> "Spec":
+        """From either `vocab_size` or the file `model`. ValueError or OSError if that is unusable."""
+        data = model.read_bytes() if model else None
+        if model:
+            vocab_size = load_tokenizer(data, str(model)).vocab_size()
+        name = name or f"local_sp{vocab_size}"
+        if not re.fullmatch(r"[\w.+-]*\w", name):
+            raise ValueError(f"--name: expected letters, digits and . _ + -, found {name!r}")
+        tokenizer_name = model.stem if model else re.sub(r"(10B)?(_sp\d+)?$", "", name) + f"_{vocab_size}_bpe"
+        return cls(name, tokenizer_name, vocab_size, data)
+
+    def identity(self) -> list:
+        """What its data set depends on, besides the documents."""
+        return [self.name, self.tokenizer_name, self.vocab_size, sha256(self.model).hexdigest() if self.model else None]
+
+
+def read_specs(path: Path) -> list[Spec]:
+    """The data sets that the file `path` asks for; ValueError or OSError if it cannot be understood."""
     try:
-        built = temporary / "new"
-        built.mkdir()  # with the usual permissions; mkdtemp is private
-        result = build(built)
-        old = temporary / "old"
-        if final.exists():
-            final.rename(old)
+        listed = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{path}: expected a list of objects")
+    types = {"name": str, "vocab_size": int, "model": str}
+    specs = []
+    for number, item in enumerate(listed, 1):
+        if not isinstance(item, dict) or ("vocab_size" in item) == ("model" in item):
+            raise ValueError(f'{path}: item {number}: expected an object with either "vocab_size" or "model"')
+        for key, value in item.items():
+            if type(value) is not types.get(key):
+                raise ValueError(f"{path}: item {number}: {key}: not one of {', '.join(types)}, or not with the value "
+                                 f"{value!r}")
+        model = path.parent / item["model"] if "model" in item else None
+        specs.append(Spec.make(item.get("name"), item.get("vocab_size"), model))
+    return specs
+
+
+def check_names(manifest: dict, specs: list[Spec]) -> None:
+    """ValueError if a data set or a tokenizer would take the place of another one, here or among the `specs`."""
+    models: dict[str, bytes | None] = {}
+    for index, spec in enumerate(specs):
+        if spec.name in (other.name for other in specs[:index]):
+            raise ValueError(f"{spec.name}: two data sets of this name")
+        if models.setdefault(spec.tokenizer_name, spec.model) != spec.model:
+            raise ValueError(f"{spec.tokenizer_name}: two tokenizers of this name")
+        if "repo" in (find_entry(manifest, "datasets", spec.name) or {}):
+            raise ValueError(f"{spec.name}: downloaded by data/cached_challenge_fineweb.py; change --name")
+
+
+def check_standing(out: Path, manifest: dict, specs: list[Spec], model: bytes, tokenizer_name: str) -> None:
+    """ValueError if a tokenizer of this name stands here, is another, and belongs to a data set that will stay."""
+    mine = {spec.name for spec in specs}
+    users = [entry["name"] for entry in manifest["datasets"]
+             if entry.get("tokenizer_name") == tokenizer_name and entry["name"] not in mine]
+    standing = out / "tokenizers" / f"{tokenizer_name}.model"
+    if users and standing.exists() and standing.read_bytes() != model:
+        raise ValueError(f"{standing}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
+
+
+class Work:
+    """The folder of what is unfinished, and the `state` it is in: a dictionary that save() writes to it.
+
+    What was left there by a run with another `key` is removed.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.path = folder, folder / "state.json"
         try:
-            built.rename(final)
-        except BaseException:
-            if old.exists():
-                old.rename(final)
-            raise
-        return result
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            self.state = json.loads(self.path.read_bytes())
+        except (OSError, ValueError):
+            self.state = {}
+        if self.state.get("key") != key:
+            self.state = {"key": key, "batches": 0, "datasets": {}}
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            self.save()
+
+    def save(self) -> None:
+        """Write the state. Raises OSError."""
+        with atomic_write(self.path) as file:
+            file.write(json.dumps(self.state).encode())
+
+    def remove(self) -> None:
+        """Remove the folder with all that is in it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
-# ----- manifest
+def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, work: Work) -> list[Encoder]:
+    """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents, and kept in `work`."""
+    sample: list[str] | None = None
+    encoders = []
+    for spec in specs:
+        model, kept = spec.model, work.folder / f"{spec.tokenizer_name}.model"
+        if not model and kept.exists():
+            model = kept.read_bytes()
+        if not model:
+            if sample is None:
+                sample = sample_texts(sources, sample_bytes)
+            print(f"training {spec.tokenizer_name} on {len(sample):,} documents", flush=True)
+            model = train_tokenizer(sample, spec.vocab_size)
+            check_round_trip(load_tokenizer(model, spec.tokenizer_name), sample[:200])
+            with atomic_write(kept) as file:
+                file.write(model)
+        encoders.append(Encoder(model, spec.tokenizer_name))
+    return encoders
 
 
-def stats(train: Split, val: Split) -> dict:
-    """The manifest's numbers: files, tokens, docs (and those empty or lossy) and bytes of both splits."""
-    names = ("files", "tokens", "docs", "docs_empty", "docs_lossy", "bytes")
-    parts = (("train", train), ("val", val))
-    return {f"{name}_{part}": getattr(totals, name) for name in names for part, totals in parts}
+def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int, workers: int,
+                    work: Work) -> list[Dataset]:
+    """Encode all documents into a data set for each of `specs` in `work`, from where its state says it is."""
+    datasets = []
+    for spec in specs:
+        (work.folder / spec.name).mkdir(exist_ok=True)
+        datasets.append(Dataset(work.folder / spec.name, shard_tokens, work.state["datasets"].get(spec.name, {})))
+
+    def save() -> None:
+        work.state["datasets"] = {spec.name: dataset.state() for spec, dataset in zip(specs, datasets)}
+        work.save()
+
+    batches, saved = sources.batches(), time.monotonic()
+    done = sum(batch.consumed for batch in islice(batches, work.state["batches"]))
+    if done:
+        print(f"going on after {done:,} bytes of documents", flush=True)
+    with progress(sources, "encoding", done) as bar:
+        for batch, encoded in encode_all(batches, encoders, workers):
+            for dataset, part in zip(datasets, encoded):
+                dataset.add(batch.split, part)
+            work.state["batches"] += 1
+            bar.update(batch.consumed)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    for dataset in datasets:
+        dataset.close()
+    save()
+    return datasets
 
 
-def overlapping_documents(folder: Path, train: Split, val: Split, bos: int) -> int:
-    """Validation documents that begin like a training document: the `no_overlap` check that AUDIT=1 makes of a run."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-    from train_gpt import find_overlap  # late: it takes torch along
+def place_folder(new: Path, final: Path, old: Path) -> None:
+    """Give the folder `new` the name `final`; one that stands there gets the name `old`."""
+    if final.exists():
+        final.rename(old)
+    try:
+        new.rename(final)
+    except BaseException:
+        if old.exists():
+            old.rename(final)
+        raise
 
-    tokens = np.concatenate([read_shard(folder / shard["name"]) for shard in val.shards])
-    paths = [str(folder / shard["name"]) for shard in train.shards]
-    return int(find_overlap(tokens, paths, tqdm(range(len(paths)), "overlap", unit="shard", disable=None), bos).sum())
+
+def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Work) -> None:
+    """Make the data sets and tokenizers of `specs` and put them, and the manifest, in place."""
+    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), work)
+    for encoder in encoders:
+        check_standing(args.out, manifest, specs, encoder.model, encoder.name)
+    if "overlap" not in work.state:
+        datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, args.workers, work)
+        overlap = {spec.name: dataset.overlap(encoder.tokenizer.bos_id())
+                   for spec, encoder, dataset in zip(specs, encoders, datasets)}
+        work.state |= {"overlap": overlap, "docs_sha256": sources.docs_sha256}
+        work.save()  # from here on a killed run has only things to put in place
+
+    (args.out / "tokenizers").mkdir(exist_ok=True)
+    for spec, encoder in zip(specs, encoders):
+        dataset = Dataset(work.folder / spec.name, args.shard_tokens, work.state["datasets"][spec.name])
+        folder = args.out / "datasets" / spec.name
+        if dataset.folder.exists():
+            place_folder(dataset.folder, folder, work.folder / f"old {spec.name}")
+        model_path = Path("tokenizers", f"{encoder.name}.model")
+        vocab_path = model_path.with_suffix(".vocab")
+        for path, content in ((model_path, encoder.model), (vocab_path, vocab_lines(encoder.tokenizer))):
+            with atomic_write(args.out / path) as file:
+                file.write(content)
+        overlap = work.state["overlap"][spec.name]
+        entry = {"name": spec.name, "tokenizer_name": encoder.name}
+        if sources.docs:
+            entry["docs_sha256"] = work.state["docs_sha256"]
+        entry["stats"] = dataset.stats() | {"docs_val_overlapping": overlap}
+        entry["shard_files"] = dataset.shard_files()
+        merge_manifest(manifest, "datasets", entry)
+        merge_manifest(manifest, "tokenizers", {
+            "name": encoder.name,
+            "vocab_size": encoder.tokenizer.vocab_size(),
+            "model_path": model_path.as_posix(),
+            "vocab_path": vocab_path.as_posix(),
+        })
+        print(f"{spec.name} with {encoder.name} -> {folder}")
+        for split in ("train", "val"):
+            names = ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty")
+            files, tokens, size, docs, lossy, empty = (entry["stats"][f"{name}_{split}"] for name in names)
+            print(f"  {split}: {files} files, {tokens:,} tokens, {size:,} bytes, {docs:,} documents ({lossy:,} decode "
+                  f"to another text), {empty:,} empty ones skipped")
+        print(f"  {overlap} validation documents begin like a training document")
+    write_manifest(args.out / "manifest.json", manifest)
 
 
 # ----- command line
@@ -490,64 +777,27 @@ def tokenize(args: argparse.Namespace) -> None:
     """Do what the command line asks; ValueError or OSError if it cannot be done."""
     if args.shard_tokens < 1:
         raise ValueError(f"--shard-tokens: expected at least 1, found {args.shard_tokens}")
-    for path in (*args.train, *args.val):
-        path.stat()  # a missing file is found before hours of work
+    if bool(args.docs) == bool(args.train or args.val) or bool(args.train) != bool(args.val):
+        raise ValueError("expected either --docs, or both --train and --val")
+    if args.val_docs is not None and (args.val_docs < 1 or not args.docs):
+        raise ValueError(f"--val-docs: expected at least 1, and --docs, found {args.val_docs}")
+    if args.specs and args.name:
+        raise ValueError("--name: --specs has the names")
+    sources = Sources(args.train or [], args.val or [], args.docs, args.val_docs or DEFAULT_VAL_DOCS)
+    specs = read_specs(args.specs) if args.specs else [Spec.make(args.name, args.vocab_size, args.tokenizer)]
+    key = [sources.identity(), [spec.identity() for spec in specs], args.shard_tokens, args.tokenizer_sample_mb,
+           file_sha256(__file__), spm.__version__]
     args.out.mkdir(parents=True, exist_ok=True)
-    manifest_path = args.out / "manifest.json"
-    manifest = read_manifest(manifest_path)
-
-    if args.tokenizer:
-        model = args.tokenizer.read_bytes()
-        tokenizer = load_tokenizer(model, str(args.tokenizer))
-        name = args.name or f"local_sp{tokenizer.vocab_size()}"
-        tokenizer_name = args.tokenizer.stem
-    else:
-        name = args.name or f"local_sp{args.vocab_size}"
-        tokenizer_name = re.sub(r"(10B)?(_sp\d+)?$", "", name) + f"_{args.vocab_size}_bpe"
-        sample = sample_texts(args.train, int(args.tokenizer_sample_mb * 1e6))
-        print(f"training {tokenizer_name} on {len(sample):,} documents", flush=True)
-        model = train_tokenizer(sample, args.vocab_size)
-        tokenizer = load_tokenizer(model, tokenizer_name)
-        check_round_trip(tokenizer, sample[:200])
-    if not re.fullmatch(r"[\w.+-]*\w", name):
-        raise ValueError(f"--name: expected letters, digits and . _ + -, found {name!r}")
-
-    model_path = Path("tokenizers", f"{tokenizer_name}.model")
-    users = [d["name"] for d in manifest["datasets"] if d.get("tokenizer_name") == tokenizer_name and d["name"] != name]
-    standing = args.out / model_path
-    if users and standing.exists() and standing.read_bytes() != model:
-        raise ValueError(f"{standing}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
-
-    folder = args.out / "datasets" / name
-    encoder = Encoder(model, tokenizer_name)
-    train, val = place_folder(
-        lambda new: encode_dataset(new, encoder, args.train, args.val, args.shard_tokens, args.workers), folder
-    )
-    standing.parent.mkdir(exist_ok=True)
-    for path, content in ((standing, model), (standing.with_suffix(".vocab"), vocab_lines(tokenizer))):
-        with atomic_write(path) as file:
-            file.write(content)
-    overlap = overlapping_documents(folder, train, val, tokenizer.bos_id())
-    merge_manifest(manifest, "datasets", {
-        "name": name,
-        "tokenizer_name": tokenizer_name,
-        "stats": stats(train, val) | {"docs_val_overlapping": overlap},
-        "shard_files": train.shards + val.shards,
-    })
-    merge_manifest(manifest, "tokenizers", {
-        "name": tokenizer_name,
-        "vocab_size": tokenizer.vocab_size(),
-        "model_path": model_path.as_posix(),
-        "vocab_path": model_path.with_suffix(".vocab").as_posix(),
-    })
-    write_manifest(manifest_path, manifest)
-    for part, totals in (("train", train), ("val", val)):
-        print(f"{part}: {totals.files} files, {totals.tokens:,} tokens, {totals.bytes:,} bytes, {totals.docs:,} "
-              f"documents ({totals.docs_lossy:,} decode to another text), {totals.docs_empty:,} empty ones skipped")
-    print(f"{overlap} validation documents begin like a training document")
-    if overlap > 0.005 * val.docs:
-        print("warning: that is more than 0.5 % of them: a run's AUDIT=1 will fail", file=sys.stderr)
-    print(f"{name} with {tokenizer_name} -> {folder}")
+    with only_one(args.out):
+        manifest = read_manifest(args.out / "manifest.json")
+        check_names(manifest, specs)
+        work = Work(args.out / "datasets" / ".tokenize", sha256(json.dumps(key).encode()).hexdigest())
+        try:
+            make_datasets(args, specs, sources, manifest, work)
+        except ValueError:  # the input is at fault: nothing to go on with
+            work.remove()
+            raise
+        work.remove()
 
 
 def worker_count(text: str) -> int:
@@ -561,26 +811,30 @@ def worker_count(text: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Turn documents into token shards in the published layout.")
-    parser.add_argument("--train", type=Path, nargs="+", required=True, metavar="FILE",
+    parser = Parser(description="Turn documents into token shards in the published layout.")
+    parser.add_argument("--docs", type=Path, metavar="FILE",
+                        help="all documents, those of validation first, as in the published docs_selected.jsonl")
+    parser.add_argument("--val-docs", type=int, metavar="N",
+                        help=f"how many of --docs are validation (default: {DEFAULT_VAL_DOCS})")
+    parser.add_argument("--train", type=Path, nargs="+", metavar="FILE",
                         help='training documents: .jsonl, .jsonl.gz or .jsonl.xz, {"text": ...} a line')
-    parser.add_argument("--val", type=Path, nargs="+", required=True, metavar="FILE", help="validation documents")
+    parser.add_argument("--val", type=Path, nargs="+", metavar="FILE", help="validation documents")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="folder of datasets/, tokenizers/ and manifest.json")
     parser.add_argument("--name", help="dataset name (default: local_sp<vocabulary size>)")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--vocab-size", type=int, metavar="N", help="train a BPE tokenizer of N pieces")
     choice.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model")
+    choice.add_argument("--specs", type=Path, metavar="FILE", help="make the data sets that this JSON file lists")
     parser.add_argument("--tokenizer-sample-mb", type=float, default=20, metavar="MB",
-                        help="train the tokenizer on this many million bytes of --train (default: 20)")
+                        help="train tokenizers on this many million bytes of training documents (default: 20)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
                         help="tokens in a full shard (default: 100000000)")
     parser.add_argument("--workers", type=worker_count, default="auto", metavar="N",
                         help="processes that encode (default: auto, one a core)")
-    args = parser.parse_args(argv)
     interrupt_on_sigterm()
     try:
-        tokenize(args)
+        tokenize(parser.parse_args(argv))
     except (OSError, ValueError, MemoryError, KeyboardInterrupt) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1

@@ -435,7 +435,7 @@ def test_killed_and_continued(hub, model, tmp_path):
     process = subprocess.Popen(command(tmp_path, "--train-shards", 4), env=environment(hub))
     try:
         wait_for(partial, process)
-        assert_refused(run(hub, tmp_path), "another download into it is running")
+        assert_refused(run(hub, tmp_path), "another program is putting data there")
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
