@@ -6,6 +6,9 @@ Writes records/<track>/<YYYY-MM-DD>_<NAME>/: train_gpt.py (the counted, packed s
 the first seed's artifact, the tokenizer unless it is a published one, requirements.txt, submission.json and a README
 whose tables, features and command come from the runs alone. Then check_submission.py looks at it. The folder appears
 whole or, with one line that says why, not at all. AUDIT=1 is needed in every run, on both tracks.
+
+What you have to say goes into the README under its title or in sections of your own; the sections made here stay as
+they are. Check the folder again afterwards: features, settings and figures in your words must be those of the runs.
 """
 
 import argparse

@@ -344,6 +344,7 @@ FAULTS = {
     "prose claims a feature": (lambda f: add_prose(f, "Trained with varlen attention."), "claims"),
     "prose claims a setting": (lambda f: add_prose(f, "Ours is `EMA_DECAY=0.997`."), "claims"),
     "blurb claims a feature": (lambda f: edit(f, blurb="SmearGate with score-first LoRA."), "claims"),
+    "name claims a feature": (lambda f: edit(f, name="Tiny_VE128"), "claims"),
     "README's settings": (lambda f: edit_readme(f, "| `EMA_DECAY` | `0.8` |", "| `EMA_DECAY` | `0.9` |"), "claims"),
     "README, a figure of the table": (lambda f: edit_readme(f, "| 1 | 5.", "| 1 | 4."), "numbers"),
     "prose, a figure": (lambda f: add_prose(f, "It reaches 1.0501 in 15,999,000 bytes."), "numbers"),
@@ -575,11 +576,11 @@ def test_alien_fields_do_not_stop_the_check(field, folder, form):
         assert not check_submission.is_clean(lines)
 
 
-@pytest.mark.parametrize("value", [None, "x", [], {}, -1, 1e400])
+@pytest.mark.parametrize("value", [None, "x", [], -1, 10**400], ids=["null", "text", "list", "negative", "huge"])
 def test_alien_results_do_not_stop_the_check(folder, value):
     names = json.loads((folder / "result_seed2.json").read_text())
     for name in names:
-        run = names | {name: value if value != 1e400 else 10**400}
+        run = names | {name: value}
         (folder / "result_seed2.json").write_text(json.dumps(run))
         lines = check_submission.check(check_submission.Submission(folder))
         assert len(lines) == len(check_submission.CHECKS)
