@@ -36,11 +36,14 @@ def read_run(folder: Path) -> dict[str, Any]:
         if not (folder / name).is_file():
             raise tg.RunError(f"{folder}: no {name}: not the folder of a finished run")
     run = s.plain(s.read_json(folder / RESULT)[0])
-    missing = [key for key in ("config", "seed", "steps", "stages", "audit", "bytes_total") if key not in run]
+    missing = [key for key in ("config", "seed", "steps", "stages", "audit", "model_bytes") if key not in run]
     if missing:
         raise tg.RunError(f"{folder}/{RESULT}: has no {missing[0]}: not the result of this train_gpt.py")
     if run["config"].get("eval_only") or not run["steps"]:
         raise tg.RunError(f"{folder}: a run that did not train (EVAL_ONLY)")
+    size = (folder / ARTIFACT).stat().st_size
+    if size != run["model_bytes"]:
+        raise tg.RunError(f"{folder}/{ARTIFACT}: {size:,} bytes, its result says {run['model_bytes']:,}")
     return run
 
 
@@ -172,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         print(f"made {make(args)}")
-    except (tg.RunError, OSError, KeyError, TypeError) as e:
+    except (tg.RunError, OSError, KeyError, TypeError, ValueError, AttributeError) as e:
         what = f"a result without {e}" if isinstance(e, KeyError) else str(e)
         print(f"error: {' '.join(what.split())}", file=sys.stderr)
         return 1

@@ -32,7 +32,7 @@ def runs(tiny, tmp_path_factory) -> Path:
     """Folder of three finished runs, audited; in this process, and the script packed only once, to save time."""
     folder = tmp_path_factory.mktemp("runs")
     settings = tiny | {"ITERATIONS": "4", "NUM_LAYERS": "2", "EVAL_STRIDE": "0", "AUDIT": "1",
-                       "SMEAR_GATE_ENABLED": "1"}
+                       "SMEAR_GATE_ENABLED": "1", "EVAL_BATCH_TOKENS": "1024"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tg, "pack_code", functools.cache(tg.pack_code))
         for seed in SEEDS:
@@ -287,7 +287,7 @@ FAULTS = {
     "a seed twice": (lambda f: edit(f, seeds=[1, 1, 3]), "seeds"),
     "one run under two seeds": (twin, "seeds"),
     "seed list": (lambda f: edit(f, seeds=[1, 2, 4]), "seeds"),
-    "too few seeds": (lambda f: without_seed(f, "3"), "seeds means numbers command"),
+    "too few seeds": (lambda f: without_seed(f, "3"), "seeds means numbers command bytes?"),
     "a key twice": (repeat_key, "seeds"),
     "null field": (lambda f: edit(f, github_id=None), "schema"),
     "null field of a seed": (lambda f: in_row(f, "1", "eval_time_s", lambda v: None), "schema"),
@@ -623,7 +623,7 @@ def change_run(run: Path, **values) -> None:
 
 def over_budget(run: Path) -> None:
     result = read_result(run)
-    change_run(run, bytes_total=16_000_001, model_bytes=16_000_001 - result["code_bytes"], fits=False)
+    change_run(run, bytes_total=16_000_001, fits=False)
     replace(run / "train.log", f"bytes_total:{result['bytes_total']}", "bytes_total:16000001")
 
 
@@ -640,6 +640,8 @@ REFUSALS = {
     "audit failed": (lambda f: edit_json(f / "3/result.json", lambda r: r["audit"]["causal"].update(ok=False)),
                      "audit: seed 3: causal failed"),
     "part of the validation set": (lambda f: change_run(f / "3", val_complete=False), "part of the validation set"),
+    "artifact cut": (lambda f: (f / "3/final_model.int6.ptz").write_bytes(b"PGA1"), "4 bytes, its result says"),
+    "settings of no kind": (lambda f: change_run(f / "3", config=[]), "error: "),
     "not trained": (lambda f: edit_json(f / "3/result.json", lambda r: r["config"].update(eval_only="x")), "EVAL_ONLY"),
     "too slow": (lambda f: change_run(f / "3", eval_seconds=700.0), "eval_time: seed 3: 700.0 s"),
     "garbage": (lambda f: (f / "3/result.json").write_text("{"), "not JSON"),
