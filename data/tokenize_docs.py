@@ -5,6 +5,7 @@ Notable features:
 - reads .jsonl, .jsonl.gz and .jsonl.xz as streams, one {"text": ...} a line
 - trains SentencePiece BPE tokenizers of any size on the training documents, or takes existing ones
 - makes the data sets of several tokenizers in one pass over the documents
+- with CaseOps, transforms the documents first, and writes the bytes of each validation token beside the shards
 - splits the published documents as the challenge does: the first 50,000 are validation, and no others
 - refuses a tokenizer whose bytes cannot be counted exactly, and training shards that know the validation documents
 - encodes on all cores with bounded memory; the output does not depend on the number of workers
@@ -21,10 +22,14 @@ The last one writes, below --out:
     manifest.json
 
 A dataset `<prefix>_sp<N>` gets the tokenizer `<prefix>_<N>_bpe`; an existing tokenizer keeps the name of its file.
-tokenizers.json is a list of one object a data set: its "name" (or none, for local_sp<N>), and either "vocab_size" or
-"model", the file of a tokenizer, beside tokenizers.json if its path is relative:
+With --caseops both names end in _caseops, and each fineweb_val_<6 digits>.bin has a fineweb_val_bytes_<6 digits>.bin
+with the bytes of raw text that each of its tokens is charged (uint16 as well; none for BOS).
 
-    [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"}]
+tokenizers.json is a list of one object a data set: its "name" (or none, for local_sp<N>), either "vocab_size" or
+"model", the file of a tokenizer, beside tokenizers.json if its path is relative, and perhaps "caseops":
+
+    [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"},
+     {"name": "mine_sp8192", "vocab_size": 8192, "caseops": true}]
 
 What is unfinished stands in datasets/.tokenize. The same command goes on with it, another one begins anew.
 """
@@ -57,6 +62,7 @@ from typing import BinaryIO
 
 import numpy as np
 import sentencepiece as spm
+from caseops import MARKERS, restore, token_bytes, transform
 from shards import (
     HEADER_BYTES,
     MAX_VOCAB,
@@ -227,8 +233,10 @@ def progress(sources: Sources, label: str, done: int = 0) -> tqdm:
     return tqdm(total=total, desc=label, initial=done, unit="B", unit_scale=True, disable=None)
 
 
-def train_tokenizer(sample: list[str], vocab_size: int) -> bytes:
+def train_tokenizer(sample: Iterable[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
     """SentencePiece BPE model of `vocab_size` pieces, trained on the texts `sample`; serialized, deterministic.
+
+    Each of `symbols` is a piece of its own and part of no other.
 
     Ids of the specials are those of the published tokenizers. Text is taken as it is (no normalization, no whitespace
     dropped), with byte fallback, so that decoding gives it back exactly; newlines are learned like letters. Pieces hold
@@ -236,13 +244,14 @@ def train_tokenizer(sample: list[str], vocab_size: int) -> bytes:
     The trainer passes over stretches that hold its reserved characters (NUL, U+2581, U+2585). ValueError if it cannot
     make such a vocabulary: too little text, or more common characters than fit.
     """
-    if not SPECIAL_PIECES < vocab_size <= MAX_VOCAB:
-        raise ValueError(f"vocabulary size: expected {SPECIAL_PIECES + 1} to {MAX_VOCAB}, found {vocab_size}")
+    sample, reserved = list(sample), SPECIAL_PIECES + len(symbols)
+    if not reserved < vocab_size <= MAX_VOCAB:
+        raise ValueError(f"vocabulary size: expected {reserved + 1} to {MAX_VOCAB}, found {vocab_size}")
     # Single characters may take half of what the specials leave; the rarer ones are spelled in bytes.
     characters = Counter()
     for text in sample:
         characters.update(text)
-    common = sum(number for _, number in characters.most_common((vocab_size - SPECIAL_PIECES + 1) // 2))
+    common = sum(number for _, number in characters.most_common((vocab_size - reserved + 1) // 2))
     coverage = min(0.9995, max(0.98, common / max(1, characters.total())))  # the trainer takes 0.98 to 1
     sentences = (
         text[start : start + TRAINER_SENTENCE_CHARS]
@@ -258,6 +267,7 @@ def train_tokenizer(sample: list[str], vocab_size: int) -> bytes:
             vocab_size=vocab_size,
             character_coverage=coverage,
             required_chars="▁",
+            user_defined_symbols=list(symbols),
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -277,7 +287,7 @@ def train_tokenizer(sample: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
+def load_tokenizer(model: bytes, name: str, caseops: bool = False) -> spm.SentencePieceProcessor:
     """The tokenizer of a serialized `model`, checked; ValueError, beginning with `name`, if shards cannot use it."""
     tokenizer = spm.SentencePieceProcessor()
     try:
@@ -291,16 +301,18 @@ def load_tokenizer(model: bytes, name: str) -> spm.SentencePieceProcessor:
     # Without it a space is spelled as three byte pieces, and the byte count of the scorer is inflated.
     if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
         raise ValueError(f'{name}: expected a stand-alone "▁" piece, found none')
+    if caseops and any(tokenizer.is_unknown(tokenizer.piece_to_id(marker)) for marker in MARKERS):
+        raise ValueError(f"{name}: expected the markers of CaseOps among its pieces, found not all of them")
     return tokenizer
 
 
-def check_round_trip(tokenizer: spm.SentencePieceProcessor, sample: Iterable[str]) -> None:
-    """ValueError unless decode(encode(text)) is `text` for the built-in probes and every text of `sample`.
+def check_round_trip(encoder: "Encoder", sample: Iterable[str]) -> None:
+    """ValueError unless the built-in probes and every text of `sample` are encoded so that they can be had back.
 
     Texts with a literal "▁" are left out: no SentencePiece tokenizer can tell it from a space.
     """
     for text in (*ROUND_TRIP_PROBES, *sample):
-        if "▁" not in text and tokenizer.decode(tokenizer.encode(text)) != text:
+        if "▁" not in text and encoder([("probe", text)], "val").docs_lossy:
             raise ValueError(f"the new tokenizer does not give back the text {text[:60]!r}")
 
 
@@ -336,11 +348,13 @@ def vocab_lines(tokenizer: spm.SentencePieceProcessor) -> bytes:
 class Encoded:
     """What became of some documents under one tokenizer: `tokens` (count,) uint16, BOS before each, and counts.
 
-    `docs_empty` gave no token and were skipped; `docs_lossy` decode to another text; `bytes` is the UTF-8 length of the
-    decoded documents, what the scorer will count.
+    `docs_empty` gave no token and were skipped; `docs_lossy` decode to another text; `bytes` is what the scorer will
+    count: the UTF-8 length of the decoded documents, with CaseOps of the raw ones. `charges` (count,) uint16 says which
+    token is charged how many of them, where that does not follow from the tokens: for CaseOps' validation; else (0,).
     """
 
     tokens: np.ndarray
+    charges: np.ndarray
     docs: int = 0
     docs_empty: int = 0
     docs_lossy: int = 0
@@ -348,39 +362,50 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with the serialized `model`; can be sent to another process."""
+    """Encodes documents with the serialized `model`, transformed if `caseops`; can be sent to another process."""
 
-    def __init__(self, model: bytes, name: str) -> None:
-        self.model, self.name = model, name
-        self.tokenizer = load_tokenizer(model, name)
+    def __init__(self, model: bytes, name: str, caseops: bool = False) -> None:
+        self.model, self.name, self.caseops = model, name, caseops
+        self.tokenizer = load_tokenizer(model, name, caseops)
         self.tables = piece_bytes(self.tokenizer)
 
     def __reduce__(self) -> tuple:
-        return Encoder, (self.model, self.name)
+        return Encoder, (self.model, self.name, self.caseops)
 
     def counted_bytes(self, tokens: np.ndarray) -> int:
-        """Bytes the scorer will count for the document `tokens` (count,), BOS first."""
+        """Bytes the scorer will count for the document `tokens` (count,), BOS first, without CaseOps."""
         size, space, boundary = self.tables
         return int(size[tokens[1:]].sum() + (space[tokens[1:]] & ~boundary[tokens[:-1]]).sum())
 
-    def __call__(self, documents: list[tuple[str, str]]) -> Encoded:
+    def __call__(self, documents: list[tuple[str, str]], split: str) -> Encoded:
         """Tokens of the (place, text) pairs. ValueError, naming the place, if the scorer would miscount the bytes."""
-        parts, result = [np.zeros(0, np.uint16)], Encoded(np.zeros(0, np.uint16))
+        nothing = np.zeros(0, np.uint16)
+        tokens, charges, result = [nothing], [nothing], Encoded(nothing, nothing)
         for place, text in documents:
-            ids = self.tokenizer.encode(text)
+            charged = nothing
+            if self.caseops and split == "val":
+                ids, charged = token_bytes(self.tokenizer, text)
+                ids = ids.tolist()
+            else:
+                ids = self.tokenizer.encode(transform(text) if self.caseops else text)
             if not ids:
                 result.docs_empty += 1
                 continue
             decoded = self.tokenizer.decode(ids)
-            tokens = np.array([self.tokenizer.bos_id(), *ids], np.uint16)
-            length, counted = len(decoded.encode()), self.counted_bytes(tokens)
+            tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
+            if self.caseops:
+                decoded, length = restore(decoded, strict=False), len(text.encode())
+                counted = int(charged.sum(dtype=np.int64)) if split == "val" else length
+            else:
+                length, counted = len(decoded.encode()), self.counted_bytes(tokens[-1])
             if counted != length:
-                raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document that decodes to {length}")
-            parts.append(tokens)
+                raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document of {length}")
+            if len(charged):
+                charges += [np.zeros(1, np.uint16), charged]  # BOS is charged nothing
             result.docs += 1
             result.docs_lossy += decoded != text
             result.bytes += length
-        result.tokens = np.concatenate(parts)
+        result.tokens, result.charges = np.concatenate(tokens), np.concatenate(charges)
         return result
 
 
@@ -403,7 +428,7 @@ def start_worker(encoders: list[Encoder]) -> None:
 def encode(batch: Batch, encoders: list[Encoder]) -> list[Encoded]:
     """`batch` under each of the `encoders`."""
     documents = list(texts(batch))
-    return [encoder(documents) for encoder in encoders]
+    return [encoder(documents, batch.split) for encoder in encoders]
 
 
 def encode_in_worker(batch: Batch) -> list[Encoded]:
@@ -500,17 +525,22 @@ class ShardWriter:
 
 
 class Dataset:
-    """One tokenizer's shards of both splits in `folder`, and their totals; goes on from a `state` that is not empty."""
+    """One tokenizer's shards of both splits in `folder`, and their totals; goes on from a `state` that is not empty.
 
-    def __init__(self, folder: Path, shard_tokens: int, state: dict) -> None:
+    With `caseops` the charges of the validation tokens are a stream of their own, cut where the tokens are.
+    """
+
+    def __init__(self, folder: Path, shard_tokens: int, caseops: bool, state: dict) -> None:
         self.folder = folder
         self.totals = {split: Counter(state["totals"][split]) if state else Counter() for split in ("train", "val")}
         self.writers = {split: ShardWriter(folder, split, shard_tokens, **(state["writers"][split] if state else {}))
-                        for split in ("train", "val")}
+                        for split in (*self.totals, *["val_bytes"] * caseops)}
 
     def add(self, split: str, encoded: Encoded) -> None:
         """Append some documents to `split`."""
         self.writers[split].add(encoded.tokens)
+        if f"{split}_bytes" in self.writers:
+            self.writers[f"{split}_bytes"].add(encoded.charges)
         for name in ("docs", "docs_empty", "docs_lossy", "bytes"):
             self.totals[split][name] += getattr(encoded, name)
 
@@ -571,22 +601,26 @@ class Spec:
     tokenizer_name: str
     vocab_size: int
     model: bytes | None
+    caseops: bool
 
     @classmethod
-    def make(cls, name: str | None, vocab_size: int | None, model: Path | None) -> "Spec":
+    def make(cls, name: str | None, vocab_size: int | None, model: Path | None, caseops: bool) -> "Spec":
         """From either `vocab_size` or the file `model`. ValueError or OSError if that is unusable."""
         data = model.read_bytes() if model else None
         if model:
-            vocab_size = load_tokenizer(data, str(model)).vocab_size()
-        name = name or f"local_sp{vocab_size}"
+            vocab_size = load_tokenizer(data, str(model), caseops).vocab_size()
+        suffix = "_caseops" if caseops else ""
+        name = (name or f"local_sp{vocab_size}").removesuffix(suffix) + suffix
         if not re.fullmatch(r"[\w.+-]*\w", name):
             raise ValueError(f"--name: expected letters, digits and . _ + -, found {name!r}")
-        tokenizer_name = model.stem if model else re.sub(r"(10B)?(_sp\d+)?$", "", name) + f"_{vocab_size}_bpe"
-        return cls(name, tokenizer_name, vocab_size, data)
+        prefix = re.sub(r"(10B)?(_sp\d+)?$", "", name.removesuffix(suffix))
+        tokenizer_name = model.stem if model else f"{prefix}_{vocab_size}_bpe{suffix}"
+        return cls(name, tokenizer_name, vocab_size, data, caseops)
 
     def identity(self) -> list:
         """What its data set depends on, besides the documents."""
-        return [self.name, self.tokenizer_name, self.vocab_size, sha256(self.model).hexdigest() if self.model else None]
+        model = sha256(self.model).hexdigest() if self.model else None
+        return [self.name, self.tokenizer_name, self.vocab_size, model, self.caseops]
 
 
 def read_specs(path: Path) -> list[Spec]:
@@ -597,7 +631,7 @@ def read_specs(path: Path) -> list[Spec]:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{path}: expected a list of objects")
-    types = {"name": str, "vocab_size": int, "model": str}
+    types = {"name": str, "vocab_size": int, "model": str, "caseops": bool}
     specs = []
     for number, item in enumerate(listed, 1):
         if not isinstance(item, dict) or ("vocab_size" in item) == ("model" in item):
@@ -607,7 +641,7 @@ def read_specs(path: Path) -> list[Spec]:
                 raise ValueError(f"{path}: item {number}: {key}: not one of {', '.join(types)}, or not with the value "
                                  f"{value!r}")
         model = path.parent / item["model"] if "model" in item else None
-        specs.append(Spec.make(item.get("name"), item.get("vocab_size"), model))
+        specs.append(Spec.make(item.get("name"), item.get("vocab_size"), model, item.get("caseops", False)))
     return specs
 
 
@@ -673,11 +707,14 @@ def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, w
             if sample is None:
                 sample = sample_texts(sources, sample_bytes)
             print(f"training {spec.tokenizer_name} on {len(sample):,} documents", flush=True)
-            model = train_tokenizer(sample, spec.vocab_size)
-            check_round_trip(load_tokenizer(model, spec.tokenizer_name), sample[:200])
+            if spec.caseops:
+                model = train_tokenizer(map(transform, sample), spec.vocab_size, MARKERS)
+            else:
+                model = train_tokenizer(sample, spec.vocab_size)
+            check_round_trip(Encoder(model, spec.tokenizer_name, spec.caseops), sample[:200])
             with atomic_write(kept) as file:
                 file.write(model)
-        encoders.append(Encoder(model, spec.tokenizer_name))
+        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops))
     return encoders
 
 
@@ -687,7 +724,8 @@ def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources
     datasets = []
     for spec in specs:
         (work.folder / spec.name).mkdir(exist_ok=True)
-        datasets.append(Dataset(work.folder / spec.name, shard_tokens, work.state["datasets"].get(spec.name, {})))
+        state = work.state["datasets"].get(spec.name, {})
+        datasets.append(Dataset(work.folder / spec.name, shard_tokens, spec.caseops, state))
 
     def save() -> None:
         work.state["datasets"] = {spec.name: dataset.state() for spec, dataset in zip(specs, datasets)}
@@ -738,7 +776,8 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources,
 
     (args.out / "tokenizers").mkdir(exist_ok=True)
     for spec, encoder in zip(specs, encoders):
-        dataset = Dataset(work.folder / spec.name, args.shard_tokens, work.state["datasets"][spec.name])
+        state = work.state["datasets"][spec.name]
+        dataset = Dataset(work.folder / spec.name, args.shard_tokens, spec.caseops, state)
         folder = args.out / "datasets" / spec.name
         if dataset.folder.exists():
             place_folder(dataset.folder, folder, work.folder / f"old {spec.name}")
@@ -749,6 +788,8 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources,
                 file.write(content)
         overlap = work.state["overlap"][spec.name]
         entry = {"name": spec.name, "tokenizer_name": encoder.name}
+        if spec.caseops:
+            entry["caseops"] = True
         if sources.docs:
             entry["docs_sha256"] = work.state["docs_sha256"]
         entry["stats"] = dataset.stats() | {"docs_val_overlapping": overlap}
@@ -781,12 +822,16 @@ def tokenize(args: argparse.Namespace) -> None:
         raise ValueError("expected either --docs, or both --train and --val")
     if args.val_docs is not None and (args.val_docs < 1 or not args.docs):
         raise ValueError(f"--val-docs: expected at least 1, and --docs, found {args.val_docs}")
-    if args.specs and args.name:
-        raise ValueError("--name: --specs has the names")
+    if args.specs and (args.name or args.caseops):
+        raise ValueError("--name, --caseops: expected in the file of --specs")
     sources = Sources(args.train or [], args.val or [], args.docs, args.val_docs or DEFAULT_VAL_DOCS)
-    specs = read_specs(args.specs) if args.specs else [Spec.make(args.name, args.vocab_size, args.tokenizer)]
+    if args.specs:
+        specs = read_specs(args.specs)
+    else:
+        specs = [Spec.make(args.name, args.vocab_size, args.tokenizer, args.caseops)]
+    programs = [file_sha256(Path(__file__).with_name(name)) for name in ("tokenize_docs.py", "caseops.py", "shards.py")]
     key = [sources.identity(), [spec.identity() for spec in specs], args.shard_tokens, args.tokenizer_sample_mb,
-           file_sha256(__file__), spm.__version__]
+           programs, spm.__version__]
     args.out.mkdir(parents=True, exist_ok=True)
     with only_one(args.out):
         manifest = read_manifest(args.out / "manifest.json")
@@ -826,6 +871,7 @@ def main(argv: list[str] | None = None) -> int:
     choice.add_argument("--vocab-size", type=int, metavar="N", help="train a BPE tokenizer of N pieces")
     choice.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model")
     choice.add_argument("--specs", type=Path, metavar="FILE", help="make the data sets that this JSON file lists")
+    parser.add_argument("--caseops", action="store_true", help="transform the documents (data/caseops.py)")
     parser.add_argument("--tokenizer-sample-mb", type=float, default=20, metavar="MB",
                         help="train tokenizers on this many million bytes of training documents (default: 20)")
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import cached_challenge_fineweb
+import caseops
 import numpy as np
 import pytest
 import sentencepiece as spm
@@ -208,7 +210,7 @@ def encoder(model) -> tokenize_docs.Encoder:
 @settings(max_examples=300, deadline=None, derandomize=True, database=None)
 @given(text=st.text(max_size=60) | st.text(alphabet=" \t\n\r\x00a\u2581<s>/0x\u0301\ufffd", max_size=30))
 def test_bytes_are_exact_for_any_text(encoder, text):
-    result = encoder([("file:1", text)])
+    result = encoder([("file:1", text)], "val")
     tokenizer, plain = encoder.tokenizer, text.replace("\u2581", " ")
     if text == "":
         assert (result.docs, result.docs_empty, len(result.tokens)) == (0, 1, 0)
@@ -347,8 +349,8 @@ def test_tokenizer_whose_bytes_are_not_exact_is_refused():
         normalization_rule_name="identity", split_by_whitespace=False,
     )
     encoder = tokenize_docs.Encoder(model, "spaces")
-    with pytest.raises(ValueError, match="file:7: spaces counts .* bytes for a document that decodes to"):
-        encoder([("file:7", "a    b     c")])
+    with pytest.raises(ValueError, match="file:7: spaces counts 30 bytes for a document of 12"):
+        encoder([("file:7", "a    b     c")], "train")
 
 
 def test_command_line_refusals(corpus, model, tmp_path):
@@ -482,7 +484,8 @@ def several(model, tmp_path_factory) -> tuple[Path, list[str]]:
     folder = tmp_path_factory.mktemp("several")
     docs = publish(folder, make_documents(400, 6) + UNUSUAL)
     (folder / "one.model").write_bytes(model.read_bytes())
-    specs = [{"name": "a_sp300", "vocab_size": 300}, {"model": "one.model"}, {"name": "c_sp400", "vocab_size": 400}]
+    specs = [{"name": "a_sp300", "vocab_size": 300}, {"model": "one.model"},
+             {"name": "c_sp400", "vocab_size": 400, "caseops": True}]
     (folder / "tokenizers.json").write_text(json.dumps(specs))
     return folder, ["--docs", str(docs), "--val-docs", "70", "--specs", str(folder / "tokenizers.json"),
                     "--shard-tokens", "20000", "--tokenizer-sample-mb", "0.05"]
@@ -507,12 +510,12 @@ def test_several_tokenizers_in_one_pass(several, several_built, tmp_path, monkey
     at = arguments.index("--specs")
     rest = arguments[:at] + arguments[at + 2 :]
     for choice in (("--vocab-size", "300", "--name", "a_sp300"), ("--tokenizer", str(folder / "one.model")),
-                   ("--vocab-size", "400", "--name", "c_sp400")):
+                   ("--vocab-size", "400", "--name", "c_sp400_caseops", "--caseops")):
         assert tokenize_docs.main([*rest, *choice, "--out", str(tmp_path / "single"), "--workers", "1"]) == 0
     assert tree(tmp_path / "single") == tree(several_built)
     manifest = json.loads((several_built / "manifest.json").read_bytes())
-    assert [entry["name"] for entry in manifest["datasets"]] == ["a_sp300", "local_sp600", "c_sp400"]
-    assert [entry["name"] for entry in manifest["tokenizers"]] == ["a_300_bpe", "one", "c_400_bpe"]
+    assert [entry["name"] for entry in manifest["datasets"]] == ["a_sp300", "local_sp600", "c_sp400_caseops"]
+    assert [entry["name"] for entry in manifest["tokenizers"]] == ["a_300_bpe", "one", "c_400_bpe_caseops"]
 
     passes = []
     original = tokenize_docs.read_batches
@@ -531,7 +534,8 @@ def test_several_tokenizers_in_one_pass(several, several_built, tmp_path, monkey
         ([{"name": "x"}], ('item 1: expected an object with either "vocab_size" or "model"',)),
         ([{"vocab_size": 300}, {"vocab_size": 300, "model": "x"}], ("item 2: expected an object with either",)),
         ([{"vocab_size": "300"}], ("item 1: vocab_size: ", "'300'")),
-        ([{"vocab_size": 300, "vocab": 1}], ("item 1: vocab: not one of name, vocab_size, model",)),
+        ([{"vocab_size": 300, "vocab": 1}], ("item 1: vocab: not one of name, vocab_size, model, caseops",)),
+        ([{"vocab_size": 300, "caseops": 1}], ("item 1: caseops: ",)),
         ([{"model": "absent.model"}], ("absent.model: No such file",)),
         ([{"vocab_size": 300, "name": "../x"}], ("--name: expected",)),
         ([{"vocab_size": 300}, {"vocab_size": 300}], ("local_sp300: two data sets of this name",)),
@@ -547,6 +551,61 @@ def test_refused_specs(corpus, tmp_path, capsys, specs, parts):
                                  "--out", str(tmp_path / "out")])
     assert_refused(subprocess.CompletedProcess([], status, "", capsys.readouterr().err), *parts)
     assert tree(tmp_path / "out") == {"manifest.json": manifest}
+
+
+# ----- CaseOps
+
+
+CASED = ["The NASA probe, McDonald's iPhone; I DON'T.", "\u00c9COLE na\u00efve \u0130 \U0001f600\n\nA\tB",
+         "\ue001The \ue004\ue004 markers of the RAW text\ue002", "x", "  Two  spaces "]
+
+
+def test_caseops(corpus, tmp_path):
+    """Restored text is the raw text; the tokens of every document are charged its raw bytes, BOS none."""
+    train = corpus[1][:600] + [text.title() for text in corpus[1][:100]]
+    val = CASED + [text.upper() for text in corpus[2]]
+    (tmp_path / "train.jsonl").write_bytes(jsonl(train))
+    (tmp_path / "val.jsonl").write_bytes(jsonl(val))
+    done = run("--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--out", tmp_path, "--vocab-size",
+               420, "--caseops", "--shard-tokens", 3_000, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    folder, model = tmp_path / "datasets/local_sp420_caseops", tmp_path / "tokenizers/local_420_bpe_caseops.model"
+    tokenizer = spm.SentencePieceProcessor(model_file=str(model))
+    assert len({tokenizer.piece_to_id(marker) for marker in caseops.MARKERS} - {tokenizer.unk_id()}) == 4
+    pieces = [tokenizer.id_to_piece(token) for token in range(420)]
+    assert not [piece for piece in pieces if len(piece) > 1 and set(piece) & set(caseops.MARKERS)]
+
+    parts = {split: [shards.read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_0*.bin"))]
+             for split in ("train", "val", "val_bytes")}
+    assert len(parts["val"]) > 3
+    assert [len(part) for part in parts["val_bytes"]] == [len(part) for part in parts["val"]]
+    starts = {}
+    for split, texts in (("train", train), ("val", val)):
+        tokens = np.concatenate(parts[split]).astype(int)
+        starts[split] = np.flatnonzero(tokens == tokenizer.bos_id())
+        documents = np.split(tokens, starts[split])[1:]
+        restored = [caseops.restore(tokenizer.decode(document[1:].tolist())) for document in documents]
+        assert restored == [text.replace("\u2581", " ") for text in texts if text]
+    charges = np.concatenate(parts["val_bytes"]).astype(int)
+    assert (charges[starts["val"]] == 0).all()
+    assert np.add.reduceat(charges, starts["val"]).tolist() == [len(text.encode()) for text in val]
+
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    entry, = manifest["datasets"]
+    assert (entry["name"], entry["caseops"]) == ("local_sp420_caseops", True)
+    assert manifest["tokenizers"][0]["name"] == entry["tokenizer_name"] == "local_420_bpe_caseops"
+    assert entry["stats"]["bytes_val"] == charges.sum()
+    assert entry["stats"]["docs_lossy_val"] == sum("\u2581" in text for text in val)
+    assert sorted(shard["name"] for shard in entry["shard_files"]) == sorted(path.name for path in folder.iterdir())
+    cached_challenge_fineweb.check_validation(folder, entry, tokenizer.bos_id())  # as the downloader checks such a set
+    with pytest.raises(ValueError, match="the manifest says bytes_val"):
+        cached_challenge_fineweb.check_counts(folder, entry, {"bytes_val": int(charges.sum()) + 1})
+
+
+def test_tokenizer_without_markers_is_refused_for_caseops(corpus, model, tmp_path):
+    done = run("--train", corpus[0] / "train.jsonl", "--val", corpus[0] / "val.jsonl", "--out", tmp_path, "--tokenizer",
+               model, "--caseops", "--workers", 1)
+    assert_refused(done, "local_600_bpe.model: expected the markers of CaseOps among its pieces")
 
 
 # ----- interruptions
@@ -625,7 +684,7 @@ def test_killed_half_way(several, several_built, tmp_path, kind):
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # the background do not
     try:
         until = time.monotonic() + 30
-        while not list(tmp_path.glob("datasets/.tokenize/c_sp400/fineweb_train_*.bin")):
+        while not list(tmp_path.glob("datasets/.tokenize/c_sp400_caseops/fineweb_train_*.bin")):
             assert time.monotonic() < until
             assert process.poll() is None
             time.sleep(0.01)
