@@ -514,7 +514,7 @@ class Download:
         if count > stats["files_train"]:
             raise ValueError(f"--train-shards: expected at most {stats['files_train']} for {published['name']}, found "
                              f"{count}")
-        self.check_folder(folder, entry)
+        self.check_folder(folder, entry, tokenizer["model_path"])
 
         model, *others = [Path(tokenizer[key]) for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         names = shard_names("val", stats["files_val"]) + shard_names("train", count)
@@ -540,11 +540,15 @@ class Download:
         print(f"{folder}: {count} training shards{f' (and {more} more that were here)' if more else ''}, "
               f"{stats['files_val']} of validation, {self.vocab_size} pieces: all verified")
 
-    def check_folder(self, folder: Path, entry: dict) -> None:
-        """ValueError if `folder` holds what this program did not fetch and must not mix with the published `entry`."""
-        old = find_entry(read_manifest(self.out / "manifest.json"), "datasets", entry["name"])
-        if old and "shard_files" in old and "repo" not in old:
-            raise ValueError(f"{folder}: made by data/tokenize_docs.py, not downloaded; --out takes another place")
+    def check_folder(self, folder: Path, entry: dict, model_path: str) -> None:
+        """ValueError if the published set would replace what data/tokenize_docs.py made, or mix with other shards."""
+        manifest = read_manifest(self.out / "manifest.json")
+        for other in manifest["datasets"]:
+            if "shard_files" in other and "repo" not in other:
+                tokenizer = find_entry(manifest, "tokenizers", other.get("tokenizer_name")) or {}
+                if other["name"] == entry["name"] or tokenizer.get("model_path") == model_path:
+                    raise ValueError(f"{folder}: {other['name']} was made by data/tokenize_docs.py and would lose its "
+                                     "shards or its tokenizer; --out takes another place")
         check_strangers(folder, entry)
 
     def check_space(self, missing: list[File]) -> None:

@@ -566,8 +566,10 @@ def test_command_line_refusals(capsys, monkeypatch, hub, model, tmp_path):
     manifest["tokenizers"][0]["model_path"] = "tokenizers/../../x.model"
     set_manifest(hub, manifest)
     assert_refused(run(hub, tmp_path), "expected model_path")
-    # A set of one's own with this name is left alone.
-    mine = {"datasets": [{"name": "fineweb10B_sp320", "stats": {}, "shard_files": []}], "tokenizers": []}
-    (tmp_path / "manifest.json").write_text(json.dumps(mine))
+    # A set of one's own with this name, or a tokenizer of one's own, is left alone.
     publish(hub, model)
-    assert_refused(run(hub, tmp_path), "made by data/tokenize_docs.py")
+    for name in ("fineweb10B_sp320", "mine"):
+        mine = {"datasets": [{"name": name, "tokenizer_name": "mine", "stats": {}, "shard_files": []}],
+                "tokenizers": [{"name": "mine", "model_path": "tokenizers/fineweb_320_bpe.model"}]}
+        (tmp_path / "manifest.json").write_text(json.dumps(mine))
+        assert_refused(run(hub, tmp_path), f"{name} was made by data/tokenize_docs.py")
