@@ -1910,6 +1910,11 @@ def quant_groups(cfg: Settings) -> list[Group]:
     return groups
 
 
+def is_table(group: Group) -> bool:
+    """Whether its rows are looked up by token."""
+    return group.name.endswith("emb") or group.name.endswith("_table")
+
+
 CALIBRATION_TOKENS = 16384  # that a backward pass of calibration holds at a time: it is not compiled, and takes memory
 
 
@@ -2056,8 +2061,13 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.solve_triangular(lower, eye, upper=False).flip(-1, -2).float()
 
 
+def code_type(bits: int) -> torch.dtype:
+    return torch.int8 if bits <= 8 else torch.int16
+
+
 def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int = 128) -> Tensor:
-    """Codes, (n, rows, cols) int8 within ±(2^(bits-1) - 1), that keep weight @ x close (GPTQ, arXiv 2210.17323).
+    """Codes, (n, rows, cols) within ±(2^(bits-1) - 1), that keep weight @ x close (GPTQ, arXiv 2210.17323); int8, or
+    int16 of more than 8 bits.
 
     weight (n, rows, cols); hessian (n, cols, cols) = Σ x xᵀ; scale, the grid's step, (n, rows) or (n, rows, cols).
     Each column's rounding error is passed on to those after it in the order of `factorize`.
@@ -2066,14 +2076,14 @@ def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int =
     w = weight.float().gather(2, order[:, None].expand_as(weight))
     steps = scale.float() if scale.ndim == 3 else scale.float()[..., None].expand_as(weight)
     steps = steps.gather(2, order[:, None].expand_as(weight))
-    codes = torch.empty_like(w, dtype=torch.int8)
+    codes = torch.empty_like(w, dtype=code_type(bits))
     for start in range(0, w.size(2), block):
         stop = min(start + block, w.size(2))
         errors = torch.empty_like(w[:, :, start:stop])
         for j in range(start, stop):
             step = steps[:, :, j]
             code = (w[:, :, j] / step).round_().clamp_(-levels, levels)
-            codes[:, :, j] = code.to(torch.int8)
+            codes[:, :, j] = code.to(codes.dtype)
             error = (w[:, :, j] - code * step) / upper[:, None, j, j]
             w[:, :, j + 1 : stop] -= error[:, :, None] * upper[:, j, None, j + 1 : stop]
             errors[:, :, j - start] = error
@@ -2093,7 +2103,7 @@ class Curvature(NamedTuple):
 
     row: Tensor  # (n, rows) fp32, log2
     col: Tensor  # (n, cols) int8, quarters of an octave
-    least: Tensor  # (n, rows) fp32, log2: steps that keep codes within int8, over those of the columns
+    least: Tensor  # (n, rows) fp32, log2: steps that keep codes within int16, over those of the columns
 
 
 @torch.no_grad()
@@ -2101,8 +2111,9 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> di
     """The Kronecker-factored Fisher of every group that is quantized: F_i = E[g_i²] by row, and by column what GPTQ
     makes of H = E[xxᵀ], d_j² = 1/U_jj². Our own derivation; it needs no other than the calibration pass.
 
-    Tables are felt by how often and how much each row is read, a tied embedding as input and as head. Rows that the
-    calibration text hardly meets count 1 % of the average, as inputs 2 %.
+    Tables are felt by how often and how much each row is read, a tied embedding as input and as head. Each of their
+    rows counts as read half a time more often than calibration saw it (Krichevsky and Trofimov's estimate), for the
+    text to be scored reads others; rows of other matrices count 1 % of the average more.
     """
     visits = Counter(layer for layer, _ in virtual_layers(cfg, cfg.num_loops))
     found = {}
@@ -2111,6 +2122,7 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> di
         if weight[0].numel() < cfg.quant_min_weights:
             continue
         n, rows, cols = weight.shape
+        unseen = 0.5 * rows / stats.tokens if is_table(group) else 0.01
         squared, col = torch.zeros(n, rows, device=weight.device), torch.zeros(n, cols, device=weight.device)
         if group.hessian:
             hessian = stats.hessians[group.hessian] / stats.tokens
@@ -2118,14 +2130,14 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> di
             col.scatter_(1, order, -upper.diagonal(dim1=-2, dim2=-1).log2())
             squared += stats.moments["head" if group.name == "emb" else group.name] / stats.tokens
             squared /= torch.tensor([visits[i] if n > 1 else 1 for i in range(n)], device=weight.device)[:, None]
-            squared += 0.01 * squared.mean(-1, keepdim=True)
+            squared += unseen * squared.mean(-1, keepdim=True)
             mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
-        if group.name.endswith("emb") or group.name.endswith("_table"):
+        if is_table(group):
             read = stats.moments[group.name] / stats.tokens
-            read += 0.02 * read.mean(-1, keepdim=True)
+            read += unseen * read.mean(-1, keepdim=True)
             squared += read / mean if group.hessian else read
         col = (4 * col).round()
-        least = ((weight.abs() * (2.0 ** (col / 4))[:, None]).amax(2) / 115).clamp(min=2.0**-30).log2()
+        least = ((weight.abs() * (2.0 ** (col / 4))[:, None]).amax(2) / 30000).clamp(min=2.0**-30).log2()
         found[group.name] = Curvature(0.5 * squared.clamp(min=1e-30).log2(), col.to(torch.int8), least)
     return found
 
@@ -2139,6 +2151,28 @@ def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]
     rows = torch.arange(curvature.row.size(1), device=curvature.row.device)
     row = (4 * (finest - curvature.row) + rows * 0.6180339887 % 1).floor()
     return torch.maximum(row, (4 * curvature.least).ceil()).clamp(-127, 127).to(torch.int8), -curvature.col
+
+
+COMMON_RANK, COMMON_UNIT = 2, 256
+
+
+def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors, int8 (rank, rows) within ±15 and int16 (rank, cols), of the largest singular parts of a table (rows,
+    cols) in units of its steps; zeros where they would not pay for themselves.
+
+    Rows that training seldom reaches stay alike. Rounded by themselves they would all err alike, and the logits of all
+    rare tokens move together, which the loss feels much more than F says; coded by themselves they would repeat what
+    they have in common.
+    """
+    table = table.float().clamp(-127, 127)  # rows with fine steps say little of the others
+    right = torch.linalg.eigh((table.T @ table).double()).eigenvectors[:, -COMMON_RANK:].float().flip(1)
+    left = table @ right
+    most = left.abs().amax(0).clamp(min=1e-9)
+    left, right = (15 * left / most).round(), (COMMON_UNIT / 15 * most * right).round().clamp(-32767, 32767)
+    rest = table - left @ right.T / COMMON_UNIT
+    saved = 0.5 * torch.log2((table.square().mean() + 0.02) / (rest.square().mean() + 0.02)) * table.numel()
+    pays = float(saved) > 5 * COMMON_RANK * sum(table.shape)
+    return (pays * left.T).to(torch.int8), (pays * right.T).to(torch.int16)
 
 
 def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -2180,9 +2214,9 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
              steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
     """Everything the artifact stores, on the CPU of every rank, each having done its share of the matrices.
 
-    `<group>.codes` int8 with `<group>.scales` fp16 by SDClip or, given `steps`, `<group>.row` and `<group>.col`, int8
-    exponents; gates int8 by row; the rest fp16. A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is
-    `<group>` in fp16.
+    `<group>.codes` int8 with `<group>.scales` fp16 by SDClip or, given `steps`, int16 with `<group>.row` and
+    `<group>.col`, int8 exponents, a table also with its common part, `<group>.left` and `<group>.right`; gates int8 by
+    row; the rest fp16. A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is `<group>` in fp16.
     """
     stored, share = {}, slice(rt.rank, None, rt.world)
     for group in rt.progress(quant_groups(cfg), "GPTQ"):
@@ -2192,15 +2226,20 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
             continue
         if steps:
             row, col = stored[f"{group.name}.row"], stored[f"{group.name}.col"] = steps[group.name]
-            scales, bits = octaves(row)[..., None] * octaves(col)[:, None], 8
+            scales, bits = octaves(row)[..., None] * octaves(col)[:, None], 16
         else:
             scales = stored[f"{group.name}.scales"] = clip_scales(weight, group.bits, group.sigmas)
             bits = group.bits
         hessian = hessians[group.hessian] if group.hessian else torch.eye(weight.size(2), device=weight.device)[None]
-        codes = torch.zeros_like(weight, dtype=torch.int8)
+        codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
+        if steps and is_table(group):
+            factors = common_part(weight[0] / scales[0])
+            left, right = (rt.sum_(f.int() if rt.rank == 0 else 0 * f.int()) for f in factors)  # rank 0's
+            stored[f"{group.name}.left"], stored[f"{group.name}.right"] = left.to(torch.int8), right.to(torch.int16)
+            weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
         if len(codes[share]):
             codes[share] = gptq(weight[share], hessian[share], scales[share], bits)
-        stored[f"{group.name}.codes"] = rt.sum_(codes)
+        stored[f"{group.name}.codes"] = rt.sum_(codes.int()).to(codes.dtype)  # NCCL has no int16
     covered = {g.param for g in quant_groups(cfg)}
     for name, tensor in ((n, t) for n, t in state.items() if n not in covered):
         if name == "attn_gate":
@@ -2227,6 +2266,9 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
             if codes.ndim != 3 or scales.shape not in ((*codes.shape[:2], 1), codes.shape):
                 raise ValueError(f"{group.name}: codes {list(codes.shape)}, scales {list(scales.shape)}")
             weight = codes.float() * scales
+            if f"{group.name}.left" in stored:
+                left, right = (stored[f"{group.name}.{side}"].float() for side in ("left", "right"))
+                weight = weight + scales * (left.T @ right / COMMON_UNIT)
             for i in range(len(weight)):
                 if f"lqer.{group.name}.{i}.left" in stored:
                     left, right = (from_even_grid(stored[key], stored[f"{key}.grid"], cfg.lqer_asym_group)
@@ -2248,7 +2290,7 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 # Packing
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
 COMPRESSORS = ("brotli", "lzma", "ans")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
@@ -2284,36 +2326,51 @@ def table_model(entries: np.ndarray):
     return import_packer("constriction").stream.model.Categorical(odds / math.fsum(odds), perfect=False)
 
 
-def encode_integers(symbols: np.ndarray, contexts: np.ndarray) -> tuple[bytes, bytes]:
+# Lowest bits of codes that take no table: evenly spread, seen from a context of expected size 2^4 and above
+PLAIN_BITS = tuple(max(0, context // 4 - 12) for context in range(96))
+
+
+def encode_integers(symbols: np.ndarray, contexts: np.ndarray, plain: tuple[int, ...] = (0,) * 256
+                    ) -> tuple[bytes, bytes]:
     """Tables, by LZMA, and words of asymmetric numeral systems (arXiv 1311.2540) for symbols (n,) int16 in contexts
-    (n,) uint8; each context has the table of its own frequencies.
+    (n,) uint8. Each context has the table of its own frequencies; its lowest plain[context] bits take none.
     """
-    coder, tables = import_packer("constriction").stream.stack.AnsCoder(), []
+    constriction = import_packer("constriction")
+    coder, tables = constriction.stream.stack.AnsCoder(), []
     ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
-    for low, high in reversed([*pairwise([0, *ends.tolist()])]):  # what is encoded last is decoded first
-        part = ordered[low:high]
+    for (low, high), bits in reversed([*zip(pairwise([0, *ends.tolist()]), plain)]):  # the last is decoded first
+        part = ordered[low:high].astype(np.int32)
+        if len(part) and bits:
+            uniform = constriction.stream.model.Uniform(1 << bits)
+            coder.encode_reverse(part & (1 << bits) - 1, uniform)
+            part = part >> bits
         least = int(part.min()) if len(part) else 0
         counts = np.bincount(part - least, minlength=2) if len(part) else np.zeros(0)
         with np.errstate(divide="ignore"):
             entries = (8 * np.log2(counts.max(initial=0) / counts)).round().clip(0, 254)
         entries = np.where(counts > 0, entries, 255).astype(np.uint8)
-        tables.append(np.array([least, len(entries)], dtype="<i2").tobytes() + entries.tobytes())
+        tables.append(np.array([least, len(entries)], dtype="<i4").tobytes() + entries.tobytes())
         if len(part):
-            coder.encode_reverse((part - least).astype(np.int32), table_model(entries))
+            coder.encode_reverse(part - least, table_model(entries))
     return compress(b"".join(reversed(tables)), "lzma"), coder.get_compressed().tobytes()
 
 
-def decode_integers(contexts: np.ndarray, tables: bytes, words: bytes) -> np.ndarray:
+def decode_integers(contexts: np.ndarray, tables: bytes, words: bytes, plain: tuple[int, ...] = (0,) * 256
+                    ) -> np.ndarray:
     """Inverse of encode_integers: symbols (n,) int16. ValueError when words or tables are left over."""
-    coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
+    constriction = import_packer("constriction")
+    coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
     tables = decompress(tables, "lzma")
     symbols, parts, place = np.empty(len(contexts), dtype=np.int16), [np.zeros(0, dtype=np.int16)], 0
-    for count in np.bincount(contexts).tolist():
-        least, size = np.frombuffer(tables, dtype="<i2", count=2, offset=place).tolist()
-        entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 4)
-        place += 4 + size
+    for count, bits in zip(np.bincount(contexts).tolist(), plain):
+        least, size = np.frombuffer(tables, dtype="<i4", count=2, offset=place).tolist()
+        entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 8)
+        place += 8 + size
         if count:
-            parts.append((coder.decode(table_model(entries), count) + least).astype(np.int16))
+            part = coder.decode(table_model(entries), count) + least
+            if bits:
+                part = (part << bits) + coder.decode(constriction.stream.model.Uniform(1 << bits), count)
+            parts.append(part.astype(np.int16))
     if place != len(tables) or not coder.is_empty():
         raise ValueError("more is coded than its header says")
     symbols[np.argsort(contexts, kind="stable")] = np.concatenate(parts)
@@ -2332,51 +2389,34 @@ def size_contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
     return (row[:, :, None] + col[:, None] + 32).clip(0, 95).astype(np.uint8).ravel()
 
 
-def is_table(shape: list[int]) -> bool:
-    """Whether codes (n, rows, cols) are those of an embedding or the like, whose rows have something in common."""
-    return shape[0] == 1 and shape[1] >= 4 * shape[2]
+def has_common_part(shapes: dict[str, Any], name: str) -> bool:
+    """Whether `<group>.codes` are a table's, whose rows repeat what they have in common: quantize() did not part it."""
+    n, rows, cols = shapes[name]
+    return n == 1 and rows >= 4 * cols and name.replace(".codes", ".left") not in shapes
 
 
-def common_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """(1, rows, cols) int16: what factors (2, rows) and (2, cols) int16 say of a table's codes, in integers."""
-    return ((left.T.astype(np.int32) @ right.astype(np.int32) + 128) >> 8).astype(np.int16)[None]
-
-
-def find_common_part(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Factors of the two largest singular parts of codes (rows, cols), the left ones within ±15; zeros where they would
-    not pay for themselves. Rows that training seldom reaches move together: on our models 4 % of a table's bytes.
-    """
-    rest, factors = codes.astype(np.float32), []
-    for _ in range(2):
-        right = rest.sum(0) + 1e-3
-        for _ in range(20):
-            right = rest.T @ (rest @ right)
-            right /= np.linalg.norm(right) + 1e-9
-        left = rest @ right
-        most = np.abs(left).max() + 1e-9
-        factors.append(((15 * left / most).round(), (256 / 15 * most * right).round()))
-        rest = rest - np.outer(*factors[-1]) / 256
-    saved = 0.5 * np.log2(((codes.astype(np.float32) ** 2).mean() + 0.02) / ((rest**2).mean() + 0.02)) * codes.size
-    left, right = (np.stack(side).astype(np.int16) * (saved > 10 * sum(codes.shape)) for side in zip(*factors))
-    return left, right
+def whole_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """(1, rows, cols) int16: the product of common_part's factors, int16, rounded, in integers alone."""
+    return ((left.T.astype(np.int32) @ right.astype(np.int32) + COMMON_UNIT // 2) // COMMON_UNIT).astype(np.int16)[None]
 
 
 def pack_integers(tensors: dict[str, Tensor]) -> list[bytes]:
-    """Four streams for int8 tensors. Matrices `<group>.codes` (n, rows, cols) are coded under tables for their expected
+    """Four streams for integers. Matrices `<group>.codes` (n, rows, cols) are coded under tables for their expected
     size by row and column. Before them come all other tensors and what gives that size: the spread of the weights of
-    each row and column, in quarters of an octave, which with the step makes that of the codes. Of embeddings and the
-    like what their rows have in common goes first.
+    each row and column, in quarters of an octave, which with the step makes that of the codes. What the rows of a
+    table share is coded apart, unless quantize() already did so.
     """
     side, codes, contexts = [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.uint8)]
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         array = tensor.numpy()
         if not name.endswith(".codes"):
             side.append(array.astype(np.int16))
             continue
         array = array.astype(np.int16)
-        if is_table(array.shape):
-            side += [*find_common_part(array[0])]
-            array = array - common_part(*side[-2:])
+        if has_common_part(shapes, name):
+            side += [factor.numpy().astype(np.int16) for factor in common_part(tensor[0])]
+            array = array - whole_part(*side[-2:])
         square = array.astype(np.float32) ** 2
         row = (2 * np.log2(square.mean(2) + 0.02)).round()
         col = (2 * np.log2((square / 2 ** (row / 2)[:, :, None]).mean(1) + 1e-3)).round()
@@ -2386,15 +2426,16 @@ def pack_integers(tensors: dict[str, Tensor]) -> list[bytes]:
         contexts.append(size_contexts(row, col))
     which = np.repeat(np.arange(len(side), dtype=np.uint8), [a.size for a in side])
     return [*encode_integers(np.concatenate([a.ravel() for a in side]), which),
-            *encode_integers(np.concatenate(codes), np.concatenate(contexts))]
+            *encode_integers(np.concatenate(codes), np.concatenate(contexts), PLAIN_BITS)]
 
 
-def unpack_integers(shapes: dict[str, list[int]], streams: list[bytes]) -> dict[str, Tensor]:
+def unpack_integers(shapes: dict[str, list[int]], dtypes: dict[str, torch.dtype],
+                    streams: list[bytes]) -> dict[str, Tensor]:
     """Inverse of pack_integers for tensors of these shapes, in order."""
     sizes = [0]
     for name, shape in shapes.items():
         if name.endswith(".codes"):
-            sizes += [2 * shape[1], 2 * shape[2]] if is_table(shape) else []
+            sizes += [COMMON_RANK * n for n in shape[1:]] if has_common_part(shapes, name) else []
             sizes += [shape[0] * shape[1], shape[0] * shape[2]]
         else:
             sizes += [math.prod(shape)]
@@ -2403,45 +2444,45 @@ def unpack_integers(shapes: dict[str, list[int]], streams: list[bytes]) -> dict[
     tensors, common, contexts = {}, {}, [np.zeros(0, dtype=np.uint8)]
     for name, shape in shapes.items():
         if not name.endswith(".codes"):
-            tensors[name] = torch.from_numpy(next(side).astype(np.int8).reshape(shape))
+            tensors[name] = torch.from_numpy(next(side).reshape(shape)).to(dtypes[name])
             continue
-        if is_table(shape):
-            common[name] = common_part(next(side).reshape(2, -1), next(side).reshape(2, -1))
+        if has_common_part(shapes, name):
+            common[name] = whole_part(*(next(side).reshape(COMMON_RANK, -1) for _ in range(2)))
         row, col = (next(side).reshape(shape[0], -1) - step for step in step_exponents(tensors, name, shape))
         contexts.append(size_contexts(row, col))
     contexts = np.concatenate(contexts)
-    codes, place = decode_integers(contexts, *streams[2:]), 0
+    codes, place = decode_integers(contexts, *streams[2:], PLAIN_BITS), 0
     for name, shape in shapes.items():
         if name.endswith(".codes"):
-            part = codes[place : place + math.prod(shape)].reshape(shape) + common.get(name, 0)
-            tensors[name], place = torch.from_numpy(part.astype(np.int8)), place + part.size
+            part = codes[place : place + math.prod(shape)].reshape(shape) + common.get(name, np.int16(0))
+            tensors[name], place = torch.from_numpy(part).to(dtypes[name]), place + part.size
     return tensors
 
 
 def to_stream(tensor: Tensor) -> bytes:
-    """Codes column by column, so that neighbours share an input; fp16 as all low bytes, then all high bytes."""
-    if tensor.dtype == torch.int8:
-        return tensor.mT.contiguous().numpy().tobytes()
-    return tensor.contiguous().numpy().view(np.uint8).reshape(-1, 2).T.tobytes()
+    """Codes column by column, so that neighbours share an input; of two bytes all low ones, then all high ones."""
+    if not tensor.is_floating_point():
+        tensor = tensor.mT
+    return tensor.contiguous().numpy().view(np.uint8).reshape(-1, tensor.element_size()).T.tobytes()
 
 
 def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
     """Inverse of to_stream. ValueError when the length does not fit the shape."""
-    if dtype == torch.int8:
-        array = np.frombuffer(data, np.int8).reshape(*shape[:-2], shape[-1], shape[-2])
-        return torch.from_numpy(array.copy()).mT.contiguous()
-    array = np.frombuffer(data, np.uint8).reshape(2, len(data) // 2).T.copy().view(np.float16)
-    return torch.from_numpy(array.reshape(shape))
+    planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, len(data) // dtype.itemsize)
+    array = planes.T.copy().view(str(dtype).removeprefix("torch."))
+    if dtype.is_floating_point:
+        return torch.from_numpy(array.reshape(shape))
+    return torch.from_numpy(array.reshape(*shape[:-2], shape[-1], shape[-2])).mT.contiguous()
 
 
 def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str) -> bytes:
     """The container: magic, version, compressor, checksum, then header and streams compressed one by one.
 
-    The header is JSON: settings, names and shapes of the tensors, the streams' lengths. All fp16 tensors share the
-    first stream; int8 tensors, (..., rows, cols), have one each, or by `ans` four together. Data only: no pickle.
+    The header is JSON: settings, names and shapes of the tensors, bytes of an integer, the streams' lengths. All fp16
+    tensors share the first stream; integers, (..., rows, cols), have one each, or by `ans` four together. No pickle.
     """
     halves = {n: t for n, t in tensors.items() if t.dtype == torch.float16}
-    codes = {n: t for n, t in tensors.items() if t.dtype == torch.int8}
+    codes = {n: t for n, t in tensors.items() if n not in halves}
     half = torch.cat([torch.zeros(0, dtype=torch.float16), *(t.flatten() for t in halves.values())])
     raw = [to_stream(half)] + ([] if compressor == "ans" else [to_stream(t) for t in codes.values()])
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
@@ -2451,7 +2492,7 @@ def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compres
     header = {
         "settings": settings,
         "halves": [[n, list(t.shape)] for n, t in halves.items()],
-        "codes": [[n, list(t.shape)] for n, t in codes.items()],
+        "codes": [[n, list(t.shape), t.element_size()] for n, t in codes.items()],
         "bytes": [len(p) for p in packed],
     }
     head = compress(json.dumps(header, separators=(",", ":")).encode(), compressor)
@@ -2474,16 +2515,17 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
         header = json.loads(decompress(body[6 : 6 + size], compressor))
         ends = np.cumsum([6 + size] + header["bytes"])
         packed = [body[a:b] for a, b in pairwise(ends)]
-        shapes = dict(header["codes"])
+        shapes = {n: shape for n, shape, _ in header["codes"]}
+        dtypes = {n: {1: torch.int8, 2: torch.int16}[size] for n, _, size in header["codes"]}
         with ThreadPoolExecutor() as pool:
             plain = packed[:1] if compressor == "ans" else packed
             half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
         values = from_stream(half, torch.float16, [-1]).split([math.prod(s) for _, s in header["halves"]])
         tensors = {n: v.view(s) for (n, s), v in zip(header["halves"], values, strict=True)}
         if compressor == "ans":
-            tensors |= unpack_integers(shapes, packed[1:])
+            tensors |= unpack_integers(shapes, dtypes, packed[1:])
         else:
-            tensors |= {n: from_stream(stream, torch.int8, shapes[n]) for n, stream in zip(shapes, raw, strict=True)}
+            tensors |= {n: from_stream(stream, dtypes[n], shapes[n]) for n, stream in zip(shapes, raw, strict=True)}
         return dict(header["settings"]), tensors
     except RunError:
         raise
