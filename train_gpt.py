@@ -98,6 +98,7 @@ class Settings:
     bos_id: int | None = setting(None, "data", "token that starts a document; auto: the tokenizer's")
     tokenizer_path: str | None = setting(None, "data", "auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
     vocab_size: int = setting(8192, "data", "tokens in the vocabulary", low=2, high=65536)
+    caseops_enabled: bool = setting(False, "data", "text with marked capitals; bytes are charged by its sidecars")
 
     num_layers: int = setting(11, "model", "physical transformer layers", low=1)
     model_dim: int = setting(512, "model", "width of the residual stream", low=8)
@@ -254,11 +255,12 @@ class Settings:
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
         run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}"
+        case = "_caseops" if self.caseops_enabled else ""
         for name, value in {
             "run_id": run_id,
             "artifact_dir": os.path.join("logs", run_id),
-            "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}"),
-            "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe.model"),
+            "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}{case}"),
+            "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe{case}.model"),
             "num_loops": 2 if self.recur_blend != "none" else 0,
             "parallel_start_layer": self.num_layers,
             "average": "+".join(n for n, on in (("ema", self.ema_decay), ("swa", self.swa_enabled)) if on) or "ema",
@@ -427,7 +429,7 @@ def read_environment(environ: dict[str, str]) -> Notes:
             aliases[f"{name}={raw}"] = f"{f.name.upper()}={value}"
         chosen[f.name], source[f.name] = value, name
     families = {name.split("_")[0] for name in known if "_" in name} - {"RUN", "DATA", "SAVE"}
-    families |= {"CASEOPS", "LQER", "FUSED"}  # of other scripts of the field
+    families |= {"FUSED"}  # of other scripts of the field
     ignored = []
     for name in sorted(set(environ) - set(known)):
         meant = next((k for k in known if is_typo(name.upper(), k)), None)
@@ -689,6 +691,7 @@ class Clock:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 IGNORE = -100  # target of a position that is not scored
+CASE_MARKERS = "\ue001\ue002\ue003\ue004"  # of CaseOps: a capital and small letters, all capitals, one, no marker
 
 
 def read_shard(path: str, vocab_size: int | None = None) -> np.ndarray:
@@ -716,7 +719,7 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: str) -> None:
 
 
 def find_shards(folder: str, split: str) -> list[str]:
-    """Paths of the `train` or `val` shards in a folder, in order."""
+    """Paths of the `train`, `val` or `val_bytes` shards in a folder, in order."""
     return sorted(glob.glob(os.path.join(glob.escape(folder), f"fineweb_{split}_[0-9]*.bin")))
 
 
@@ -724,8 +727,9 @@ def shard_paths(cfg: Settings, split: str) -> list[str]:
     """Paths of the `train` or `val` shards of the run; RunError when there are none."""
     paths = find_shards(cfg.data_path, split)
     if not paths:
-        raise RunError(f"DATA_PATH={cfg.data_path}: no fineweb_{split}_*.bin there; ./run_smoke_1gpu.sh makes a small "
-                       "local set, data/tokenize_docs.py makes shards from your own documents")
+        raise RunError(f"DATA_PATH={cfg.data_path}: no fineweb_{split}_*.bin there; "
+                       "data/cached_challenge_fineweb.py downloads the published ones, ./run_smoke_1gpu.sh makes a "
+                       "small local set, data/tokenize_docs.py makes shards from your own documents")
     return paths
 
 
@@ -737,6 +741,7 @@ class ByteTable(NamedTuple):
     boundary: Tensor  # (V,) bool: control, unknown and unused pieces, which cost no bytes
     space_after_boundary: int  # bytes of a space that opens a document: 0 where decoding strips it
     bos: int  # id of the token that starts a document, -1 if the tokenizer has none
+    case_markers: bool = False  # the pieces include those of CaseOps
 
     def of(self, tokens: Tensor) -> Tensor:
         """(N,) int32 bytes charged to each token of a stream (N,); the first, which is no target, costs 0."""
@@ -762,7 +767,8 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
         raise RunError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
     if sp.vocab_size() != vocab_size:
         raise RunError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, expected VOCAB_SIZE={vocab_size}")
-    if "▁" not in (sp.id_to_piece(i) for i in range(vocab_size)):
+    pieces = {sp.id_to_piece(i) for i in range(vocab_size)}
+    if "▁" not in pieces:
         raise RunError(f"TOKENIZER_PATH={path}: has no stand-alone '▁' piece, so bytes would be miscounted")
     length, space, boundary = (np.zeros(vocab_size, dtype=np.int32) for _ in range(3))
     for i in range(vocab_size):
@@ -776,7 +782,41 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
             length[i] = len(piece[space[i]:].replace("▁", " ").encode())
     keeps_space = sp.decode_pieces(["▁", "a"]).startswith(" ")
     tensors = torch.from_numpy(length), torch.from_numpy(space), torch.from_numpy(boundary).bool()
-    return ByteTable(*tensors, int(keeps_space), sp.bos_id())
+    return ByteTable(*tensors, int(keeps_space), sp.bos_id(), not pieces.isdisjoint(CASE_MARKERS))
+
+
+def restore_case(text: str) -> str:
+    """The raw text of which CaseOps (PR 1729, data/caseops.py) made `text`: its inverse, lenient about markers."""
+    title, all_caps, cap, escape = CASE_MARKERS
+    capitals = (chr(i) for a, b in ((0x41, 0x24F), (0x370, 0x556), (0x1E00, 0x1FFF)) for i in range(a, b + 1))
+    upper = {ord(c.lower()): c for c in capitals if c.lower() != c and len(c.lower()) == 1 and c.lower().upper() == c}
+    small = f"[{''.join(map(chr, upper))}]"
+    marked = re.compile(f"{escape}(.)|[{title}{cap}]( ?{small})|{all_caps}( ?{small}+)|[{CASE_MARKERS}]", re.DOTALL)
+    return marked.sub(lambda m: m[1] or (m[2] or m[3] or "").translate(upper), text)
+
+
+def charged_bytes(cfg: Settings, table: ByteTable, paths: list[str], tokens: Tensor) -> Tensor:
+    """(N,) int32 bytes charged to each token of the validation shards `paths`: by the table; for CaseOps, whose text is
+    not the raw one, by the shards' sidecars. RunError where shards, tokenizer and CASEOPS_ENABLED do not go together.
+    """
+    sidecars = find_shards(cfg.data_path, "val_bytes")
+    for there, where, what in ((bool(sidecars), f"DATA_PATH={cfg.data_path}", "fineweb_val_bytes_*.bin"),
+                               (table.case_markers, f"TOKENIZER_PATH={cfg.tokenizer_path}", "pieces for CaseOps")):
+        if there != cfg.caseops_enabled:
+            raise RunError(f"CASEOPS_ENABLED={int(cfg.caseops_enabled)}: {where} has {'' if there else 'no '}{what}")
+    if not sidecars:
+        return table.of(tokens)
+    counts = [read_shard(path) for path in sidecars]
+    expected = {"fineweb_val_bytes_".join(p.rsplit("fineweb_val_", 1)): os.path.getsize(p) for p in paths}
+    found = {p: SHARD_HEADER_BYTES + 2 * len(c) for p, c in zip(sidecars, counts)}
+    if expected != found:
+        wrong = min(set(expected.items()) ^ set(found.items()))[0]
+        raise RunError(f"{wrong}: expected one number for each token of its shard")
+    charged = torch.from_numpy(np.concatenate(counts).astype(np.int32))
+    if charged[table.boundary[tokens.long()]].any():
+        raise RunError(f"DATA_PATH={cfg.data_path}: its sidecars charge bytes to tokens that start a document")
+    charged[0] = 0  # no target
+    return charged
 
 
 class Validation(NamedTuple):
@@ -801,7 +841,8 @@ class Validation(NamedTuple):
             raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur, so there are no documents to "
                            "find; BOS_ID takes the one that starts them")
         found = {"files_val": len(paths), "tokens_val": len(tokens), "docs_val": docs}
-        return cls(tokens.to(device), table.of(tokens), docs, matches_manifest(cfg.data_path, found), bos)
+        charged, complete = charged_bytes(cfg, table, paths, tokens), matches_manifest(cfg.data_path, found)
+        return cls(tokens.to(device), charged, docs, complete, bos)
 
 
 def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
@@ -2164,13 +2205,14 @@ def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
     rare tokens move together, which the loss feels much more than F says; coded by themselves they would repeat what
     they have in common.
     """
-    table = table.float().clamp(-127, 127)  # rows with fine steps say little of the others
-    right = torch.linalg.eigh((table.T @ table).double()).eigenvectors[:, -COMMON_RANK:].float().flip(1)
-    left = table @ right
-    most = left.abs().amax(0).clamp(min=1e-9)
-    left, right = (15 * left / most).round(), (COMMON_UNIT / 15 * most * right).round().clamp(-32767, 32767)
+    table, size = table.float(), table.float().norm(dim=1, keepdim=True)
+    short = table * (2 * size.median() / size.clamp(min=1e-9)).clamp(max=1)  # rows with fine steps must not lead
+    right = torch.linalg.eigh((short.T @ short).double()).eigenvectors[:, -COMMON_RANK:].float().flip(1)
+    most = (short @ right).abs().amax(0).clamp(min=1e-9)
+    left = (15 * (table @ right) / most).round().clamp(-15, 15)
+    right = (COMMON_UNIT / 15 * most * right).round().clamp(-32767, 32767)
     rest = table - left @ right.T / COMMON_UNIT
-    saved = 0.5 * torch.log2((table.square().mean() + 0.02) / (rest.square().mean() + 0.02)) * table.numel()
+    saved = table.size(1) * torch.log2(size[:, 0].clamp(min=1e-9) / rest.norm(dim=1).clamp(min=1e-9)).sum()  # bits
     pays = float(saved) > 5 * COMMON_RANK * sum(table.shape)
     return (pays * left.T).to(torch.int8), (pays * right.T).to(torch.int16)
 
@@ -2537,8 +2579,9 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
 
 def artifact_settings(cfg: Settings) -> dict[str, Any]:
     """What stands in the artifact: the settings its weights and its score depend on."""
-    names = ["vocab_size", "bos_id", "train_seq_len", "lqer_asym_group", *Settings.group("model", "eval")]
-    return {name: getattr(cfg, name) for name in names if name not in ("eval_batch_tokens", "eval_budget_seconds")}
+    names = ["vocab_size", "caseops_enabled", "bos_id", "train_seq_len", "lqer_asym_group"]
+    return {name: getattr(cfg, name) for name in [*names, *Settings.group("model", "eval")]
+            if name not in ("eval_batch_tokens", "eval_budget_seconds")}
 
 
 def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
@@ -2546,7 +2589,7 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     wrong = set(stored) ^ set(artifact_settings(Settings()))
     if wrong:
         raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
-    for key in ("vocab_size", "lqer_asym_group", *Settings.group("model")):
+    for key in ("vocab_size", "caseops_enabled", "lqer_asym_group", *Settings.group("model")):
         if notes.explicit.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
     try:
@@ -3199,7 +3242,7 @@ def audit_bytes(cfg: Settings, rt: Runtime, val: Validation, scores: dict[str, S
     lots = [spans[i : i + 256] for i in range(0, len(spans), 256)][rt.rank :: rt.world]
     for lot in rt.progress(lots, "audit bytes"):
         for (a, b), text in zip(lot, sp.decode([tokens[a:b].tolist() for a, b in lot])):
-            n_bytes = len(text.encode())
+            n_bytes = len((restore_case(text) if cfg.caseops_enabled else text).encode())
             if a == 0:  # the stream's first token is no target
                 n_bytes -= len(sp.decode(tokens[:1].tolist()).encode())
             wrong += [] if before[b] - before[a] == n_bytes else [a]
@@ -3432,6 +3475,7 @@ class Run:
             "val_docs": self.val.docs, "val_tokens": final.tokens, "val_bytes": final.bytes,
             "val_complete": self.val.complete,
             "model_bytes": len(artifact), "code_bytes": len(self.code), "bytes_total": total,
+            "model_sha256": hashlib.sha256(artifact).hexdigest(), "code_sha256": hashlib.sha256(self.code).hexdigest(),
             "budget_bytes": cfg.artifact_budget_bytes, "fits": fits, **trained, "eval_seconds": eval_seconds,
             "peak_memory_bytes": peak_memory, "seed": cfg.seed, "world_size": rt.world, "device": self.device,
             "torch": torch.__version__, "attention": self.attention, "config": dataclasses.asdict(cfg), "audit": audit,

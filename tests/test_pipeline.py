@@ -1,5 +1,6 @@
 """The whole run, as a user starts it: training to result.json, the artifact alone, and what goes wrong on the way."""
 
+import hashlib
 import json
 import os
 import re
@@ -40,8 +41,8 @@ def test_result_holds_the_contract(finished, tiny):
     result = read_result(folder)
     assert set(result) == set(
         "val_loss val_bpb stages val_docs val_tokens val_bytes val_complete model_bytes code_bytes bytes_total "
-        "budget_bytes fits steps train_seconds eval_seconds tokens_seen tok_per_s peak_memory_bytes seed world_size "
-        "device torch attention config audit started finished".split())
+        "model_sha256 code_sha256 budget_bytes fits steps train_seconds eval_seconds tokens_seen tok_per_s "
+        "peak_memory_bytes seed world_size device torch attention config audit started finished".split())
     assert list(result["stages"]) == ["pre_quant", "quantized", "sliding"]
     for stage in result["stages"].values():
         assert set(stage) == {"val_loss", "val_bpb", "tokens", "bytes", "seconds"}
@@ -52,6 +53,8 @@ def test_result_holds_the_contract(finished, tiny):
     assert result["model_bytes"] == (folder / "final_model.int6.ptz").stat().st_size
     assert result["code_bytes"] == (folder / "train_gpt.packed.py").stat().st_size < 30_000
     assert result["bytes_total"] == result["model_bytes"] + result["code_bytes"] and result["fits"]
+    for name, key in (("final_model.int6.ptz", "model_sha256"), ("train_gpt.packed.py", "code_sha256")):
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == result[key]
     assert sorted(p.name for p in folder.iterdir()) == [
         "final_model.int6.ptz", "final_model.pt", "metrics.jsonl", "result.json", "train.log", "train_gpt.packed.py"]
     console = [line for line in done.stdout.splitlines() if line]
