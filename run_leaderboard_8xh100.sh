@@ -5,7 +5,7 @@
 #   ./run_leaderboard_8xh100.sh records/<track>/<recipe> 42 0      a recipe's settings, seeds 42 and 0
 #
 # Settings in the environment win over the recipe; SEED="42 0" gives seeds too. NPROC=<n> takes n processes instead
-# of one a GPU. Each run is written to logs/<recipe>_seed<seed>.
+# of one a GPU. Each run is written to logs/<recipe>_seed<seed>, and audited (AUDIT=0: not).
 set -euo pipefail
 [ ! -d "${1:-}" ] || set -- "$(realpath "$1")" "${@:2}"
 cd "$(dirname "$0")"
@@ -32,6 +32,7 @@ if [ "$NPROC" -eq 0 ]; then
 fi
 [ "$NPROC" -eq 8 ] || echo "note: $NPROC processes; the leaderboard's machine has 8"
 [ -z "$folder" ] || use_recipe "$folder"
+default AUDIT 1  # after the score, and what a submission needs
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
 mapfile -t paths < <("$PYTHON" -c '
@@ -42,7 +43,9 @@ for split in ("train", "val"):
     print(len(glob.glob(pattern)) or config["data_path"] + f"/fineweb_{split}_*.bin")
 print(len(glob.glob(glob.escape(config["tokenizer_path"]))) or config["tokenizer_path"])' "$config")
 for path in "${paths[@]}"; do  # numbers of files, or what was not found
-    [[ "$path" =~ ^[0-9]+$ ]] || { echo "error: $path: no such file" >&2; exit 1; }
+    [[ "$path" =~ ^[0-9]+$ ]] && continue
+    echo "error: $path: no such file; data/cached_challenge_fineweb.py downloads the published data" >&2
+    exit 1
 done
 echo "$recipe: seeds ${seeds[*]}, $NPROC processes, ${paths[0]} train shards"
 

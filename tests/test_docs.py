@@ -1,0 +1,67 @@
+"""What the pages say is what the code does: the table of settings, the messages, the links, the commands."""
+
+import re
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import train_gpt as tg
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "records/README.md",
+         *([ROOT / "benchmarks/README.md"] if (ROOT / "benchmarks/README.md").exists() else [])]
+
+
+def test_the_table_of_settings_is_what_help_says():
+    written = (ROOT / "docs/settings.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| (.*?) \| (.*) \|$", written, re.M)
+    fields = tg.Settings.__dataclass_fields__
+    assert [row[0].lower() for row in rows] == [n for group in dict.fromkeys(
+        f.metadata["group"] for f in fields.values()) for n in tg.Settings.group(group)]
+    for name, kind, default, meaning in rows:
+        f = fields[name.lower()]
+        assert kind == tg.kind_of(f).__name__ and meaning.replace("&lt;", "<").startswith(f.metadata["help"]), name
+        assert default == ("auto" if f.default is None else str(int(f.default) if kind == "bool" else f.default)), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text()
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^#+ (.*)$", text, re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        assert (page.parent / path).exists() if path else anchor in headings, target
+
+
+def test_messages_of_troubleshooting_are_the_scripts():
+    """Each literal part of a quoted message stands in the source, f-string joints and line breaks aside."""
+    source = re.sub(r'"\s*\n\s*f?"', "", (ROOT / "train_gpt.py").read_text())
+    source = re.sub(r"\{[^{}\n]*(\{[^{}\n]*\}[^{}\n]*)*\}", "§", source)
+    quoted = [q for row in re.findall(r"^\| (`.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+              for q in re.findall(r"`([^`]+)`", row)]
+    assert len(quoted) > 25
+    for message in quoted:
+        parts = re.split(r"\.\.\.|\b[A-Z_]{4,}\b(?:=\w*)?|\b[NMK]\b|\b\d+\b|nan", message)
+        parts = [part for p in parts if len(part := p.strip(" :,()?")) > 3]
+        assert parts and all(part in source or known_value(part) for part in parts), (message, parts)
+
+
+def known_value(part: str) -> bool:
+    """Parts that the script fills in: a system's message, a split's name, a kind of number."""
+    return part in ("No space left on device", "no fineweb_train_*.bin there", "takes an integer", "OVER by",
+                    "has fineweb_val_bytes_*.bin", "has no pieces for CaseOps")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_settings_and_files_in_commands_exist(page):
+    """In code blocks: NAME=value before a command is a setting, and the script that is run is there."""
+    known = {name.upper() for name in tg.Settings.__dataclass_fields__} | {"RECIPE", "NPROC", "PYTHON", "NAME"}
+    known |= {a for f in tg.Settings.__dataclass_fields__.values() for a in f.metadata["aliases"]}
+    for block in re.findall(r"```\n(.*?)```", page.read_text(), re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = line.split(" #")[0].split() if not line.startswith(("#", " ")) else []
+            for name in (m[1] for w in words if (m := re.match(r"([A-Z][A-Z_]+)=", w))):
+                assert name in known, line
+            for word in words:
+                if re.fullmatch(r"(\./)?[\w/]+\.(sh|py)", word):
+                    assert (ROOT / word).exists() or Path(word).name == word, line
