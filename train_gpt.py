@@ -2086,7 +2086,10 @@ def on_grid(weight: Tensor, bits: int, sigmas: float) -> Tensor:
     return (weight / step).round().clamp(-levels, levels) * step
 
 
-def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
+Factors = tuple[Tensor, Tensor]  # of a Hessian, by `factorize`
+
+
+def factorize(hessian: Tensor) -> Factors:
     """Column order (n, cols), descending diag(H), and in it the upper Cholesky factor of H⁻¹, (n, cols, cols) fp32.
 
     hessian (n, cols, cols) = Σ x xᵀ; 1 % of the mean diagonal is added to it.
@@ -2102,18 +2105,22 @@ def factorize(hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.solve_triangular(lower, eye, upper=False).flip(-1, -2).float()
 
 
+def factorize_all(hessians: dict[str, Tensor]) -> dict[str, Factors]:
+    return {role: factorize(hessian) for role, hessian in hessians.items()}
+
+
 def code_type(bits: int) -> torch.dtype:
     return torch.int8 if bits <= 8 else torch.int16
 
 
-def gptq(weight: Tensor, hessian: Tensor, scale: Tensor, bits: int, block: int = 128) -> Tensor:
+def gptq(weight: Tensor, factors: Factors, scale: Tensor, bits: int, block: int = 128) -> Tensor:
     """Codes, (n, rows, cols) within ±(2^(bits-1) - 1), that keep weight @ x close (GPTQ, arXiv 2210.17323); int8, or
     int16 of more than 8 bits.
 
-    weight (n, rows, cols); hessian (n, cols, cols) = Σ x xᵀ; scale, the grid's step, (n, rows) or (n, rows, cols).
+    weight (n, rows, cols); factors of Σ x xᵀ (n, cols, cols); scale, the grid's step, (n, rows) or (n, rows, cols).
     Each column's rounding error is passed on to those after it in the order of `factorize`.
     """
-    levels, (order, upper) = 2 ** (bits - 1) - 1, factorize(hessian)
+    levels, (order, upper) = 2 ** (bits - 1) - 1, factors
     w = weight.float().gather(2, order[:, None].expand_as(weight))
     steps = scale.float() if scale.ndim == 3 else scale.float()[..., None].expand_as(weight)
     steps = steps.gather(2, order[:, None].expand_as(weight))
@@ -2148,7 +2155,8 @@ class Curvature(NamedTuple):
 
 
 @torch.no_grad()
-def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> dict[str, Curvature]:
+def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
+               factors: dict[str, Factors]) -> dict[str, Curvature]:
     """The Kronecker-factored Fisher of every group that is quantized: F_i = E[g_i²] by row, and by column what GPTQ
     makes of H = E[xxᵀ], d_j² = 1/U_jj². Our own derivation; it needs no other than the calibration pass.
 
@@ -2166,13 +2174,12 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics) -> di
         unseen = 0.5 * rows / stats.tokens if is_table(group) else 0.01
         squared, col = torch.zeros(n, rows, device=weight.device), torch.zeros(n, cols, device=weight.device)
         if group.hessian:
-            hessian = stats.hessians[group.hessian] / stats.tokens
-            order, upper = factorize(hessian)
-            col.scatter_(1, order, -upper.diagonal(dim1=-2, dim2=-1).log2())
+            order, upper = factors[group.hessian]
+            col.scatter_(1, order, -upper.diagonal(dim1=-2, dim2=-1).log2() - 0.5 * math.log2(stats.tokens))
             squared += stats.moments["head" if group.name == "emb" else group.name] / stats.tokens
             squared /= torch.tensor([visits[i] if n > 1 else 1 for i in range(n)], device=weight.device)[:, None]
             squared += unseen * squared.mean(-1, keepdim=True)
-            mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+            mean = stats.hessians[group.hessian].diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) / stats.tokens
         if is_table(group):
             read = stats.moments[group.name] / stats.tokens
             read += unseen * read.mean(-1, keepdim=True)
@@ -2252,7 +2259,7 @@ def add_low_rank(cfg: Settings, state: dict[str, Tensor], stored: dict[str, Tens
 
 
 @torch.no_grad()
-def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dict[str, Tensor],
+def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict[str, Factors],
              steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
     """Everything the artifact stores, on the CPU of every rank, each having done its share of the matrices.
 
@@ -2272,7 +2279,8 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
         else:
             scales = stored[f"{group.name}.scales"] = clip_scales(weight, group.bits, group.sigmas)
             bits = group.bits
-        hessian = hessians[group.hessian] if group.hessian else torch.eye(weight.size(2), device=weight.device)[None]
+        order, upper = factors[group.hessian] if group.hessian else factorize(
+            torch.eye(weight.size(2), device=weight.device)[None])
         codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
         if steps and is_table(group):
             factors = common_part(weight[0] / scales[0])
@@ -2280,7 +2288,7 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], hessians: dic
             stored[f"{group.name}.left"], stored[f"{group.name}.right"] = left.to(torch.int8), right.to(torch.int16)
             weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
         if len(codes[share]):
-            codes[share] = gptq(weight[share], hessian[share], scales[share], bits)
+            codes[share] = gptq(weight[share], (order[share], upper[share]), scales[share], bits)
         stored[f"{group.name}.codes"] = rt.sum_(codes.int()).to(codes.dtype)  # NCCL has no int16
     covered = {g.param for g in quant_groups(cfg)}
     for name, tensor in ((n, t) for n, t in state.items() if n not in covered):
@@ -2621,7 +2629,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     """The artifact with the finest weighted steps that take at most `room` bytes, on every rank; by secants of exact
     sizes until it takes 99.9 % of them. If none fits, the smallest one tried.
     """
-    curved, settings = curvatures(cfg, state, stats), artifact_settings(cfg)
+    factors, settings = factorize_all(stats.hessians), artifact_settings(cfg)
+    curved = curvatures(cfg, state, stats, factors)
     curved = {name: Curvature(*(rt.sum_(t if rt.rank == 0 else torch.zeros_like(t)) for t in curvature))
               for name, curvature in curved.items()}  # rank 0's: a last bit could differ, and turn a step
     views = {group.name: group.view(state[group.param]).float() for group in quant_groups(cfg)}
@@ -2633,7 +2642,7 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     at = max(finest, bits - 8 * room / max(count, 1))
     for _ in range(12):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
-        tensors = quantize(cfg, rt, state, stats.hessians, steps)
+        tensors = quantize(cfg, rt, state, factors, steps)
         artifact = rt.share_bytes(write_artifact(settings, tensors, cfg.compressor) if rt.rank == 0 else None)
         size = len(artifact)
         rt.log(f"steps from 2^{at:.3f}: {size} bytes of {room}")
@@ -3410,7 +3419,7 @@ class Run:
         if cfg.quant_allocation == "auto":
             artifact = fill_budget(cfg, rt, state, stats, room)
         else:
-            tensors = quantize(cfg, rt, state, stats.hessians)
+            tensors = quantize(cfg, rt, state, factorize_all(stats.hessians))
             artifact = prune(artifact_settings(cfg), tensors, cfg.compressor, room) if rt.rank == 0 else None
         rt.log(f"quantized and packed in {time.perf_counter() - start:.1f}s")
         if rt.rank == 0:

@@ -99,13 +99,14 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
               + f"  {8 * min(sizes.values()) / n:.3f} bits a weight", flush=True)
 
     apart = {role: torch.eye(h.size(1), device=h.device).expand_as(h) for role, h in stats.hessians.items()}
-    row("nearest, SDClip", tg.quantize(cfg, rt, trained, apart))  # inputs that have nothing to do with each other
+    row("nearest, SDClip", tg.quantize(cfg, rt, trained, tg.factorize_all(apart)))  # inputs that do not go together
     start = time.perf_counter()
-    plain = tg.quantize(cfg, rt, trained, stats.hessians)
+    factors = tg.factorize_all(stats.hessians)
+    plain = tg.quantize(cfg, rt, trained, factors)
     seconds = {"gptq": time.perf_counter() - start}
     row("GPTQ, SDClip", plain)
     most = min(rows[-1]["bytes"].values())
-    row("GPTQ, SDClip, LQER", tg.quantize(dataclasses.replace(cfg, lqer_enabled=True), rt, trained, stats.hessians))
+    row("GPTQ, SDClip, LQER", tg.quantize(dataclasses.replace(cfg, lqer_enabled=True), rt, trained, factors))
     for share in (1.0, 0.85, 0.7):
         artifact = tg.fill_budget(dataclasses.replace(cfg, compressor="ans"), rt, trained, stats, int(share * most))
         row(f"GPTQ, weighted, {share:.0%}", tg.read_artifact(artifact, "the table")[1])

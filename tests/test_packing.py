@@ -445,7 +445,7 @@ def test_nonsense_settings_are_refused(name, value):
 def stored_weights(cfg: tg.Settings, model: tg.GPT, folder: Path) -> dict[str, torch.Tensor]:
     rt = tg.Runtime(tiny(artifact_dir=str(folder)), tg.Launch())
     hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
-    stored = tg.quantize(cfg, rt, {n: p.detach() for n, p in model.named_parameters()}, hessians)
+    stored = tg.quantize(cfg, rt, {n: p.detach() for n, p in model.named_parameters()}, tg.factorize_all(hessians))
     rt.close()
     return stored
 

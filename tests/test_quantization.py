@@ -29,6 +29,15 @@ def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
     return model
 
 
+def gptq(weight, hessian, *others):
+    return tg.gptq(weight, tg.factorize(hessian), *others)
+
+
+def weighted_steps(cfg: tg.Settings, state, stats: tg.Statistics, finest: float):
+    curved = tg.curvatures(cfg, state, stats, tg.factorize_all(stats.hessians))
+    return {name: tg.weighted_steps(curvature, finest) for name, curvature in curved.items()}
+
+
 def problem(rows: int, cols: int, count: int = 1, seed: int = 0, correlated: bool = True):
     """Weights (count, rows, cols), Hessians of correlated inputs, and 4-bit scales that clip a few weights."""
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +97,7 @@ def rt(tmp_path):
 def test_gptq_gives_the_textbook_codes(bits):
     weight, hessian, scale = problem(6, 40)
     scale = (scale.float() * 7 / (2 ** (bits - 1) - 1)).half()
-    got = tg.gptq(weight, hessian, scale, bits)
+    got = gptq(weight, hessian, scale, bits)
     expected = textbook(weight[0], hessian[0], scale[0], bits)
     assert got.dtype == torch.int8 and got.shape == weight.shape
     assert torch.equal(got[0], expected)
@@ -99,36 +108,36 @@ def test_codes_stay_within_the_levels():
     weight, hessian, scale = problem(6, 40)
     for bits in (2, 3, 8):
         levels = 2 ** (bits - 1) - 1
-        codes = tg.gptq(weight * 100, hessian, scale, bits).int()
+        codes = gptq(weight * 100, hessian, scale, bits).int()
         assert codes.max() == levels and codes.min() == -levels
 
 
 def test_diagonal_hessian_is_round_to_nearest():
     weight, _, scale = problem(7, 30, 2)
     hessian = torch.diag_embed(0.1 + torch.rand(2, 30, generator=torch.Generator().manual_seed(4)))
-    assert torch.equal(tg.gptq(weight, hessian, scale, 4), nearest(weight, scale, 4))
+    assert torch.equal(gptq(weight, hessian, scale, 4), nearest(weight, scale, 4))
 
 
 def test_error_is_below_round_to_nearest():
     for seed in range(5):
         weight, hessian, scale = problem(16, 48, seed=seed)
         scale = scale * 2
-        ours = loss(weight[0], tg.gptq(weight, hessian, scale, 4)[0], hessian[0], scale[0])
+        ours = loss(weight[0], gptq(weight, hessian, scale, 4)[0], hessian[0], scale[0])
         assert ours < 0.6 * loss(weight[0], nearest(weight[0], scale[0], 4), hessian[0], scale[0])
 
 
 @pytest.mark.parametrize("block", [1, 8, 30, 300])
 def test_blocks_do_not_change_the_codes(block):
     weight, hessian, scale = problem(6, 150)
-    assert torch.equal(tg.gptq(weight, hessian, scale, 5, block), tg.gptq(weight, hessian, scale, 5))
+    assert torch.equal(gptq(weight, hessian, scale, 5, block), gptq(weight, hessian, scale, 5))
 
 
 def test_batched_equals_one_by_one():
     weight, hessian, scale = problem(6, 33, count=4)
-    together = tg.gptq(weight, hessian, scale, 4)
+    together = gptq(weight, hessian, scale, 4)
     for i in range(4):
         one = slice(i, i + 1)
-        assert torch.equal(together[one], tg.gptq(weight[one], hessian[one], scale[one], 4))
+        assert torch.equal(together[one], gptq(weight[one], hessian[one], scale[one], 4))
 
 
 def test_inputs_that_never_fire_are_rounded():
@@ -136,7 +145,7 @@ def test_inputs_that_never_fire_are_rounded():
     dead = [0, 7, 23]
     hessian[:, dead] = 0
     hessian[:, :, dead] = 0
-    codes = tg.gptq(weight, hessian, scale, 4)
+    codes = gptq(weight, hessian, scale, 4)
     alive = [j for j in range(24) if j not in dead]
     assert torch.equal(codes[:, :, dead], nearest(weight, scale, 4)[:, :, dead])
     assert torch.equal(codes[0], textbook(weight[0], hessian[0], scale[0], 4))
@@ -145,21 +154,21 @@ def test_inputs_that_never_fire_are_rounded():
 
 def test_no_input_at_all_is_round_to_nearest():
     weight, hessian, scale = problem(5, 24)
-    assert torch.equal(tg.gptq(weight, hessian * 0, scale, 4), nearest(weight, scale, 4))
+    assert torch.equal(gptq(weight, hessian * 0, scale, 4), nearest(weight, scale, 4))
 
 
 def test_rank_deficient_hessian():
     weight, _, scale = problem(5, 24)
     x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
     hessian = (x.T @ x)[None]
-    assert torch.equal(tg.gptq(weight, hessian, scale, 6)[0], textbook(weight[0], hessian[0], scale[0], 6))
+    assert torch.equal(gptq(weight, hessian, scale, 6)[0], textbook(weight[0], hessian[0], scale[0], 6))
 
 
 def test_huge_and_small_hessians_give_the_same_codes():
     weight, hessian, scale = problem(5, 24)
-    expected = tg.gptq(weight, hessian, scale, 4)
+    expected = gptq(weight, hessian, scale, 4)
     for factor in (2.0**-40, 2.0**40):
-        assert torch.equal(tg.gptq(weight, hessian * factor, scale, 4), expected)
+        assert torch.equal(gptq(weight, hessian * factor, scale, 4), expected)
 
 
 def test_all_zero_weights():
@@ -167,13 +176,13 @@ def test_all_zero_weights():
     weight = torch.zeros(1, 5, 24)
     scale = tg.clip_scales(weight, 6, 12.85)
     assert (scale > 0).all()
-    assert not tg.gptq(weight, hessian, scale, 6).any()
+    assert not gptq(weight, hessian, scale, 6).any()
 
 
 def test_inputs_are_left_alone():
     given = problem(5, 24)
     copies = [t.clone() for t in given]
-    tg.gptq(*given, 4)
+    gptq(*given, 4)
     assert all(torch.equal(a, b) for a, b in zip(given, copies))
 
 
@@ -249,7 +258,7 @@ def diagonal_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
 def test_diagonal_hessian_leaves_at_most_half_a_step(rt, tmp_path):
     cfg = tiny(tmp_path)
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
-    back = tg.dequantize(cfg, tg.quantize(cfg, rt, state, diagonal_hessians(cfg)))
+    back = tg.dequantize(cfg, tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg))))
     assert set(back) == set(state)
     for name, weight in state.items():
         assert back[name].dtype == torch.float32 and back[name].shape == weight.shape
@@ -265,7 +274,7 @@ def test_diagonal_hessian_leaves_at_most_half_a_step(rt, tmp_path):
 def test_stored_form_is_codes_and_halves(rt, tmp_path):
     cfg = tiny(tmp_path)
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
-    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
     codes = {n: t for n, t in stored.items() if t.dtype == torch.int8}
     assert sum(t.numel() for t in codes.values()) == sum(
         w.numel() for n, w in state.items() if n.endswith("_bank") or n == "tok_emb")
@@ -277,14 +286,14 @@ def test_stored_form_is_codes_and_halves(rt, tmp_path):
 def test_small_matrices_stay_fp16(rt, tmp_path):
     cfg = tiny(tmp_path, quant_min_weights=1025)  # q, o: 1024 weights; k, v: 512; up, down: 2048; embedding: 1312
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
-    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
     assert sum(t.numel() for t in stored.values() if t.dtype == torch.int8) == 3 * 2 * 2048 + 1312
     back = tg.dequantize(cfg, stored)
     for name in ("qo_bank", "kv_bank"):
         assert torch.equal(back[name], state[name].half().float())
     assert not torch.equal(back["mlp_up_bank"], state["mlp_up_bank"].half().float())
     assert any(t.dtype == torch.int8 and t.numel() == 3 * 1024 for t in tg.quantize(
-        tiny(tmp_path, quant_min_weights=1024), rt, state, diagonal_hessians(cfg)).values())
+        tiny(tmp_path, quant_min_weights=1024), rt, state, tg.factorize_all(diagonal_hessians(cfg))).values())
 
 
 def test_quantizing_twice_gives_the_same(rt, tmp_path):
@@ -294,7 +303,7 @@ def test_quantizing_twice_gives_the_same(rt, tmp_path):
     ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(2))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}
-    first, second = (tg.quantize(cfg, rt, state, hessians) for _ in range(2))
+    first, second = (tg.quantize(cfg, rt, state, tg.factorize_all(hessians)) for _ in range(2))
     assert list(first) == list(second)
     assert all(torch.equal(first[n], second[n]) for n in first)
 
@@ -306,7 +315,8 @@ def test_gptq_on_the_model_uses_the_hessians(rt, tmp_path):
     ids = torch.randint(0, 41, (40, 8), generator=torch.Generator().manual_seed(2))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}
-    full, plain = (tg.dequantize(cfg, tg.quantize(cfg, rt, state, h)) for h in (hessians, diagonal_hessians(cfg)))
+    full, plain = (tg.dequantize(cfg, tg.quantize(cfg, rt, state, tg.factorize_all(h)))
+                   for h in (hessians, diagonal_hessians(cfg)))
     for group in tg.quant_groups(cfg):
         errors = []
         for back in (full, plain):
@@ -431,7 +441,7 @@ def test_curvatures_by_their_definition(tmp_path):
     cfg = tiny(tmp_path, num_layers=4, num_loops=1, loop_start=1, loop_end=2)
     model = random_model(cfg)
     stats, _ = statistics(cfg, model)
-    curved = tg.curvatures(cfg, dict(model.named_parameters()), stats)
+    curved = tg.curvatures(cfg, dict(model.named_parameters()), stats, tg.factorize_all(stats.hessians))
     for group in tg.quant_groups(cfg):
         found = curved[group.name]
         for i, hessian in enumerate(stats.hessians[group.hessian].double() / stats.tokens):
@@ -457,9 +467,9 @@ def test_steps_make_errors_cost_the_same_and_keep_codes_in_range(rt, tmp_path):
     stats, _ = statistics(cfg, model)
     state = {n: p.detach() for n, p in model.named_parameters()}
     for finest in (-6.0, -1.0):
-        steps = {n: tg.weighted_steps(c, finest) for n, c in tg.curvatures(cfg, state, stats).items()}
-        stored = tg.quantize(cfg, rt, state, stats.hessians, steps)
-        for name, curvature in tg.curvatures(cfg, state, stats).items():
+        steps = weighted_steps(cfg, state, stats, finest)
+        stored = tg.quantize(cfg, rt, state, tg.factorize_all(stats.hessians), steps)
+        for name, curvature in tg.curvatures(cfg, state, stats, tg.factorize_all(stats.hessians)).items():
             row, col = (e.float() / 4 for e in steps[name])
             assert steps[name][0].dtype == steps[name][1].dtype == torch.int8
             cost = row[..., None] + col[:, None] + curvature.row[..., None] + curvature.col[:, None].float() / 4
@@ -496,7 +506,7 @@ def test_rows_alike_do_not_err_alike(rt, tmp_path):
     steps = {g.name: (torch.zeros(w.shape[:2], dtype=torch.int8), torch.zeros(w.size(0), w.size(2), dtype=torch.int8))
              for g in tg.quant_groups(cfg) for w in [g.view(state[g.param])]}
     steps["emb"] = steps["emb"][0] - 4, steps["emb"][1]  # steps of 1/2: ten times the rows' own spread
-    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg), steps)
+    stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)), steps)
     error = tg.dequantize(cfg, stored)["tok_emb"] - table
     assert error.square().mean() < 0.02 and error.mean(0).square().mean() < 0.05 * error.square().mean()
     assert stored["emb.codes"].count_nonzero() < 0.02 * table.numel()
@@ -533,7 +543,7 @@ def test_weighted_steps_cost_less_than_sdclip_at_the_same_bits():
         return float((-counts * (counts / counts.sum()).log2()).sum())
 
     scale = tg.clip_scales(weight, 6, 12.85)
-    codes = tg.gptq(weight, hessian, scale, 6)
+    codes = gptq(weight, hessian, scale, 6)
     plain = cost(codes[0].float(), scale.float()[0, :, None]), bits(codes)
     order, upper = tg.factorize(hessian)
     col = torch.zeros(1, 96).scatter_(1, order, (-4 * upper.diagonal(dim1=-2, dim2=-1).log2()).round()).to(torch.int8)
@@ -542,7 +552,7 @@ def test_weighted_steps_cost_less_than_sdclip_at_the_same_bits():
     for finest in torch.arange(-2.0, 8.0, 0.25):
         row, col = tg.weighted_steps(curvature, float(finest))
         steps = tg.octaves(row)[..., None] * tg.octaves(col)[:, None]
-        codes = tg.gptq(weight, hessian, steps, 16)
+        codes = gptq(weight, hessian, steps, 16)
         spread = codes.float().square().mean(2).sqrt()  # rows of a like size share a table
         lots = [codes[0][(spread[0].log2() * 2).round() == k] for k in (spread[0].log2() * 2).round().unique()]
         total = sum(bits(lot) for lot in lots) + sum(40 * 8 for _ in lots) + 5 * (512 + 512 + 96)
@@ -591,7 +601,7 @@ def test_calibration_on_drawn_text_is_the_same_for_any_number_of_ranks_and_needs
 def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
     cfg = tiny(tmp_path, quant_allocation="sdclip")
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
-    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
     whole = tg.write_artifact({}, stored, "lzma")
     assert tg.prune({}, stored, "lzma", len(whole)) == whole
     for share in (0.99, 0.97):
@@ -638,10 +648,10 @@ def test_lqer_repairs_the_matrices_with_the_largest_errors(rt, tmp_path, weighte
     state["mlp_up_bank"][1] *= 5
     stats, _ = statistics(cfg, model)
     if weighted:
-        steps = {n: tg.weighted_steps(c, -1.0) for n, c in tg.curvatures(cfg, state, stats).items()}
+        steps = weighted_steps(cfg, state, stats, -1.0)
     plain_cfg = dataclasses.replace(cfg, lqer_enabled=False)
-    plain = tg.dequantize(cfg, tg.quantize(plain_cfg, rt, state, stats.hessians, steps))
-    stored = tg.quantize(cfg, rt, state, stats.hessians, steps)
+    plain = tg.dequantize(cfg, tg.quantize(plain_cfg, rt, state, tg.factorize_all(stats.hessians), steps))
+    stored = tg.quantize(cfg, rt, state, tg.factorize_all(stats.hessians), steps)
     back = tg.dequantize(cfg, stored)
     errors = sorted(((float((w - q).norm()), g.name, i) for g in tg.quant_groups(cfg) for i, (w, q) in enumerate(zip(
         g.view(state[g.param]), g.view(plain[g.param])))), reverse=True)
@@ -666,7 +676,7 @@ def test_gates_take_a_byte_a_number(rt, tmp_path):
     model = random_model(cfg)
     state = {n: p.detach() for n, p in model.named_parameters()}
     state["attn_gate"][1, 2] = 0.0
-    stored = tg.quantize(cfg, rt, state, diagonal_hessians(cfg))
+    stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
     assert stored["attn_gate.int8"].dtype == torch.int8 and stored["attn_gate.step"].dtype == torch.float16
     gate, back = state["attn_gate"], tg.dequantize(cfg, stored)["attn_gate"]
     step = gate.abs().amax(-1, keepdim=True) / 127
@@ -681,7 +691,7 @@ def test_ranks_that_share_the_matrices_store_the_same(tmp_path, world):
     model = random_model(cfg)
     stats, _ = statistics(cfg, model)
     state = {n: p.detach() for n, p in model.named_parameters()}
-    steps = {n: tg.weighted_steps(c, -3.0) for n, c in tg.curvatures(cfg, state, stats).items()}
-    alone = tg.quantize(cfg, FakeRuntime(), state, stats.hessians, steps)
-    for stored in on_ranks(world, lambda rt: tg.quantize(cfg, rt, state, stats.hessians, steps)):
+    steps = weighted_steps(cfg, state, stats, -3.0)
+    alone = tg.quantize(cfg, FakeRuntime(), state, tg.factorize_all(stats.hessians), steps)
+    for stored in on_ranks(world, lambda rt: tg.quantize(cfg, rt, state, tg.factorize_all(stats.hessians), steps)):
         assert list(stored) == list(alone) and all(torch.equal(stored[n], alone[n]) for n in alone)

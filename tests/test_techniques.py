@@ -440,7 +440,7 @@ def stored_bytes(cfg: tg.Settings, model: tg.GPT) -> dict[str, int]:
         def sum_(self, tensor):
             return tensor
 
-    stored = tg.quantize(cfg, Quiet(), {n: p.detach() for n, p in model.named_parameters()}, hessians)
+    stored = tg.quantize(cfg, Quiet(), {n: p.detach() for n, p in model.named_parameters()}, tg.factorize_all(hessians))
     return {name: t.numel() * t.element_size() for name, t in stored.items()}
 
 

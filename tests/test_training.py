@@ -385,7 +385,7 @@ def test_late_qat_is_the_grid_of_the_artifact(rt, tmp_path, name):
                matrix_clip_sigmas=3.0, embed_clip_sigmas=2.2, **QAT[name])
     model, rounded = random_model(cfg), random_model(cfg)
     state = {n: p.detach().clone() for n, p in model.named_parameters()}
-    stored = tg.dequantize(cfg, tg.quantize(cfg, rt, state, identity_hessians(cfg)))
+    stored = tg.dequantize(cfg, tg.quantize(cfg, rt, state, tg.factorize_all(identity_hessians(cfg))))
     with torch.no_grad():
         for n, p in rounded.named_parameters():
             if n in model.banks() or n in model.tables():
