@@ -2,7 +2,7 @@
 """FLOPs and least bytes of one training step by kernel family, and the floors they set on a Hopper GPU.
 
     NUM_LOOPS=2 python benchmarks/count.py                 the tables of benchmarks/README.md
-    NUM_LOOPS=2 python benchmarks/count.py --write         puts them there, with the times of benchmarks/gpu.json
+    NUM_LOOPS=2 python benchmarks/count.py --write         puts them there, with the times of gpu.json beside this file
     VARLEN_ENABLED=1 python benchmarks/count.py --documents 800 --tokens 65536 --world 4
 
 takes the settings of train_gpt.py from the environment. Nothing is run: every figure is arithmetic on shapes.
@@ -17,6 +17,7 @@ What is counted:
 - The floor of a family is the longer of FLOPs over the tensor cores' bf16 rate and bytes over HBM's. Families run one
   after another, so the step's floor is their sum; the bound "if all overlapped" is that of their sums of FLOPs and of
   bytes, which kernels that fold a norm into the product beside it approach, and even pass: they save bytes too.
+QAT, its penalty and SWA, which are off by default, are left out.
 """
 
 import argparse
@@ -376,9 +377,12 @@ def markdown(report: dict, measured: dict | None) -> str:
     f = report["floors"][first.name]
     lines += [
         f"- Model FLOPs for MFU: {report['model_flops_per_token'] / 1e6:.1f} M a token.",
-        f"- Exchange: each GPU sends {report['bytes_sent'] / 1e6:.0f} MB a step, {1e3 * f['exchange_seconds']:.2f} ms at "
-        f"{LINK / 1e9:.0f} GB/s each way; with none of it hidden {report['world']} {first.name} reach "
+        f"- Exchange: each GPU sends {report['bytes_sent'] / 1e6:.0f} MB a step, {1e3 * f['exchange_seconds']:.2f} ms "
+        f"at {LINK / 1e9:.0f} GB/s each way; with none of it hidden {report['world']} {first.name} reach "
         f"{f['scaling']:.1%} of {report['world']} times one, {f['tokens_per_second_all'] / 1e6:.1f} M tokens/s."]
+    if times:
+        lines.append(f"- Of today's step {times['other']:.2f} ms go to kernels not told apart; for {times['idle']:.2f} "
+                     "ms none runs.")
     return "\n".join(lines) + "\n"
 
 

@@ -1,0 +1,438 @@
+#!/usr/bin/env python3
+"""What train_gpt.py does with one GPU: speed, MFU and memory of its step, where the time goes, evaluation, compression.
+
+    python benchmarks/gpu.py --json benchmarks/gpu.json     all parts, at most 8 minutes
+    python benchmarks/gpu.py --parts compiled families      some of them
+
+needs nothing but the repository: tokens and weights are random, and the shards are written to a temporary folder.
+Settings come from the environment; the default is one GPU's share of the 8-GPU run, 98,304 tokens a step, as 11 layers
+and looped as 17. The optimizer is not shared with other GPUs here: its time is that of all banks. Without a GPU the
+same code runs at tiny sizes, as a check that it works.
+
+MFU is count.py's model FLOPs (attention's scores once, no optimizer) over the maker's dense bf16 peak. Times of kernel
+families are GPU time as torch.profiler has it, sorted by the operation that launched a kernel, the shapes it was given
+and the kernel's name; what cannot be told is `other`, and `idle` is the rest of the step.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import count
+from shards import write_shard
+
+import train_gpt as tg
+
+FULL = {"num_loops": 2, "train_batch_tokens": 98304, "micro_batch_tokens": 98304}
+TINY = {"num_layers": 2, "loop_start": 1, "loop_end": 1, "num_loops": 1, "model_dim": 64, "num_heads": 4,
+        "num_kv_heads": 2, "vocab_size": 384, "rope_dims": 8, "train_seq_len": 64, "train_batch_tokens": 1024,
+        "micro_batch_tokens": 512, "eval_stride": 32, "gptq_calibration_batches": 2, "quant_min_weights": 2048,
+        "ttt_lora_rank": 4, "ttt_chunk_size": 32, "ttt_eval_seq_len": 32, "ttt_batch_size": 4, "dtype": "fp32",
+        "device": "cpu"}
+BOS = 1
+
+
+class OutOfTime(BaseException):
+    """Not an Exception, or the compiler would take it for a failure of its own."""
+
+
+class Bench:
+    """One model with random weights, random data, and the parts that are measured on them, in any order.
+
+    Each part returns what goes into the JSON file; times are in the unit that the key ends with.
+    """
+
+    def __init__(self, cfg: tg.Settings, rt: tg.Runtime):
+        self.rt, self.gpu = rt, rt.device.type == "cuda"
+        self.cfg = cfg = tg.fit_to_device(cfg, rt)
+        self.document = 8 * cfg.ttt_chunk_size  # tokens of a validation document
+        self.steps, self.eval_tokens = (20, 4 * cfg.ttt_batch_size * self.document) if self.gpu else (2, 512)
+        write_data(cfg, self.eval_tokens, self.document)
+        ids = torch.arange(cfg.vocab_size, dtype=torch.int32)
+        table = tg.ByteTable(length=0 * ids + 4, space=0 * ids, boundary=ids == BOS, space_after_boundary=0, bos=BOS)
+        self.val, self.windows = tg.Validation.load(cfg, table, rt.device), tg.Windows(cfg, rt, BOS)
+        self.attention, attend, self.skipped = tg.pick_attention(cfg, rt.device, rt.dtype)
+        self.model = tg.build_model(cfg, rt, attend, BOS)
+        with torch.no_grad():
+            for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient
+                bank.normal_(std=bank.size(2) ** -0.5)
+        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False,
+                                      backend="inductor" if self.gpu else "eager")
+        name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
+        self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
+        shapes = count.parameter_shapes(cfg)
+        self.work = {loops: count.count_step(cfg, cfg.train_batch_tokens, loops=loops, shapes=shapes)
+                     for loops in sorted({0, cfg.num_loops})}
+
+    # ----- parts
+
+    def warm_up(self) -> dict:
+        """What a run waits for before its clock starts, from an empty cache: every graph compiled, one step in each."""
+        trainer, start = tg.Trainer(self.cfg, self.rt, self.model, self.compiled), time.perf_counter()
+        tg.warm_up(self.cfg, self.rt, trainer)
+        return {"cold_seconds": time.perf_counter() - start, "graphs": len(self.work) + 1}
+
+    def compiled_steps(self) -> dict:
+        return self.step_speed(self.compiled)
+
+    def eager_steps(self) -> dict:
+        return self.step_speed(self.model)
+
+    def step_speed(self, forward: Callable) -> dict:
+        """Training steps with their data, by number of virtual layers; memory is the most that was allocated."""
+        rows = {}
+        for loops in self.work:
+            if self.gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                seconds = self.time_steps(tg.Trainer(self.cfg, self.rt, self.model, forward), loops)
+                rows[self.layers(loops)] = self.speed(seconds, loops)
+            except torch.cuda.OutOfMemoryError:
+                rows[self.layers(loops)] = {"error": "out of memory"}
+                self.model.zero_grad(set_to_none=True)
+        return rows
+
+    def families(self) -> dict:
+        """ms of each kernel family in a compiled step, by virtual layers; `all` is the step's, measured apart."""
+        rows, steps = {}, 3 if self.gpu else 1
+        for loops in self.work:
+            trainer = tg.Trainer(self.cfg, self.rt, self.model, self.compiled)
+            seconds = self.time_steps(trainer, loops)
+            for name in ("reduce_gradients", "step"):
+                setattr(trainer.optimizer, name, in_range("optimizer", getattr(trainer.optimizer, name)))
+            kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.gpu else [])]
+            with self.fed_steps(trainer, loops) as step, profile(activities=kinds, record_shapes=True) as prof:
+                for _ in range(steps):
+                    step()
+                self.rt.sync()
+            times = Counter()
+            for op, shapes, kernel, scopes, us in kernel_times(prof, self.gpu):
+                times[family_of(self.cfg, op, shapes, kernel, scopes)] += us / 1e3 / steps
+            busy = sum(times.values())
+            rows[self.layers(loops)] = {**{name: times[name] for name in (*count.FAMILIES, "other")},
+                                        "idle": max(0.0, 1e3 * seconds - busy), "all": 1e3 * seconds}
+        return rows
+
+    def syncs(self) -> dict:
+        """How often the host waits for the GPU in a step (as PyTorch warns of; none can be seen on a CPU)."""
+        trainer = tg.Trainer(self.cfg, self.rt, self.model, self.compiled)
+        with self.fed_steps(trainer, self.cfg.num_loops) as step, warnings.catch_warnings(record=True) as caught:
+            step()
+            warnings.simplefilter("always")
+            caught.clear()
+            if self.gpu:
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                for _ in range(self.steps):
+                    step()
+            finally:
+                if self.gpu:
+                    torch.cuda.set_sync_debug_mode("default")
+        found = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        return {"per_step": found.total() / self.steps, "where": dict(found)}
+
+    def update(self) -> dict:
+        """The step's end alone, by wall clock: clipping and optimizer, and what the EMA adds."""
+        trainer, times = tg.Trainer(self.cfg, self.rt, self.model, self.model), {}
+        for name in ("with_ema", "without"):
+            times[name] = []
+            for _ in range(self.steps):
+                for p in trainer.params:
+                    p.grad = torch.full_like(p, 1e-3)
+                self.rt.sync()
+                start = time.perf_counter()
+                trainer.step([], tg.Phase(lr_scale=0.0))  # no batches: only the gradients that are there
+                self.rt.sync()
+                times[name].append(time.perf_counter() - start)
+            trainer.ema = None
+        with_ema, without = (1e3 * float(np.median(times[name])) for name in ("with_ema", "without"))
+        return {"optimizer_ms": without, "ema_ms": max(0.0, with_ema - without)}
+
+    def sliding(self) -> dict:
+        """Sliding-window evaluation of the validation text with all loops, compiled."""
+        first = self.val.tokens[: self.cfg.eval_seq_len + 1]
+        self.evaluate(self.val._replace(tokens=first, bytes=self.val.bytes[: len(first)]))  # warms up
+        return self.evaluate(self.val) | {"stride": self.cfg.eval_stride, "window": self.cfg.eval_seq_len}
+
+    def quantization(self) -> dict:
+        """Calibration, GPTQ with packing until the budget is filled, and packing and unpacking once."""
+        seconds, start = {}, time.perf_counter()
+
+        def lap(name: str) -> None:
+            nonlocal start
+            self.rt.sync()
+            now = time.perf_counter()
+            seconds[f"{name}_seconds"], start = now - start, now
+
+        clock = tg.Clock(self.rt, 0.0, 0.0)
+        clock.start()
+        stats = tg.calibrate(self.cfg, self.rt, self.model, self.windows, 0, clock)
+        lap("calibration")
+        state, room = dict(self.model.named_parameters()), self.cfg.artifact_budget_bytes - 30_000  # of code
+        artifact = tg.fill_budget(self.cfg, self.rt, state, stats, room)
+        lap("fill_budget")
+        settings, tensors = tg.read_artifact(artifact, "the artifact")
+        lap("unpack")
+        tg.write_artifact(settings, tensors, self.cfg.compressor)
+        lap("pack")
+        return seconds | {"calibration_tokens": stats.tokens, "bytes": len(artifact)}
+
+    def lora_eager(self) -> dict:
+        return self.lora(self.model)
+
+    def lora_compiled(self) -> dict:
+        return self.lora(self.compiled)
+
+    def lora(self, forward: Callable) -> dict:
+        """LoRA test-time training over the validation documents, after a batch of them to warm up or compile."""
+        cfg = dataclasses.replace(self.cfg, ttt_mode="lora", eval_budget_seconds=0.0)
+        first, start = self.val.tokens[: cfg.ttt_batch_size * self.document + 1], time.perf_counter()
+        short = self.val._replace(tokens=first, bytes=self.val.bytes[: len(first)])
+        try:
+            tg.lora_ttt(cfg, self.rt, self.model, forward, short, tg.Scorer(self.rt, short.bytes))
+            cold = time.perf_counter() - start
+            score = tg.lora_ttt(cfg, self.rt, self.model, forward, self.val, tg.Scorer(self.rt, self.val.bytes))
+        finally:
+            for p in self.model.parameters():
+                p.requires_grad_(True)
+        return {"tok_per_s": score.tokens / score.seconds, "tokens": score.tokens, "cold_seconds": cold,
+                "rank": cfg.ttt_lora_rank, "chunk": cfg.ttt_chunk_size, "documents_of": self.document,
+                "at_a_time": cfg.ttt_batch_size, "layers": self.layers(cfg.num_loops)}
+
+    # ----- what they share
+
+    def layers(self, loops: int) -> str:
+        return str(len(tg.virtual_layers(self.cfg, loops)))
+
+    @contextlib.contextmanager
+    def fed_steps(self, trainer: tg.Trainer, loops: int) -> Iterator[Callable]:
+        """A function that takes one training step, on the data that comes next."""
+        feeder, phase = tg.Feeder(self.windows, trainer.plan), tg.Phase(lr_scale=0.01, loops=loops)
+        try:
+            yield lambda: trainer.step(feeder.next(), phase)
+        finally:
+            feeder.close()
+
+    def time_steps(self, trainer: tg.Trainer, loops: int) -> float:
+        """Mean seconds of a step, data loading included, after two to warm up."""
+        with self.fed_steps(trainer, loops) as step:
+            for _ in range(2):
+                step()
+            self.rt.sync()
+            start = time.perf_counter()
+            for _ in range(self.steps):
+                step()
+                self.rt.throttle()
+            self.rt.sync()
+            return (time.perf_counter() - start) / self.steps
+
+    def speed(self, seconds: float, loops: int) -> dict:
+        """Figures of a training step that takes so long, just measured."""
+        tokens, flops = self.cfg.train_batch_tokens, count.model_flops(self.work[loops])
+        return {"ms": 1e3 * seconds, "tok_per_s": tokens / seconds, "tflop_per_s": flops / seconds / 1e12,
+                "mfu": flops / seconds / self.peak if self.peak else None, "peak_bytes": self.rt.peak_memory()}
+
+    def evaluate(self, val: tg.Validation) -> dict:
+        score = tg.evaluate(self.cfg, self.rt, self.compiled, val, tg.Scorer(self.rt, val.bytes), self.cfg.eval_stride,
+                            "sliding")
+        return {"tok_per_s": score.tokens / score.seconds, "tokens": score.tokens}
+
+
+# in the order they run: what is wanted most first, as the time may end
+PARTS = {"warm_up": Bench.warm_up, "compiled": Bench.compiled_steps, "families": Bench.families, "syncs": Bench.syncs,
+         "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
+         "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
+
+
+def is_device(name: str, kind: str) -> bool:
+    """Whether CUDA's `name` of a GPU is of the `kind` of count.DEVICES; H100s on PCIe, say, have other peaks."""
+    return {"H100 SXM": "H100" in name and "HBM3" in name, "H200": "H200" in name}[kind]
+
+
+def write_data(cfg: tg.Settings, val_tokens: int, document: int) -> None:
+    """Shards of uniform random tokens: training documents of 1,000 tokens on average, validation documents of
+    `document` tokens each and, as the last target, one token more.
+    """
+    draw = np.random.default_rng(0)
+    os.makedirs(cfg.data_path)
+    tokens = draw.integers(2, cfg.vocab_size, 64 * cfg.train_batch_tokens)
+    tokens[draw.random(len(tokens)) < 1e-3] = BOS
+    write_shard(os.path.join(cfg.data_path, "fineweb_train_000000.bin"), tokens.astype("<u2"))
+    tokens = draw.integers(2, cfg.vocab_size, val_tokens + 1)
+    tokens[::document] = BOS
+    write_shard(os.path.join(cfg.data_path, "fineweb_val_000000.bin"), tokens.astype("<u2"))
+
+
+def in_range(name: str, function: Callable) -> Callable:
+    """The function, and a mark of this name in the profile around it."""
+    def marked(*arguments):
+        with record_function(name):
+            return function(*arguments)
+
+    return marked
+
+
+def kernel_times(prof: profile, gpu: bool) -> Iterator[tuple[str, list, str, list[str], float]]:
+    """(operation, shapes of its inputs, kernel, names of the ranges around it, microseconds) of a profile.
+
+    Kernels that no operation is known to have launched come summed by name. On a CPU an operation is its own kernel.
+    """
+    linked, marks = Counter(), {e.name for e in prof.events() if e.is_user_annotation}  # ranges, also the GPU's copy
+    for event in prof.events():
+        if event.device_type != DeviceType.CPU:
+            continue
+        scopes, parent = [], event.cpu_parent
+        while parent is not None:
+            scopes.append(parent.name)
+            parent = parent.cpu_parent
+        if not gpu:
+            yield event.name, event.input_shapes, event.name, scopes, event.self_cpu_time_total
+        for kernel in (k for k in event.kernels if k.name not in marks):
+            linked[kernel.name] += kernel.duration
+            yield event.name, event.input_shapes, kernel.name, scopes, kernel.duration
+    whole = Counter()
+    for event in prof.events():
+        if event.device_type == DeviceType.CUDA and event.name not in marks:
+            whole[event.name] += event.time_range.elapsed_us()
+    for name, us in whole.items():
+        if us - linked[name] > 0.5:
+            yield "", [], name, [], us - linked[name]
+
+
+def family_of(cfg: tg.Settings, op: str, shapes: list, kernel: str, scopes: list[str]) -> str:
+    """The family of count.py that a kernel belongs to, or `other`."""
+    words = f"{op} {kernel}".lower()
+    if "optimizer" in scopes or op == "optimizer":
+        return "optimizer"
+    if "foreach_lerp" in words or ("multi_tensor" in words and "lerp" in words):
+        return "EMA"
+    if re.search(r"flash|fmha|attention|attn|sdpa", words):
+        return "attention"
+    if op in ("aten::mm", "aten::addmm") and len(shapes) > 1:
+        sizes = {size for shape in shapes for size in shape}
+        hidden = int(cfg.mlp_mult * cfg.model_dim)
+        return "head and loss" if cfg.vocab_size in sizes else "MLP" if hidden in sizes else "projections"
+    if re.search(r"log_softmax|nll_loss|cross_entropy|logsumexp|tanh", words):
+        return "head and loss"
+    if "leaky_relu" in words:
+        return "MLP"
+    if "htod" in words:
+        return "data"
+    return "norms and glue" if re.search(r"triton_(per|poi|red)|rms_norm", words) else "other"
+
+
+def run_parts(bench: Bench, names: list[str], until: float) -> dict[str, dict]:
+    """What each part measured, or {"error": why not}. No part runs on after `until`, of time.perf_counter()."""
+    def stop(*_) -> None:
+        raise OutOfTime
+
+    results, before = {}, signal.signal(signal.SIGALRM, stop)
+    for name in names:
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            if start >= until:
+                raise OutOfTime
+            signal.setitimer(signal.ITIMER_REAL, until - start)
+            results[name] = PARTS[name](bench)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except OutOfTime:
+            results[name] = {"error": "out of time"}
+        except Exception as error:  # one part that fails on a new machine must not cost the others
+            results[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        print(f"{name}: {results[name].get('error', 'done')}, {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    signal.signal(signal.SIGALRM, before)
+    return results
+
+
+def table(report: dict) -> str:
+    """The report as one markdown table."""
+    rows = [f"| part | figure | {report['device']} |", "|---|---|---|"]
+    for part, found in report["parts"].items():
+        inner = found.items() if all(isinstance(v, dict) for v in found.values()) else [("", found)]
+        for layers, figures in inner:
+            label = f"{part}, {layers} layers" if layers else part
+            rows += [f"| {label} | {name} | {cell(value)} |" for name, value in figures.items()]
+    return "\n".join(rows)
+
+
+def cell(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def read_config(folder: str) -> tuple[tg.Settings, bool]:
+    """Settings of the environment over the defaults here, and whether there is a GPU to run them on."""
+    chosen = tg.read_environment(dict(os.environ)).explicit
+    gpu = torch.cuda.is_available() and chosen.get("device") != "cpu"
+    ours = {"artifact_dir": folder, "data_path": os.path.join(folder, "data"), "gptq_reserve_seconds": 0.0,
+            "warmup_steps": 1, "quant_allocation": "auto", "gptq_calibration": "train", "max_wallclock_seconds": 0.0,
+            "caseops_enabled": False, "qat_enabled": False, "bos_id": None}
+    return tg.Settings(**(FULL if gpu else TINY) | chosen | ours), gpu
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--minutes", type=float, default=8.0, help="parts still to come then are left out (default: 8)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    args = parser.parse_args(arguments)
+    until = time.perf_counter() + 60 * args.minutes - 5
+    names = [name for name in PARTS if name in args.parts]
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # empty, so that compiling is cold
+                os.environ[name] = os.path.join(folder, name.lower())
+            report = measure(folder, names, until)
+    except (tg.RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(table(report))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return int(any("error" in found for found in report["parts"].values()))
+
+
+def measure(folder: str, names: list[str], until: float) -> dict:
+    """Make the data and the model in `folder` and run these parts until then."""
+    cfg, gpu = read_config(folder)
+    if not gpu:
+        print("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs; its times mean nothing")
+    rt = tg.Runtime(cfg, tg.Launch())
+    with contextlib.redirect_stdout(sys.stderr):  # what the script logs
+        bench = Bench(cfg, rt)
+        rt.open_logs(append=False)
+        parts = run_parts(bench, names, until)
+        rt.close()
+    return {"device": bench.device, "check_only": not gpu, "torch": torch.__version__, "attention": bench.attention,
+            "attention_skipped": bench.skipped, "dtype": str(rt.dtype)[6:], "tokens": bench.cfg.train_batch_tokens,
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"), "parts": parts,
+            "settings": {n: v for n, v in dataclasses.asdict(bench.cfg).items() if not n.endswith(("_dir", "_path"))}}
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
