@@ -7,7 +7,7 @@ features:
 - MARKERS are four private-use characters; the tokenizer has them as reserved pieces (user_defined_symbols)
 - a marker stands in front of the space before its word, so that " The" and " the" share the piece "▁the"
 - restore(transform(text)) == text for every text, markers in the text included
-- token_bytes() charges every token the UTF-8 bytes of the raw text it stands for: the sidecar of the score
+- token_bytes() charges every token the UTF-8 bytes of the restored text it stands for: the sidecar of the score
 - the letters that take part are the same in every version of Python, so that old data stays readable
 
 One rule: of a run of capitals, those before the last are one part; the last one is a part with the small letters that
@@ -21,7 +21,6 @@ import numpy as np
 import sentencepiece as spm
 
 MARKERS = TITLE, ALLCAPS, CAP, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"  # ESCAPE: the next one is only itself
-MAX_CHARGE = 0xFFFF  # the sidecar is uint16
 
 # Latin, Greek, Cyrillic, Armenian: blocks whose capitals were all known to Unicode 7. A pair of letters never changes
 # once both exist, so Python's own tables say the same here in every version. Other letters with case stay as they are.
@@ -45,7 +44,8 @@ _capital, _small = f"[{''.join(SMALL)}]", f"[{''.join(SMALL.values())}]"
 _marker = f"[{''.join(MARKERS)}]"
 CAPITALS = re.compile(f"({_capital}+)({_small}?)|{_marker}")
 MARKED = re.compile(f"{ESCAPE}(.)|([{TITLE}{CAP}] ?)({_small})|({ALLCAPS} ?)({_small}+)|{_marker}", re.DOTALL)
-ESCAPED = re.compile(f"{ESCAPE}(.)", re.DOTALL)
+_unequal = (small for capital, small in SMALL.items() if len(small.encode()) != len(capital.encode()))
+UNEQUAL = re.compile(f"[{ESCAPE}{''.join(_unequal)}]")  # may stand for other bytes than its own
 
 
 # ----- the transform and its inverse
@@ -104,18 +104,20 @@ def utf8_lengths(text: str) -> np.ndarray:
     return 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
 
 
-def source_bytes(text: str, transformed: str) -> np.ndarray:
-    """UTF-8 bytes of the raw `text` that each character of its `transformed` text stands for, (characters,) int64.
+def restored_bytes(transformed: str) -> np.ndarray:
+    """UTF-8 bytes of the raw text that each character of the `transformed` text stands for, (characters,) int64.
 
-    A marker stands for none, a small letter for its capital, which may be shorter or longer. The transform only inserts
-    markers: all other characters are those of the raw text, in order. Sums to len(text.encode()).
+    A marker stands for none, a small letter for its capital, which may be shorter or longer. Sums to the bytes of
+    restore(transformed, strict=False).
     """
     codes = np.frombuffer(transformed.encode("utf-32-le"), "<u4")
-    inserted = (codes >= ord(MARKERS[0])) & (codes <= ord(MARKERS[-1]))
-    if inserted.sum() != len(transformed) - len(text):  # the raw text has markers of its own
-        inserted[[match.end() - 1 for match in ESCAPED.finditer(transformed)]] = False
-    result = np.zeros(len(transformed), np.int64)
-    result[~inserted] = utf8_lengths(text)
+    result = utf8_lengths(transformed)
+    result[(codes >= ord(MARKERS[0])) & (codes <= ord(MARKERS[-1]))] = 0
+    if not UNEQUAL.search(transformed):
+        return result
+    for match in MARKED.finditer(transformed):
+        if kept := match[1] or match[3] or match[5]:
+            result[match.end() - len(kept) : match.end()] = utf8_lengths(match[1] or kept.translate(TO_CAPITAL))
     return result
 
 
@@ -138,21 +140,17 @@ def share_byte_pieces(processor: spm.SentencePieceProcessor, ids: np.ndarray, co
 def token_bytes(processor: spm.SentencePieceProcessor, text: str) -> tuple[np.ndarray, np.ndarray]:
     """Tokens of the transformed `text` and the raw UTF-8 bytes that each is charged: ids (n,) and counts (n,), uint16.
 
-    The tokenizer `processor` should have MARKERS as pieces. Counts sum to len(text.encode()) exactly,
-    whatever the tokenizer's normalization does: a token is charged all characters since the end of the one before it,
-    the last one also what follows. Of a character spelled in byte pieces each piece gets its share. A text of which the
-    tokenizer leaves no token gives two empty arrays. ValueError if a token would be charged more than 65,535 bytes.
+    The tokenizer `processor` should have MARKERS as pieces. What is charged is the text that the tokens give back, as
+    without CaseOps: counts sum to the bytes of restore(processor.decode(ids), strict=False). That is `text`, unless the
+    tokenizer normalizes, or `text` has a literal "▁", which becomes a space. Of a character spelled in byte pieces
+    each piece gets its share. A text of which the tokenizer leaves no token gives two empty arrays.
     """
-    transformed = transform(text)
-    encoded = processor.encode(transformed, return_type="offset_mapping", return_bytes=False)  # offsets in characters
-    ids = np.array(encoded["ids"], np.int64)
+    ids = np.array(processor.encode(transform(text)), np.int64)
     if not len(ids):
         return np.zeros(0, np.uint16), np.zeros(0, np.uint16)
-    ends = np.fromiter((end for _, end in encoded["offsets"]), np.int64, len(ids))
-    ends[-1] = len(transformed)
-    so_far = np.append(0, source_bytes(text, transformed).cumsum())
+    decoded = processor.decode(ids.tolist(), return_type="offset_mapping", return_bytes=False)  # offsets in characters
+    ends = np.fromiter((end for _, end in decoded["offsets"]), np.int64, len(ids))
+    so_far = np.append(0, restored_bytes(decoded["text"]).cumsum())
     counts = np.diff(so_far[ends], prepend=0)
     share_byte_pieces(processor, ids, counts)
-    if counts.max() > MAX_CHARGE:
-        raise ValueError(f"a token stands for {counts.max()} bytes of the text; at most {MAX_CHARGE} can be charged")
-    return ids.astype(np.uint16), counts.astype(np.uint16)
+    return ids.astype(np.uint16), counts.astype(np.uint16)  # SentencePiece refuses pieces that would not fit

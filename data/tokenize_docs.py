@@ -349,7 +349,7 @@ class Encoded:
     """What became of some documents under one tokenizer: `tokens` (count,) uint16, BOS before each, and counts.
 
     `docs_empty` gave no token and were skipped; `docs_lossy` decode to another text; `bytes` is what the scorer will
-    count: the UTF-8 length of the decoded documents, with CaseOps of the raw ones. `charges` (count,) uint16 says which
+    count: the UTF-8 length of the decoded documents, with CaseOps restored. `charges` (count,) uint16 says which
     token is charged how many of them, where that does not follow from the tokens: for CaseOps' validation; else (0,).
     """
 
@@ -394,10 +394,12 @@ class Encoder:
             decoded = self.tokenizer.decode(ids)
             tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
             if self.caseops:
-                decoded, length = restore(decoded, strict=False), len(text.encode())
-                counted = int(charged.sum(dtype=np.int64)) if split == "val" else length
+                decoded = restore(decoded, strict=False)
+            length = len(decoded.encode())
+            if not self.caseops:
+                counted = self.counted_bytes(tokens[-1])
             else:
-                length, counted = len(decoded.encode()), self.counted_bytes(tokens[-1])
+                counted = int(charged.sum(dtype=np.int64)) if split == "val" else length
             if counted != length:
                 raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document of {length}")
             if len(charged):
