@@ -85,6 +85,7 @@ class Submission:
         paths = {seed: self.folder / f"result_seed{seed}.json" for seed in self.seeds}
         self.results = {seed: s.plain(s.read_json(path)[0]) for seed, path in paths.items() if path.is_file()}
         self.runs = list(self.results.values())
+        self.score_digits = s.SCORE_DIGITS if self.results else s.FIELD_SCORE_DIGITS
         try:
             self.readme = (self.folder / s.README).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
@@ -114,9 +115,12 @@ class Submission:
         return {seed: path for seed, path in paths.items() if path.is_file()}
 
     def figures(self, key: str) -> list[float]:
-        """Each seed's val_loss or val_bpb, from submission.json or the logs; [] unless all have one."""
-        rows = [first(row, key) for row in self.seed_results.values()] or [log.get(key) for log in self.logs.values()]
-        return [] if None in rows else [float(v) for v in rows]
+        """Each seed's val_loss or val_bpb, to 8 digits: its result's, else submission.json's; without seeds there, the
+        logs'. [] unless all have one.
+        """
+        rows = [first(self.results.get(seed, row), key) for seed, row in self.seed_results.items()]
+        rows = rows or [log.get(key) for log in self.logs.values()]
+        return [] if None in rows else [round(float(v), 8) for v in rows]
 
     def limit(self, faults: list[str]) -> None:
         """Like fail(), but on the non-record track only a note."""
@@ -216,11 +220,12 @@ def check_means(sub: Submission) -> str:
         values = need(sub.figures(key), f"no {key} of each seed")
         mean, std = s.mean_std(values)
         said = need(first(sub.data, key, f"mean_{key}", f"{key}_mean"), f"no {key}")
-        if not s.agrees(said, mean):
+        if not s.agrees(said, mean, sub.score_digits):
             faults.append(f"{key} is {said}, the mean of the seeds {mean:.8f}")
         said = first(sub.data, f"{key}_std", f"std_{key}")
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-        if said is not None and not s.agrees(said, std) and (sub.runs or not s.agrees(said, spread)):
+        stds = [std] if sub.runs else [std, spread]
+        if said is not None and not any(s.agrees(said, found, sub.score_digits) for found in stds):
             faults.append(f"{key}_std is {said}, that of the seeds {std:.8f}")
         seen.append(f"{key} {mean:.8f} ± {std:.8f}{'' if said is not None else ' (no std is given)'}")
     fail(faults)
@@ -247,7 +252,7 @@ def check_scores(sub: Submission) -> str:
                 said = first(row, *fields)
                 if said is not None and key in source:
                     count += 1
-                    if not s.agrees(said, source[key]):
+                    if not s.agrees(said, source[key], sub.score_digits if key in ("val_loss", "val_bpb") else 0):
                         faults.append(f"seed {seed}: {fields[0]} is {said}, its {what} says {source[key]}")
     fail(faults)
     if not count:

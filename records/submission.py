@@ -42,6 +42,9 @@ FIELDS = ("author github_id name blurb date track val_loss val_bpb val_loss_std 
           "tokenizer settings").split()
 SEED_FIELDS = ("val_loss val_bpb artifact_bytes model_bytes model_sha256 steps step_avg_ms train_time_s "
                "eval_time_s").split()
+# digits after the point to which scores are compared, whatever their rounding: where results stand beside them, and
+# where there are logs of the field alone
+SCORE_DIGITS, FIELD_SCORE_DIGITS = 6, 4
 # settings in which the runs of one submission may differ, and those that say where things lie on one machine
 OF_A_RUN, OF_A_MACHINE = ("seed", "run_id", "artifact_dir"), ("data_dir", "data_path", "tokenizer_path")
 
@@ -95,11 +98,14 @@ def digits(value: Decimal | int) -> int:
     return max(0, -Decimal(value).as_tuple().exponent)
 
 
-def agrees(said: Decimal | int, found: Decimal | float | int) -> bool:
-    """Whether two figures are one, rounded to the digits of the one that has fewer."""
-    found = found if isinstance(found, Decimal) else Decimal(repr(found))
-    places = min(digits(said), digits(found)) if isinstance(found, Decimal) else digits(said)
-    return abs(Decimal(said) - found) <= Decimal("0.5000001").scaleb(-places)
+def agrees(said: Decimal | int, found: Decimal | float | int, least: int = 0) -> bool:
+    """Whether two figures are one, rounded to the digits of the one that has fewer, but to no fewer than `least`.
+
+    A Decimal has the digits that stood in a text; a float or int is exact.
+    """
+    shown = min(digits(said), digits(found)) if isinstance(found, Decimal) else digits(said)
+    gap = abs(Decimal(said) - Decimal(str(found)))
+    return gap <= Decimal("0.5000001").scaleb(-max(shown, least))
 
 
 LOG_PATTERNS = {  # of this project's logs, then of the field's; the last match in the file counts

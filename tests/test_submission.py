@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+from decimal import Decimal
 from pathlib import Path
 
 import check_submission
@@ -273,9 +274,22 @@ def link(folder: Path) -> None:
     (folder / "notes.txt").symlink_to(folder / s.README)
 
 
+def rounded(folder: Path) -> None:
+    """Every score, mean and deviation without its digits."""
+    def change(data):
+        for row in (data, *data["seed_results"].values()):
+            row |= {k: round(v) for k, v in row.items() if k in ("val_loss", "val_bpb", "val_loss_std", "val_bpb_std")}
+    edit(folder, change)
+
+
 FAULTS = {
-    "score, a digit": (lambda f: in_row(f, "2", "val_bpb", lambda v: v + 1e-3), "scores means"),
-    "loss, the last digit": (lambda f: in_row(f, "2", "val_loss", lambda v: round(v + 1e-8, 8)), "scores means?"),
+    "score, a digit": (lambda f: in_row(f, "2", "val_bpb", lambda v: v + 1e-3), "scores"),
+    "loss, the last digit": (lambda f: in_row(f, "2", "val_loss", lambda v: round(v + 1e-8, 8)), "scores"),
+    "score rounded to one digit": (lambda f: in_row(f, "2", "val_bpb", lambda v: round(v, 1)), "scores"),
+    "loss rounded to a whole number": (lambda f: in_row(f, "2", "val_loss", round), "scores"),
+    "mean rounded": (lambda f: resay(f, "val_bpb", lambda v: round(v, 2)), "means"),
+    "std rounded to nothing": (lambda f: edit(f, val_bpb_std=0), "means"),
+    "all rounded alike": (rounded, "scores means"),
     "score in the log, a digit": (lambda f: edit_log_score(f), "scores"),
     "mean, a digit": (lambda f: resay(f, "val_bpb", lambda v: v + 1e-7), "means"),
     "std, a digit": (lambda f: resay(f, "val_loss_std", lambda v: v + 1e-7), "means"),
@@ -454,10 +468,10 @@ def standing(folder: Path, record: Path, gains: list[float]) -> Path:
 
 
 def test_a_record_must_beat_the_standing_one_by_enough_and_for_certain(folder, tmp_path):
-    def better(data):  # seeds closer together than four steps of training leave them
-        for seed, shift in zip(SEEDS, (-0.0005, 0.0, 0.0005)):
-            data["seed_results"][seed] |= {"val_loss": data["val_loss"] + shift}
-    edit(folder, better)
+    mean = json.loads((folder / s.SUBMISSION).read_text())["val_loss"]
+    for seed, shift in zip(SEEDS, (-0.0005, 0.0, 0.0005)):  # closer together than four steps of training leave them
+        edit_result(folder, int(seed), val_loss=mean + shift)
+    edit(folder, lambda d: [row.update(val_loss=1.0 + int(seed)) for seed, row in d["seed_results"].items()])
     for i, (gains, fault) in enumerate((
         ([0.0200, 0.0210, 0.0205], ""),
         ([0.0040, 0.0041, 0.0042], "0.005 are needed"),
@@ -556,6 +570,26 @@ def test_a_submission_of_the_field_is_read_as_far_as_it_goes(field):
     assert "requirements.txt" in lines["files"].evidence and "pytorch_version" in lines["schema"].evidence
     edit(field, lambda data: data["seed_results"]["42"].update(val_bpb=1.05979454))
     assert {"means", "scores"} < caught(field)
+
+
+def test_scores_of_the_field_may_be_rounded_to_four_digits_and_no_fewer(field):
+    clean, content = caught(field), json.loads((field / s.SUBMISSION).read_text())
+    rows = content["seed_results"]
+    for places in (4, 3, 0):
+        edit(field, val_bpb=round(content["val_bpb"], places), seed_results=rows)
+        assert caught(field) - clean == ({"means"} if places < 4 else set())
+        short = {seed: row | {"val_bpb": round(row["val_bpb"], places)} for seed, row in rows.items()}
+        edit(field, val_bpb=content["val_bpb"], seed_results=short)
+        assert ("scores" in caught(field)) == (places < 4)
+
+
+@pytest.mark.parametrize(("said", "found", "least", "same"), [
+    ("3.22", "3.22001111", 0, True), ("3.22", "3.22001111", 4, True), ("3.22", "3.22001111", 6, False),
+    ("3", "3.22001111", 0, True), ("3", "3.22001111", 4, False), ("3.22001111", "3.22", 0, True),
+    ("3.2249", 3.22, 0, False), ("3.22", 3.22, 6, True), ("7", 7, 6, True), ("7", 8, 0, False)])
+def test_figures_agree_to_the_digits_that_both_have_and_to_the_least(said, found, least, same):
+    said = int(said) if "." not in said else Decimal(said)
+    assert s.agrees(said, Decimal(found) if isinstance(found, str) else found, least) == same
 
 
 @pytest.mark.parametrize("form", [
