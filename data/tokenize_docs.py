@@ -163,17 +163,22 @@ class Sources:
         self.published = self.read_source_manifest() if docs else {}
 
     def read_source_manifest(self) -> dict:
-        """What <docs>.source_manifest.json says, if it stands beside. ValueError if val_docs are fewer than it says."""
+        """What <docs>.source_manifest.json says, if it stands beside. ValueError if val_docs are fewer than it says, or,
+        where it says nothing, fewer than the challenge's of a file called like the published documents.
+        """
         path = self.docs.with_name(self.docs.name.partition(".")[0] + ".source_manifest.json")
-        if not path.exists():
-            return {}
-        try:
-            published = dict(json.loads(path.read_bytes()))
-            reserved = int(published.get("docs_val", 0))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: not a source manifest: {error!r}") from error
+        published_name = self.docs.name.startswith("docs_selected")
+        reserved, source = DEFAULT_VAL_DOCS if published_name else 0, "as in the challenge"
+        published = {}
+        if path.exists():
+            try:
+                published = dict(json.loads(path.read_bytes()))
+                if "docs_val" in published:
+                    reserved, source = int(published["docs_val"]), f"the docs_val of {path}"
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path}: not a source manifest: {error!r}") from error
         if self.val_docs < reserved:  # as a run of the challenge did, that trained on 40,000 of the scored documents
-            raise ValueError(f"--val-docs: expected at least {reserved}, the docs_val of {path}, found {self.val_docs}")
+            raise ValueError(f"--val-docs: expected at least {reserved}, {source}, found {self.val_docs}")
         return published
 
     def batches(self) -> Iterator[Batch]:
@@ -575,16 +580,20 @@ class Dataset:
     def overlap(self, bos: int) -> int:
         """Number of validation documents that begin like a training document, as a run's AUDIT=1 finds them.
 
-        ValueError if they are more than that allows: a few stand twice in the published documents themselves.
+        ValueError if they are more than that allows (a few stand twice in the published documents themselves), or if
+        a shard cannot be read.
         """
         sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from train_gpt import OVERLAP_TOLERANCE, find_overlap  # late: it takes torch along
+        from train_gpt import OVERLAP_TOLERANCE, RunError, find_overlap  # late: it takes torch along
 
         paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
                  for split, writer in self.writers.items()}
         val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
         which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
-        numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
+        try:
+            numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
+        except RunError as error:
+            raise ValueError(str(error)) from error
         if len(numbers) > OVERLAP_TOLERANCE * docs:
             listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "

@@ -411,6 +411,21 @@ def test_few_documents_that_begin_alike_are_counted(model, tmp_path, capsys):
             assert manifest["datasets"][0]["stats"]["docs_val_overlapping"] == 1
 
 
+def test_a_shard_that_cannot_be_read_again_is_one_line(corpus, model, tmp_path, monkeypatch, capsys):
+    """The script that compares the documents has an exception of its own."""
+    import train_gpt
+
+    def fail(*_: object) -> None:
+        raise train_gpt.RunError("fineweb_train_000000.bin: not a token shard")
+
+    monkeypatch.setattr(train_gpt, "find_overlap", fail)
+    (tmp_path / "train.jsonl").write_bytes(jsonl(make_documents(20, 3)))
+    status = tokenize_docs.main(["--train", str(tmp_path / "train.jsonl"), "--val", str(corpus[0] / "val.jsonl"),
+                                 "--out", str(tmp_path / "out"), "--tokenizer", str(model), "--workers", "1"])
+    done = subprocess.CompletedProcess([], status, "", capsys.readouterr().err)
+    assert_refused(done, "fineweb_train_000000.bin: not a token shard")
+
+
 # ----- the published documents
 
 
@@ -473,6 +488,27 @@ def test_refused_documents(model, tmp_path, capsys, claims, arguments, parts):
                                  "1", "--tokenizer", str(model)])
     assert_refused(subprocess.CompletedProcess([], status, "", capsys.readouterr().err), *parts)
     assert not (tmp_path / "out").exists() or tree(tmp_path / "out") == {}
+
+
+@pytest.mark.parametrize(("name", "manifest", "refused"), [
+    ("docs_selected.jsonl", None, True),
+    ("docs_selected_10k.jsonl.gz", None, True),
+    ("docs_selected.jsonl", {}, True),  # says nothing of validation
+    ("docs_selected.jsonl", {"docs_val": 70}, False),
+    ("documents.jsonl", None, False),
+])
+def test_fewer_validation_documents_of_the_published_ones(tmp_path, name, manifest, refused):
+    """As in issue 2127 of the challenge: 10,000 for validation, 40,000 scored documents in the training shards."""
+    docs = tmp_path / name
+    docs.write_bytes(b"")
+    if manifest is not None:
+        (tmp_path / "docs_selected.source_manifest.json").write_text(json.dumps(manifest))
+    if refused:
+        with pytest.raises(ValueError, match="^--val-docs: expected at least 50000, .* found 10000$"):
+            tokenize_docs.Sources([], [], docs, 10_000)
+    else:
+        tokenize_docs.Sources([], [], docs, 10_000)
+    tokenize_docs.Sources([], [], docs, 50_000)
 
 
 # ----- several tokenizers
