@@ -16,7 +16,7 @@ Notable features:
 writes, below --out (this folder, unless told otherwise):
 
     datasets/fineweb10B_sp8192/fineweb_train_000000.bin, ..., fineweb_val_000000.bin
-    tokenizers/fineweb_8192_bpe.model, tokenizers/fineweb_8192_bpe.vocab
+    tokenizers/fineweb_8192_bpe.model, tokenizers/fineweb_8192_bpe.vocab (for CaseOps fineweb_8192_bpe_caseops.*)
     docs_selected.jsonl, docs_selected.source_manifest.json
     manifest.json (other entries in it stay)
 
@@ -378,6 +378,17 @@ def local_entry(published: dict, variant: str, manifest: dict, hub: Hub) -> dict
     return entry
 
 
+def local_tokenizer(published: dict, variant: str) -> dict:
+    """The tokenizer's entry for the manifest here: that of `sp<V>_caseops` gets the name train_gpt.py looks for."""
+    if variant != f"sp{vocabulary(variant)}_caseops":
+        return dict(published)
+    name = f"fineweb_{vocabulary(variant)}_bpe_caseops"
+    entry = published | {"name": name, "model_path": f"tokenizers/{name}.model"}
+    if published.get("vocab_path"):
+        entry["vocab_path"] = f"tokenizers/{name}.vocab"
+    return entry
+
+
 def shard_names(split: str, count: int) -> list[str]:
     """Names of the first `count` shards of `split`."""
     return [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
@@ -399,7 +410,7 @@ def check_strangers(folder: Path, entry: dict) -> None:
 class Download:
     """One run of the program: what to fetch, where to, and what is known of each file.
 
-    `hashes` gives the SHA-256 of every file below `out` that was found right.
+    `hashes` gives the SHA-256 of every file below `out` that was found right; `wrong` are those that were not, at first.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -410,6 +421,7 @@ class Download:
         self.hub = Hub(repository(self.variant), args.retries, self.stop)
         self.retries = args.retries
         self.hashes: dict[Path, str] = {}
+        self.wrong: set[Path] = set()
 
     def parallel(self, function: Callable, items: Iterable, label: str | None = None) -> list:
         """`function` of every item on the pool's threads, in order; the first failure ends the others and is raised."""
@@ -437,18 +449,18 @@ class Download:
         self.hashes[file.path] = digest
 
     def is_here(self, file: File) -> bool:
-        """Whether `file` stands under its final name, as it should be; one that is wrong or a link is removed."""
+        """Whether `file` stands under its final name, as it should be; one that is wrong stays until it is replaced."""
         if file.path.is_file() and not file.path.is_symlink():
             try:
                 self.check(file.path, file)
                 return True
             except ValueError:
                 pass
-        file.path.unlink(missing_ok=True)
+        self.wrong.add(file.path)
         return False
 
     def obtain(self, hub: Hub, file: File, bar: tqdm) -> None:
-        """Fetch `file`, check it, and give it its name."""
+        """Fetch `file`, check it, and give it its name, from which it takes what stood there."""
         hub.fetch(file, bar)
         try:
             self.check(file.partial, file)
@@ -488,11 +500,11 @@ class Download:
 
     def record(self, entry: dict, tokenizer: dict) -> None:
         """Put both entries, with the hashes of their files, in the manifest here; what else it lists stays."""
-        path = self.out / "manifest.json"
-        manifest = read_manifest(path)
+        manifest = read_manifest(self.out / "manifest.json")
         folder = self.out / "datasets" / entry["name"]
         old = find_entry(manifest, "datasets", entry["name"]) or {}
-        shards = {shard["name"]: shard for shard in old.get("shard_files", ()) if (folder / shard["name"]).exists()}
+        shards = {shard["name"]: shard for shard in old.get("shard_files", ())
+                  if (path := folder / shard["name"]).exists() and path not in self.wrong}
         for file, digest in self.hashes.items():
             if file.parent == folder:
                 shards[file.name] = {"name": file.name, "tokens": len(read_shard(file)), "sha256": digest}
@@ -501,14 +513,16 @@ class Download:
                                if file.parent == self.out / "tokenizers"}
         merge_manifest(manifest, "datasets", entry)
         merge_manifest(manifest, "tokenizers", tokenizer)
-        write_manifest(path, manifest)
+        write_manifest(self.out / "manifest.json", manifest)
 
     def run(self, train_shards: int | None, with_docs: bool) -> None:
         """Fetch what is missing. ValueError or OSError if something cannot be had, or is not what it should be."""
         manifest = self.published_manifest()
-        published, tokenizer = published_entries(manifest, self.variant,
-                                                 f"{self.hub.repo}: {self.remote('manifest.json')}")
+        published, published_tokenizer = published_entries(manifest, self.variant,
+                                                           f"{self.hub.repo}: {self.remote('manifest.json')}")
         entry = local_entry(published, self.variant, manifest, self.hub)
+        tokenizer = local_tokenizer(published_tokenizer, self.variant)
+        entry["tokenizer_name"] = tokenizer["name"]
         stats, folder = entry["stats"], self.out / "datasets" / entry["name"]
         count = min(DEFAULT_TRAIN_SHARDS, stats["files_train"]) if train_shards is None else train_shards
         if count > stats["files_train"]:
@@ -516,11 +530,12 @@ class Download:
                              f"{count}")
         self.check_folder(folder, entry, tokenizer["model_path"])
 
-        model, *others = [Path(tokenizer[key]) for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         names = shard_names("val", stats["files_val"]) + shard_names("train", count)
         if entry.get("caseops"):
             names += shard_names("val_bytes", stats["files_val"])
-        wanted = [(path.as_posix(), self.out / "tokenizers" / path.name) for path in (model, *others)]
+        model = self.out / tokenizer["model_path"]
+        wanted = [(published_tokenizer[key], self.out / "tokenizers" / Path(tokenizer[key]).name)
+                  for key in ("model_path", "vocab_path") if tokenizer.get(key)]
         wanted += [(f"datasets/{published['name']}/{name}", folder / name) for name in names]
         files = self.parallel(lambda item: self.hub.look_up(self.remote(item[0]), item[1]), wanted)
         sources = [(self.hub, file) for file in files] + ([self.find_docs()] if with_docs else [])
@@ -531,7 +546,7 @@ class Download:
         with self.progress([file for _, file in missing]) as bar:
             # The validation set is whole and in the manifest before the first training shard is fetched.
             self.parallel(lambda source: self.obtain(*source, bar), [s for s in missing if not is_bulk(s[1])])
-            check_validation(folder, entry, check_tokenizer(self.out / "tokenizers" / model.name, self.vocab_size))
+            check_validation(folder, entry, check_tokenizer(model, self.vocab_size))
             self.record(entry, tokenizer)
             self.parallel(lambda source: self.obtain(*source, bar), [s for s in missing if is_bulk(s[1])])
         check_training(folder, entry)

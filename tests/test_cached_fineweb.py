@@ -20,6 +20,7 @@ import cached_challenge_fineweb as cached
 import numpy as np
 import pytest
 import sentencepiece as spm
+import train_gpt
 
 TOOL = Path(cached.__file__)
 REPO, CASEOPS = "willdepueoai/parameter-golf", "romeerp/parameter-golf-caseops-v1"
@@ -152,15 +153,16 @@ def publish(hub: LocalHub, model: bytes, repo: str = REPO, name: str = "fineweb1
             put[f"datasets/{name}/fineweb_{split}_{index:06d}.bin"] = shard(tokens)
             if caseops and split == "val":
                 put[f"datasets/{name}/fineweb_val_bytes_{index:06d}.bin"] = shard(rng.integers(0, 9, len(tokens)))
-    put |= {"tokenizers/fineweb_320_bpe.model": model, "tokenizers/fineweb_320_bpe.vocab": b"<pad>\t0\n"}
+    tokenizer = f"fineweb_320_bpe{name.removeprefix('fineweb10B_sp320')}"
+    put |= {f"tokenizers/{tokenizer}.model": model, f"tokenizers/{tokenizer}.vocab": b"<pad>\t0\n"}
     docs = b'{"text": "one"}\n{"text": "two"}\n' * 1000
     sha = hashlib.sha256(docs).hexdigest()
     source = json.dumps({"docs_sha256": sha}).encode()
     put |= {"docs_selected.jsonl": docs, "docs_selected.source_manifest.json": source}
     manifest = {
         "version": "10B", "num_docs": 100, "docs_meta": {"docs_sha256": sha},
-        "tokenizers": [{"name": "sp_bpe_320", "vocab_size": 320, "model_path": "tokenizers/fineweb_320_bpe.model",
-                        "vocab_path": "tokenizers/fineweb_320_bpe.vocab"}],
+        "tokenizers": [{"name": "sp_bpe_320", "vocab_size": 320, "model_path": f"tokenizers/{tokenizer}.model",
+                        "vocab_path": f"tokenizers/{tokenizer}.vocab"}],
         "datasets": [{"name": "fineweb10B_sp77", "tokenizer_name": "sp_bpe_77", "stats": {}},
                      {"name": name, "tokenizer_name": "sp_bpe_320", "path": f"datasets/{name}", "vocab_size": 320,
                       "stats": {"files_train": 4, "files_val": 2, "tokens_train": 12_006, "tokens_val": 6_001,
@@ -481,11 +483,29 @@ def test_disk(hub, model, tmp_path):
     assert hub.fetched() == ["datasets/manifest.json"]
     assert names(tmp_path) == []
 
-    resource = pytest.importorskip("resource")
-    done = subprocess.run(command(tmp_path, "--train-shards", 4), env=environment(hub), capture_output=True, text=True,
-                          timeout=60, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (7_100, 7_100)))
-    assert_refused(done, "File too large")
+    # What stands here and is wrong stays until what is right has come.
+    (tmp_path / VAL[0]).write_bytes(b"old")
+    assert_refused(subprocess.run(arguments, env=environment(hub), capture_output=True, text=True, timeout=60), "space")
+    assert (tmp_path / VAL[0]).read_bytes() == b"old"
+    hub.spoil(VAL[0], "corrupted")
+    assert_refused(run(hub, tmp_path, "--train-shards", 1, "--retries", 0), "expected SHA-256")
+    assert (tmp_path / VAL[0]).read_bytes() == b"old"
+    hub.faults.clear()
+    assert run(hub, tmp_path, "--train-shards", 1).returncode == 0
     assert_sound(hub, tmp_path)
+    hub.spoil(TRAIN[0], "corrupted")
+    (tmp_path / TRAIN[0]).write_bytes(b"old")
+    assert_refused(run(hub, tmp_path, "--train-shards", 1, "--retries", 0), "expected SHA-256")
+    assert (tmp_path / TRAIN[0]).read_bytes() == b"old"
+    entry, = json.loads((tmp_path / "manifest.json").read_bytes())["datasets"]
+    assert [each["name"] for each in entry["shard_files"]] == [Path(name).name for name in VAL]
+
+    resource = pytest.importorskip("resource")
+    done = subprocess.run(command(tmp_path / "new", "--train-shards", 4), env=environment(hub), capture_output=True,
+                          text=True, timeout=60,
+                          preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (7_100, 7_100)))
+    assert_refused(done, "File too large")
+    assert_sound(hub, tmp_path / "new")
 
 
 def test_documents(hub, model, tmp_path):
@@ -518,8 +538,18 @@ def test_caseops(hub, model, tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(shards)
     for each in shards:
         assert (folder / each).read_bytes() == published(hub, f"datasets/{name}/{each}")
-    entry, = json.loads((tmp_path / "manifest.json").read_bytes())["datasets"]
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    (entry,), (tokenizer,) = manifest["datasets"], manifest["tokenizers"]
     assert (entry["name"], entry["caseops"]) == ("fineweb10B_sp320_caseops", True)
+    # CASEOPS_ENABLED=1 is all that a run needs: the tokenizer stands where train_gpt.py looks for it.
+    assert train_gpt.Settings(caseops_enabled=True, vocab_size=320, data_dir=str(tmp_path)).tokenizer_path == str(
+        tmp_path / "tokenizers/fineweb_320_bpe_caseops.model")
+    assert entry["tokenizer_name"] == tokenizer["name"] == "fineweb_320_bpe_caseops"
+    for key, ending in (("model_path", "model"), ("vocab_path", "vocab")):
+        assert tokenizer[key] == f"tokenizers/fineweb_320_bpe_caseops.{ending}"
+        theirs = published(hub, f"tokenizers/fineweb_320_bpe_lossless_caps_caseops_v1_reserved.{ending}")
+        assert (tmp_path / tokenizer[key]).read_bytes() == theirs
+    assert len(list((tmp_path / "tokenizers").iterdir())) == 2
     assert sorted(each["name"] for each in entry["shard_files"]) == sorted(shards)
     assert run(None, tmp_path, "--verify", variant="sp320_caseops").returncode == 0
 
