@@ -5,6 +5,7 @@ else is as the runs left it.
 """
 
 import functools
+import hashlib
 import json
 import math
 import re
@@ -311,6 +312,13 @@ FAULTS = {
     "artifact of another run": (lambda f: swap_artifact(f), "artifact bytes"),
     "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact bytes"),
     "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact"),
+    "garbage with its hash": (lambda f: put_artifact(f, bytes(range(70)) * 10), "artifact"),
+    "garbage after the magic": (lambda f: put_artifact(f, tg.ARTIFACT_MAGIC + b"x" * 700), "artifact"),
+    "garbage with a right checksum": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION]) + bytes(700))),
+                                      "artifact"),
+    "unknown compressor": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION, 99]) + bytes(99))), "artifact"),
+    "version changed, checksum not": (lambda f: put_artifact(f, of_version(f, tg.ARTIFACT_VERSION + 1, seal=False)),
+                                      "artifact"),
     "no artifact": (lambda f: (f / MODEL).unlink(), "artifact"),
     "over the cap": (lambda f: edit(f, lambda d: d["seed_results"]["1"].update(artifact_bytes=16_000_001),
                                     bytes_total=16_000_001), "bytes scores"),
@@ -382,6 +390,29 @@ def swap_artifact(folder: Path) -> None:
     path.write_bytes(tg.write_artifact(settings, other, "ans"))
 
 
+def put_artifact(folder: Path, data: bytes) -> None:
+    """Other bytes as seed 1's artifact, with their size and hash wherever one is told."""
+    run = json.loads((folder / "result_seed1.json").read_text())
+    total = len(data) + run["code_bytes"]
+    (folder / MODEL).write_bytes(data)
+    edit_result(folder, 1, model_bytes=len(data), bytes_total=total, model_sha256=s.sha256(folder / MODEL))
+    replace(folder / "train_seed1.log", f"bytes_total:{run['bytes_total']}", f"bytes_total:{total}")
+    rewrite(folder)
+    edit(folder, lambda d: d["seed_results"]["1"].update(model_sha256=s.sha256(folder / MODEL)))
+    edit(folder, lambda d: d.update(bytes_total=max(row["artifact_bytes"] for row in d["seed_results"].values())))
+
+
+def sealed(body: bytes) -> bytes:
+    return tg.ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
+
+
+def of_version(folder: Path, version: int, seal: bool = True) -> bytes:
+    """Seed 1's artifact with another version in it, under a checksum that fits or under the old one."""
+    data = (folder / MODEL).read_bytes()
+    body = bytes([version]) + data[21:]
+    return sealed(body) if seal else data[:20] + body
+
+
 def smallest(folder: Path) -> int:
     rows = json.loads((folder / s.SUBMISSION).read_text())["seed_results"].values()
     return min(row["artifact_bytes"] for row in rows)
@@ -405,6 +436,15 @@ def test_planted_fault_is_caught_by_its_line(folder, fault):
     plant(folder)
     may = {name.rstrip("?") for name in names.split()}
     assert {name for name in names.split() if name in may} <= caught(folder) <= may
+
+
+def test_an_artifact_of_another_version_is_not_passed_but_said_to_be_unread(folder):
+    put_artifact(folder, of_version(folder, tg.ARTIFACT_VERSION + 1))
+    assert caught(folder) == set()
+    line = next(x for x in check_submission.check(check_submission.Submission(folder)) if x.name == "artifact")
+    assert line.status == "not run" and "another version of artifact" in line.evidence
+    edit(folder, lambda d: d["seed_results"]["1"].update(model_sha256="0" * 64))
+    assert caught(folder) == {"artifact"}
 
 
 def test_a_thorough_rewrite_of_a_clean_folder_is_clean(folder):
