@@ -483,14 +483,10 @@ def check_order(sub: Submission) -> str:
 
 def check_tokenizer(sub: Submission) -> str:
     config, path = sub.config(), sub.folder / s.TOKENIZER
-    if s.published_tokenizer(config):
-        path = sub.tokenizer_path
-        if not path:
-            return f"{Path(config['tokenizer_path']).name}, a published one"
-    elif not path.is_file():
-        raise Verdict("missing", f"{s.TOKENIZER}; {Path(config['tokenizer_path']).name} is not a published one")
+    paths = [p for p in (path, sub.tokenizer_path) if p and p.is_file()]
+    path, *_ = need(paths, f"no {s.TOKENIZER} in the folder; --tokenizer tells where one is")
     said = sub.data.get("tokenizer") or {}
-    fail([] if said.get("sha256") == s.sha256(path) else [f"{path.name} is not that of the runs (sha256)"])
+    fail([f"{p} is not that of the runs (sha256)" for p in paths if said.get("sha256") != s.sha256(p)])
     try:
         tg.read_tokenizer(str(path), config["vocab_size"])
     except tg.RunError as e:

@@ -3,7 +3,7 @@
     python records/make_submission.py NAME --track track_10min_16mb --logs logs/RUN logs/RUN logs/RUN
 
 Writes records/<track>/<YYYY-MM-DD>_<NAME>/: train_gpt.py (the counted, packed script), logs and results of every seed,
-the first seed's artifact, the tokenizer unless it is a published one, requirements.txt, submission.json and a README
+the first seed's artifact, the tokenizer, requirements.txt, submission.json and a README
 whose tables, features and command come from the runs alone. Then check_submission.py looks at it. The folder appears
 whole or, with one line that says why, not at all. AUDIT=1 is needed in every run, on both tracks.
 
@@ -113,8 +113,7 @@ def fill(folder: Path, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
     for place, run in list(zip(args.logs, runs))[: None if args.artifacts else 1]:
         shutil.copyfile(place / ARTIFACT, folder / f"final_model_seed{run['seed']}.int6.ptz")
     shutil.copyfile(args.logs[0] / COUNTED, folder / s.CODE)
-    if not s.published_tokenizer(runs[0]["config"]):
-        shutil.copyfile(args.tokenizer, folder / s.TOKENIZER)
+    shutil.copyfile(args.tokenizer, folder / s.TOKENIZER)  # also under a published name: a name proves no content
     shutil.copyfile(Path(__file__).resolve().parent.parent / s.REQUIREMENTS, folder / s.REQUIREMENTS)
     content = submission_json(args, runs)
     (folder / s.SUBMISSION).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -282,17 +282,10 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
     return {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in chosen.items()}
 
 
-def published_tokenizer(config: dict[str, Any]) -> bool:
-    return Path(config["tokenizer_path"]).name == f"fineweb_{config['vocab_size']}_bpe.model"
-
-
 def places(config: dict[str, Any]) -> dict[str, str]:
-    """Where data and tokenizer are found from inside the folder, in the repository's layout."""
-    data, tokenizer = Path(config["data_path"]).name, Path(config["tokenizer_path"]).name
-    if data == f"fineweb10B_sp{config['vocab_size']}" and published_tokenizer(config):
-        return {"DATA_DIR": "../../../data"}
-    return {"DATA_PATH": f"../../../data/datasets/{data}",
-            "TOKENIZER_PATH": f"../../../data/tokenizers/{tokenizer}" if published_tokenizer(config) else TOKENIZER}
+    """Where data and tokenizer are found from inside the folder: the one in the repository's layout, the other in it.
+    """
+    return {"DATA_PATH": f"../../../data/datasets/{Path(config['data_path']).name}", "TOKENIZER_PATH": TOKENIZER}
 
 
 def command(runs: list[dict[str, Any]]) -> str:

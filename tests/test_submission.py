@@ -332,6 +332,9 @@ FAULTS = {
     "no requirements": (lambda f: (f / s.REQUIREMENTS).unlink(), "files"),
     "a link": (link, "files"),
     "no tokenizer": (lambda f: (f / s.TOKENIZER).unlink(), "tokenizer"),
+    "no tokenizer, a published name": (lambda f: (
+        configure(f, tokenizer_path="data/tokenizers/fineweb_512_bpe.model"), rewrite(f),
+        (f / s.TOKENIZER).unlink()), "tokenizer"),
     "other tokenizer": (lambda f: append(f / s.TOKENIZER, b"\x22\x00"), "tokenizer"),
     "no BOS": (no_bos, "bos"),
     "hard-coded BOS": (lambda f: (configure(f, bos_id=7), rewrite(f)), "bos artifact"),
@@ -461,6 +464,25 @@ def test_a_wrong_folder_name_is_caught(folder, name):
     other = moved.parent.parent / "elsewhere"
     moved.parent.rename(other)
     assert caught(other / name) == {"folder"}
+
+
+def test_a_tokenizer_is_kept_whatever_its_name_and_must_be_that_of_the_data(relabelled, tiny, tmp_path):
+    runs = shutil.copytree(relabelled, tmp_path / "runs")
+    for seed in SEEDS:
+        old = read_result(runs / seed)["config"]
+        new = old | {"tokenizer_path": "data/tokenizers/fineweb_512_bpe.model"}
+        edit_json(runs / seed / "result.json", config=new)
+        replace(runs / seed / "train.log", json.dumps(old), json.dumps(new))
+    folder = make(runs, tmp_path / "out", s.RECORD_TRACK, "--tokenizer", tiny["TOKENIZER_PATH"])
+    assert (folder / s.TOKENIZER).read_bytes() == Path(tiny["TOKENIZER_PATH"]).read_bytes()
+    assert "TOKENIZER_PATH=tokenizer.model" in (folder / s.README).read_text()
+    sub = check_submission.Submission(folder)
+    sub.tokenizer_path = Path(tiny["TOKENIZER_PATH"])
+    assert "512 pieces" in check_submission.check_tokenizer(sub)
+    sub.tokenizer_path = tmp_path / "fineweb_512_bpe.model"
+    sub.tokenizer_path.write_bytes(b"another")
+    with pytest.raises(check_submission.Verdict, match="fineweb_512_bpe.model is not that of the runs"):
+        check_submission.check_tokenizer(sub)
 
 
 def test_validation_shards_that_do_not_start_with_bos_are_caught(folder, tiny, tmp_path):
