@@ -7,7 +7,7 @@ Notable features:
   set with the manifest's counts of files, tokens and documents; CaseOps sets also with their byte counts
 - several files at a time; what stands here and is right is not fetched again, what was cut off is continued
 - dropped connections and an overloaded server are waited for, with growing pauses, a bounded number of times
-- `--verify` checks again what is here, without a network
+- `--verify` checks again what is here, without a network, and names every file that is bad
 
     python data/cached_challenge_fineweb.py --variant sp8192 --train-shards 80
     python data/cached_challenge_fineweb.py --variant sp8192_caseops --train-shards 80
@@ -66,9 +66,11 @@ from tqdm import tqdm
 DEFAULT_REPO = "willdepueoai/parameter-golf"
 CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"
 REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
+DEFAULT_VARIANT = "sp8192"
 DEFAULT_TRAIN_SHARDS = 80
 LONGEST_PAUSE = 30  # seconds between two attempts
 SHA256 = re.compile(r"[0-9a-f]{64}")
+VARIANT = r"sp\d+(_[\w.-]+)?"
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
 DOCS, DOCS_SOURCE = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 
@@ -323,7 +325,7 @@ def docs_sha256(out: Path) -> str:
 
 def variant_name(text: str) -> str:
     """The command-line value, if it names a variant; ValueError otherwise."""
-    if not re.fullmatch(r"sp\d+(_[\w.-]+)?", text):
+    if not re.fullmatch(VARIANT, text):
         raise ValueError
     return text
 
@@ -394,14 +396,14 @@ def shard_names(split: str, count: int) -> list[str]:
     return [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
 
 
-def check_strangers(folder: Path, entry: dict) -> None:
-    """ValueError if `folder` has shards that are not part of the published set `entry`; a run would take them along."""
+def strangers(folder: Path, entry: dict) -> dict[str, str]:
+    """Shards in `folder` that are not part of the published set `entry`, which a run would take along; and what to do.
+    """
     stats = entry["stats"]
     names = set(shard_names("train", stats["files_train"]) + shard_names("val", stats["files_val"]))
     names.update(shard_names("val_bytes", stats["files_val"]) if entry.get("caseops") else ())
-    for path in sorted(folder.glob("fineweb_*.bin")):
-        if path.name not in names:
-            raise ValueError(f"{path}: not part of the published set (a run would read it); remove it")
+    found = sorted(path.name for path in folder.glob("fineweb_*.bin") if path.name not in names)
+    return {name: f"{folder / name}: not part of the published set (a run would read it); remove it" for name in found}
 
 
 # ----- the download
@@ -410,7 +412,7 @@ def check_strangers(folder: Path, entry: dict) -> None:
 class Download:
     """One run of the program: what to fetch, where to, and what is known of each file.
 
-    `hashes` gives the SHA-256 of every file below `out` that was found right; `wrong` are those that were not, at first.
+    `hashes` gives the SHA-256 of every file below `out` that was found right; `wrong` were not there, or not right.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
@@ -564,7 +566,8 @@ class Download:
                 if other["name"] == entry["name"] or tokenizer.get("model_path") == model_path:
                     raise ValueError(f"{folder}: {other['name']} was made by data/tokenize_docs.py and would lose its "
                                      "shards or its tokenizer; --out takes another place")
-        check_strangers(folder, entry)
+        for reason in strangers(folder, entry).values():
+            raise ValueError(reason)
 
     def check_space(self, missing: list[File]) -> None:
         """Say how much is to be fetched; ValueError if a disk has less room."""
@@ -595,37 +598,100 @@ def is_bulk(file: File) -> bool:
 # ----- what is here
 
 
-def verify(out: Path, variant: str, train_shards: int | None, with_docs: bool, workers: int) -> None:
-    """Check again everything the manifest in `out` lists of `variant`; ValueError or OSError for the first fault."""
-    path = out / "manifest.json"
-    manifest = read_manifest(path)
-    entry, tokenizer = published_entries(manifest, variant, str(path))
-    folder, vocab_size = out / "datasets" / entry["name"], vocabulary(variant)
-    check_strangers(folder, entry)
-    listed = {shard["name"]: shard for shard in entry.get("shard_files", ())}
-    present = {file.name for file in folder.glob("fineweb_*.bin")}
-    wanted = shard_names("val", entry["stats"]["files_val"]) + shard_names("train", train_shards or 0)
-    for name in sorted(listed.keys() | present | set(wanted)):
-        if name not in present:
-            raise ValueError(f"{folder / name}: no such file; download again")
-        if name not in listed:
-            raise ValueError(f"{folder / name}: not listed in {path} (an interrupted download?); download again")
+def fault(check: Callable, *arguments: object) -> str | None:
+    """What `check` of these arguments objects to, in one line; None if it is content."""
+    try:
+        check(*arguments)
+    except (OSError, ValueError) as error:
+        return one_line(error)
+    return None
+
+
+def check_recorded(path: Path, digest: object, where: Path) -> None:
+    """ValueError unless `digest`, of the manifest at `where`, is a SHA-256, and that of the file at `path`."""
+    if not isinstance(digest, str) or not SHA256.fullmatch(digest):
+        raise ValueError(f"{path}: expected its sha256, of 64 digits, in {where}, found {digest}; download again")
+    check_hash(path, digest)
+
+
+def shards_listed(entry: dict, where: Path) -> dict[str, dict]:
+    """What `entry` of the manifest at `where` says of each shard, by name; ValueError if that cannot be understood."""
+    try:
+        return {shard["name"]: dict(shard) for shard in entry.get("shard_files", ())}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {entry['name']}: expected shard_files, a list of objects with a name") from error
+
+
+def faults_of_set(out: Path, manifest: dict, variant: str, train_shards: int, workers: int) -> list[str]:
+    """Everything that is wrong with the set `variant` of the `manifest` in `out`, one line each.
+
+    ValueError if the manifest has no such set, or does not say what belongs to it.
+    """
+    where = out / "manifest.json"
+    entry, tokenizer = published_entries(manifest, variant, str(where))
+    folder, vocab_size, listed = out / "datasets" / entry["name"], vocabulary(variant), shards_listed(entry, where)
+    strange = strangers(folder, entry)
+    present = {file.name for file in folder.glob("fineweb_*.bin")} - strange.keys()
+    validation = ["val", "val_bytes"] if entry.get("caseops") else ["val"]
+    wanted = [name for split in validation for name in shard_names(split, entry["stats"]["files_val"])]
+    wanted = {*wanted, *shard_names("train", train_shards), *listed} - strange.keys()
 
     def check(name: str) -> None:
-        check_hash(folder / name, listed[name]["sha256"])
-        tokens = check_shard(folder / name, name, vocab_size)
-        if tokens != listed[name]["tokens"]:
-            raise ValueError(f"{folder / name}: expected {listed[name]['tokens']} tokens, found {tokens}")
+        path, known = folder / name, listed.get(name)
+        if name not in present:
+            raise ValueError(f"{path}: no such file; download again")
+        if known is None:
+            raise ValueError(f"{path}: not listed in {where} (an interrupted download?); download again")
+        check_recorded(path, known.get("sha256"), where)
+        if (tokens := check_shard(path, name, vocab_size)) != known.get("tokens"):
+            raise ValueError(f"{path}: expected {known.get('tokens')} tokens, as {where} says, found {tokens}")
 
+    names = sorted(present | wanted)
     with ThreadPoolExecutor(workers) as pool:
-        list(tqdm(pool.map(check, listed), "checking", len(listed), disable=None))
-    for name, digest in tokenizer.get("sha256", {}).items():
-        check_hash(out / "tokenizers" / name, digest)
-    check_validation(folder, entry, check_tokenizer(out / tokenizer["model_path"], vocab_size))
-    check_training(folder, entry)
-    if with_docs:
-        check_docs(out)
-    print(f"{folder}: {len(listed)} shards{', the documents' if with_docs else ''} and the tokenizer are as published")
+        checked = pool.map(lambda name: fault(check, name), names)
+        found = [*strange.values(), *tqdm(checked, "checking", len(names), disable=None)]
+    digests = tokenizer.get("sha256", {})
+    digests = digests if isinstance(digests, dict) else {}
+    files = {Path(tokenizer[key]).name for key in ("model_path", "vocab_path") if tokenizer.get(key)}
+    for name in sorted(digests.keys() | (files if "repo" in entry else ())):
+        found.append(fault(check_recorded, out / "tokenizers" / name, digests.get(name), where))
+    if not any(found):  # what follows is of all files together
+        found.append(fault(lambda: check_validation(folder, entry, check_tokenizer(out / tokenizer["model_path"],
+                                                                                   vocab_size))))
+        found.append(fault(check_training, folder, entry))
+    if not any(found):
+        print(f"{folder}: {len(listed)} shards and the tokenizer are as published")
+    return [reason for reason in found if reason]
+
+
+def verify(out: Path, variant: str | None, train_shards: int | None, with_docs: bool, workers: int) -> None:
+    """Check again everything the manifest in `out` lists of `variant`, or of every set that was downloaded.
+
+    Each fault becomes a line on stdout; ValueError, at the end, if there was one.
+    """
+    manifest = read_manifest(out / "manifest.json")
+    variants = [variant] if variant else [str(entry["name"]).removeprefix("fineweb10B_")
+                                          for entry in manifest["datasets"] if "repo" in entry]
+    if not variants:
+        raise ValueError(f"{out / 'manifest.json'}: expected a downloaded data set, found none")
+    found = []
+    for each in variants:
+        try:
+            if not re.fullmatch(VARIANT, each):
+                raise ValueError(f"{out / 'manifest.json'}: {each}: expected the name fineweb10B_sp<vocabulary size>")
+            found += faults_of_set(out, manifest, each, train_shards or 0, workers)
+        except ValueError as error:
+            found.append(one_line(error))
+    if with_docs and (reason := fault(check_docs, out)):
+        found.append(reason)
+    elif with_docs:
+        print(f"{out / DOCS}: as published")
+    found = list(dict.fromkeys(found))  # two sets may share a tokenizer
+    for reason in found:
+        print(f"bad: {reason}", flush=True)
+    if found:
+        raise ValueError(found[0] if len(found) == 1 else f"{len(found)} faults, each a line above; the first: "
+                                                          f"{found[0]}")
 
 
 # ----- command line
@@ -646,8 +712,9 @@ def at_least(least: int) -> Callable[[str], int]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
     parser = Parser(description="Download the published token shards, or check those that are here.")
-    parser.add_argument("--variant", type=variant_name, default="sp8192", metavar="NAME",
-                        help="sp<vocabulary size>, or sp<vocabulary size>_caseops (default: sp8192)")
+    parser.add_argument("--variant", type=variant_name, metavar="NAME",
+                        help=f"sp<vocabulary size>, or sp<vocabulary size>_caseops (default: {DEFAULT_VARIANT}; with "
+                             "--verify all that were downloaded)")
     parser.add_argument("--train-shards", type=at_least(0), metavar="N",
                         help=f"fetch the first N training shards (default: {DEFAULT_TRAIN_SHARDS}, or all there are)")
     parser.add_argument("--with-docs", action="store_true", help=f"also fetch {DOCS} (48 GB)")
@@ -665,6 +732,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.verify:
             verify(args.out, args.variant, args.train_shards, args.with_docs, args.workers)
             return 0
+        args.variant = args.variant or DEFAULT_VARIANT
         args.out.mkdir(parents=True, exist_ok=True)
         with only_one(args.out):
             Download(args).run(args.train_shards, args.with_docs)

@@ -163,8 +163,9 @@ class Sources:
         self.published = self.read_source_manifest() if docs else {}
 
     def read_source_manifest(self) -> dict:
-        """What <docs>.source_manifest.json says, if it stands beside. ValueError if val_docs are fewer than it says; where
-        it says nothing, fewer than the challenge's, for a file that is called like the published documents.
+        """What <docs>.source_manifest.json says, if it stands beside. ValueError if val_docs are fewer than it says.
+
+        Where it says nothing, a file called like the published documents has the challenge's.
         """
         path = self.docs.with_name(self.docs.name.partition(".")[0] + ".source_manifest.json")
         published_name = self.docs.name.startswith("docs_selected")

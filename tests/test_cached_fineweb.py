@@ -198,8 +198,9 @@ def environment(hub: LocalHub | None, **more: str) -> dict[str, str]:
                     "HF_HOME": "/nonexistent", "OMP_NUM_THREADS": "1"} | more
 
 
-def command(out: Path, *arguments: object, variant: str = "sp320") -> list[str]:
-    return [sys.executable, str(TOOL), "--out", str(out), "--variant", variant, *map(str, arguments)]
+def command(out: Path, *arguments: object, variant: str | None = "sp320") -> list[str]:
+    chosen = ["--variant", variant] if variant else []
+    return [sys.executable, str(TOOL), "--out", str(out), *chosen, *map(str, arguments)]
 
 
 def run(hub: LocalHub | None, out: Path, *arguments: object, variant: str = "sp320",
@@ -300,12 +301,15 @@ def test_verify_finds_each_fault(hub, model, tmp_path, capsys):
     def verify(*arguments: str) -> str:
         capsys.readouterr()
         status = cached.main(["--verify", "--variant", "sp320", "--out", str(tmp_path), *arguments])
-        error = capsys.readouterr().err
+        out, error = capsys.readouterr()
+        bad = [line for line in out.splitlines() if line.startswith("bad: ")]
         assert (status, error.count("\n")) in ((0, 0), (1, 1))
-        return error
+        assert not bad or bad[0].removeprefix("bad: ") in error
+        return "\n".join(bad) or error
 
     assert verify("--with-docs") == ""
     assert "fineweb_train_000001.bin: no such file" in verify("--train-shards", "2")
+    assert verify("--train-shards", "3").count("\n") == 1
 
     def changed(name: str, change, *arguments: str) -> str:
         path = tmp_path / name
@@ -335,6 +339,60 @@ def test_verify_finds_each_fault(hub, model, tmp_path, capsys):
     assert_refused(run(hub, tmp_path, "--train-shards", 1), "fineweb_train_000007.bin: not part of the published set")
     (tmp_path / FOLDER / "fineweb_train_000007.bin").unlink()
     assert verify("--with-docs") == ""
+
+    # What the manifest itself does not say, or not as it should.
+    whole = json.loads((tmp_path / "manifest.json").read_bytes())
+
+    def without(change) -> str:
+        manifest = json.loads(json.dumps(whole))
+        change(manifest["datasets"][0], manifest["tokenizers"][0])
+        return changed("manifest.json", lambda data: json.dumps(manifest).encode())
+
+    for change, parts in (
+        (lambda entry, _: entry["shard_files"][0].pop("sha256"), ("000000.bin: expected its sha256", "found None")),
+        (lambda entry, _: entry["shard_files"][0].update(sha256="abc"), ("expected its sha256", "found abc")),
+        (lambda entry, _: entry["shard_files"][0].update(sha256=""), ("expected its sha256",)),
+        (lambda entry, _: entry["shard_files"][0].update(sha256=7), ("expected its sha256", "found 7")),
+        (lambda entry, _: entry["shard_files"][1].pop("tokens"), ("000000.bin: expected None tokens", "found 3000")),
+        (lambda entry, _: entry["shard_files"][0].pop("name"), ("expected shard_files, a list of objects with",)),
+        (lambda entry, _: entry.update(shard_files=7), ("expected shard_files, a list of objects with a name",)),
+        (lambda entry, _: entry.pop("shard_files"), ("val_000001.bin: not listed",)),
+        (lambda entry, _: entry.pop("stats"), ("expected stats.files_train",)),
+        (lambda _, tokenizer: tokenizer.pop("sha256"), ("bpe.model: expected its sha256", "bpe.vocab: expected its")),
+        (lambda _, tokenizer: tokenizer.update(sha256=[]), ("bpe.model: expected its sha256",)),
+        (lambda _, tokenizer: tokenizer["sha256"].update({"fineweb_320_bpe.model": "0" * 63}), ("found 000",)),
+    ):
+        bad = without(change)
+        assert all(part in bad for part in parts), bad
+    assert verify() == ""
+
+
+def test_verify_names_every_bad_file_of_every_set(hub, model, tmp_path):
+    publish(hub, model)
+    publish(hub, model, CASEOPS, "fineweb10B_sp320_lossless_caps_caseops_v1_reserved", caseops=True)
+    for variant in ("sp320", "sp320_caseops"):
+        assert run(hub, tmp_path, "--train-shards", 1, variant=variant).returncode == 0
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    manifest["datasets"].append({"name": "mine", "tokenizer_name": "mine_bpe", "shard_files": []})  # not downloaded
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    done = run(None, tmp_path, "--verify", variant=None)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("are as published") == 2
+
+    spoilt = [tmp_path / name for name in (TRAIN[0], VAL[1], OTHERS[1])]
+    spoilt += [tmp_path / "datasets/fineweb10B_sp320_caseops" / f"fineweb_{split}_000001.bin"
+               for split in ("val", "val_bytes")]
+    for path in spoilt[:-1]:
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    spoilt[-1].unlink()
+    done = run(None, tmp_path, "--verify", variant=None)
+    assert_refused(done, f"5 faults, each a line above; the first: {spoilt[0]}: expected SHA-256")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("bad: ")]
+    assert [line.split(": ")[1] for line in lines] == [str(path) for path in spoilt]
+    assert_refused(run(None, tmp_path, "--verify"), "3 faults")
+    for variant in ("sp320", "sp320_caseops"):
+        assert run(hub, tmp_path, "--train-shards", 1, variant=variant).returncode == 0
+    assert run(None, tmp_path, "--verify", variant=None).returncode == 0
 
 
 def test_what_passes_is_waited_for(hub, model, tmp_path):
@@ -582,7 +640,8 @@ def test_command_line_refusals(capsys, monkeypatch, hub, model, tmp_path):
         (("--train-shards", "-1"), ("--train-shards", "-1")),
         (("--workers", "0"), ("--workers",)),
         (("--shards", "1"), ("--shards",)),
-        (("--verify",), ("expected a data set fineweb10B_sp8192, found none",)),
+        (("--verify",), ("expected a downloaded data set, found none",)),
+        (("--verify", "--variant", "sp8192"), ("expected a data set fineweb10B_sp8192, found none",)),
     ):
         assert cached.main(["--out", str(tmp_path), *arguments]) == 1
         error = capsys.readouterr().err
