@@ -782,7 +782,7 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
             length[i] = len(piece[space[i]:].replace("▁", " ").encode())
     keeps_space = sp.decode_pieces(["▁", "a"]).startswith(" ")
     tensors = torch.from_numpy(length), torch.from_numpy(space), torch.from_numpy(boundary).bool()
-    return ByteTable(*tensors, int(keeps_space), sp.bos_id(), not pieces.isdisjoint(CASE_MARKERS))
+    return ByteTable(*tensors, int(keeps_space), sp.bos_id(), pieces.issuperset(CASE_MARKERS))
 
 
 def restore_case(text: str) -> str:
@@ -841,8 +841,10 @@ class Validation(NamedTuple):
             raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur, so there are no documents to "
                            "find; BOS_ID takes the one that starts them")
         found = {"files_val": len(paths), "tokens_val": len(tokens), "docs_val": docs}
-        charged, complete = charged_bytes(cfg, table, paths, tokens), matches_manifest(cfg.data_path, found)
-        return cls(tokens.to(device), charged, docs, complete, bos)
+        charged = charged_bytes(cfg, table, paths, tokens)
+        if cfg.caseops_enabled:
+            found["bytes_val"] = int(charged.sum())
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos)
 
 
 def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
@@ -2283,8 +2285,8 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict
             torch.eye(weight.size(2), device=weight.device)[None])
         codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
         if steps and is_table(group):
-            factors = common_part(weight[0] / scales[0])
-            left, right = (rt.sum_(f.int() if rt.rank == 0 else 0 * f.int()) for f in factors)  # rank 0's
+            parts = common_part(weight[0] / scales[0])
+            left, right = (rt.sum_(part.int() if rt.rank == 0 else 0 * part.int()) for part in parts)  # rank 0's
             stored[f"{group.name}.left"], stored[f"{group.name}.right"] = left.to(torch.int8), right.to(torch.int16)
             weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
         if len(codes[share]):
@@ -2341,6 +2343,7 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
+MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
 COMPRESSORS = ("brotli", "lzma", "ans")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
@@ -2567,6 +2570,8 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
         packed = [body[a:b] for a, b in pairwise(ends)]
         shapes = {n: shape for n, shape, _ in header["codes"]}
         dtypes = {n: {1: torch.int8, 2: torch.int16}[size] for n, _, size in header["codes"]}
+        if sum(map(math.prod, shapes.values())) > MOST_CODES:
+            raise ValueError("more codes than any model of the challenge has")
         with ThreadPoolExecutor() as pool:
             plain = packed[:1] if compressor == "ans" else packed
             half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
@@ -2611,7 +2616,7 @@ def load_weights(model: GPT, cfg: Settings, tensors: dict[str, Tensor], name: st
     """Put an artifact's weights into the model. RunError unless every parameter gets one of its own shape."""
     try:
         state = dequantize(cfg, tensors)
-    except (KeyError, ValueError, RuntimeError) as e:
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as e:
         raise RunError(f"{name}: tensors do not fit the model of its settings ({e})") from None
     params = dict(model.named_parameters())
     wrong = sorted(set(params) ^ set(state)) or [n for n in params if params[n].shape != state[n].shape]

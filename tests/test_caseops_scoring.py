@@ -129,6 +129,24 @@ def test_a_sidecar_that_does_not_fit_its_shard_is_refused(cased, tmp_path, fault
     refused(cased | {"DATA_PATH": str(folder)}, words)
 
 
+def test_the_manifest_knows_how_many_bytes_there_are(cased, tmp_path):
+    """Charges that sum to another number than the manifest says: the set is not the one that was made."""
+    folder = copy_of(cased, tmp_path)
+    assert load(cased).complete is True
+    entry = json.loads((Path(cased["DATA_PATH"]).parent.parent / "manifest.json").read_text())["datasets"][0]
+    raw = sum(len(text.encode()) for text in VAL)
+    for said in (raw, raw - 1):
+        stats = entry["stats"] | {"bytes_val": said}
+        manifest = {"datasets": [entry | {"name": "copy", "stats": stats}]}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        assert load(cased | {"DATA_PATH": str(folder)}).complete is (said == raw)
+
+
+def test_one_private_character_is_no_caseops_tokenizer(cased, tiny):
+    table = tg.read_tokenizer(cased["TOKENIZER_PATH"], 512)
+    assert table.case_markers and not tg.read_tokenizer(tiny["TOKENIZER_PATH"], 512).case_markers
+
+
 def test_an_artifact_for_caseops_is_not_scored_on_plain_data(cased, tiny, tmp_path):
     environ = {"ITERATIONS": "1", "ARTIFACT_DIR": str(tmp_path / "run")}
     assert run_script(cased | environ).returncode == 0

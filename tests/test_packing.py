@@ -321,7 +321,8 @@ def test_the_header_that_is_spoilt_below_is_good():
     {"codes": None}, {"codes": []}, {"codes": [["c", [4], 1]]}, {"codes": [["c", [1, 1, 4], 1]]},
     {"codes": [["c", [], 1]]}, {"codes": [["c", [1, 1, 3]]]}, {"codes": [["c", [1, 1, 3], 2]]},
     {"codes": [["c", [1, 1, 3], 4]]},
-    {"codes": [["c", [1, 1, 3], 1], ["d", [1, 1, 3], 1]]}, {"codes": [["c", [1, 1, 10**30], 1]]}, {"codes": "text"},
+    {"codes": [["c", [1, 1, 3], 1], ["d", [1, 1, 3], 1]]}, {"codes": [["c", [1, 1, 10**30], 1]]},
+    {"codes": [["c", [1, 10**5, 10**5], 1]]}, {"codes": "text"},
     {"bytes": []}, {"bytes": None}, {"bytes": [1]}, {"bytes": [1, 2, 3]}, {"bytes": [-3, 5]}, {"bytes": ["a", "b"]},
     {"bytes": [10**30, 1]}, {"bytes": [10**9, 1]}, {"bytes": {"a": 1}},
 ], ids=str)

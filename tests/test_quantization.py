@@ -514,6 +514,28 @@ def test_rows_alike_do_not_err_alike(rt, tmp_path):
     assert torch.allclose(by_hand, table.double() + error.double(), atol=1e-6)
 
 
+@pytest.mark.parametrize("changes", [
+    {"tie_embeddings": False}, {"bigram_vocab_size": 50, "bigram_dim": 16}, {"embedding_dim": 16},
+    {"ve_enabled": True, "ve_layers": "1,2", "ve_dim": 8},
+    {"tie_embeddings": False, "embedding_dim": 16, "bigram_vocab_size": 50, "ve_enabled": True, "ve_layers": "0"},
+], ids=str)
+def test_weighted_steps_of_every_kind_of_table(rt, tmp_path, changes):
+    """The tables' common parts come and go between groups that need Hessians: all is stored, and errors follow c."""
+    cfg = tiny(tmp_path, **changes)
+    model = random_model(cfg)
+    stats, _ = statistics(cfg, model)
+    state, distances = {n: p.detach() for n, p in model.named_parameters()}, []
+    for finest in (-6.0, -16.0):
+        steps = weighted_steps(cfg, state, stats, finest)
+        stored = tg.quantize(cfg, rt, state, tg.factorize_all(stats.hessians), steps)
+        artifact = tg.write_artifact(tg.artifact_settings(cfg), stored, "ans")
+        back = tg.dequantize(cfg, tg.read_artifact(artifact, "x")[1])
+        assert set(back) == set(state) and all(back[n].shape == state[n].shape for n in state)
+        distances.append({n: float((back[n] - state[n]).square().mean()) for n in state if state[n].ndim > 1})
+    assert all(distances[1][n] < 0.01 * distances[0][n] for n in distances[0] if distances[0][n] > 1e-6), distances
+    assert sum(distance > 1e-6 for distance in distances[0].values()) >= 4
+
+
 def test_rows_felt_alike_change_their_steps_one_after_another():
     curvature = tg.Curvature(torch.zeros(1, 1000), torch.zeros(1, 4, dtype=torch.int8), torch.full((1, 1000), -30.0))
     counts = [int((tg.weighted_steps(curvature, at)[0] == -7).sum()) for at in np.arange(-2.0, -1.499, 0.0125)]
