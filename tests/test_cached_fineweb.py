@@ -20,6 +20,7 @@ import cached_challenge_fineweb as cached
 import numpy as np
 import pytest
 import sentencepiece as spm
+
 import train_gpt
 
 TOOL = Path(cached.__file__)

@@ -53,8 +53,7 @@ def test_every_document_is_charged_its_raw_bytes(cased):
 
 
 def test_a_run_is_scored_by_raw_bytes_and_passes_its_audit(cased, tmp_path):
-    environ = cased | {"ARTIFACT_DIR": str(tmp_path / "run"), "AUDIT": "1", "TTT_MODE": "lora", "TTT_LORA_RANK": "4",
-                       "TTT_CHUNK_SIZE": "16"}
+    environ = cased | {"ARTIFACT_DIR": str(tmp_path / "run"), "AUDIT": "1", "EVAL_STRIDE": "0"}
     done = run_script(environ)
     assert done.returncode == 0, done.stderr
     result = read_result(tmp_path / "run")
@@ -64,7 +63,7 @@ def test_a_run_is_scored_by_raw_bytes_and_passes_its_audit(cased, tmp_path):
         nats = stage["val_loss"] * stage["tokens"]
         assert math.isclose(stage["val_bpb"], nats / math.log(2) / raw, rel_tol=1e-9)
     environ = {k: cased[k] for k in ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "DTYPE")} | {
-        "EVAL_ONLY": str(tmp_path / "run/final_model.int6.ptz"), "ARTIFACT_DIR": str(tmp_path / "e")}
+        "EVAL_ONLY": str(tmp_path / "run/final_model.int6.ptz"), "ARTIFACT_DIR": str(tmp_path / "e"), "AUDIT": "0"}
     packed = run_script(environ, script=tmp_path / "run/train_gpt.packed.py")
     assert packed.returncode == 0, packed.stderr  # the artifact says that it takes CaseOps data
     assert read_result(tmp_path / "e")["val_bpb"] == pytest.approx(result["val_bpb"], abs=1e-9)
@@ -78,7 +77,7 @@ def test_a_wrong_sidecar_fails_the_audit(cased, tmp_path):
     data[where] += 1
     path.write_bytes(data)
     done = run_script(cased | {"DATA_PATH": str(folder), "ARTIFACT_DIR": str(tmp_path / "run"), "AUDIT": "1",
-                               "ITERATIONS": "2"})
+                               "ITERATIONS": "2", "EVAL_STRIDE": "0"})
     assert done.returncode == 3
     audit = read_result(tmp_path / "run")["audit"]
     assert [name for name, check in audit.items() if not check["ok"]] == ["bytes"]
@@ -148,7 +147,7 @@ def test_one_private_character_is_no_caseops_tokenizer(cased, tiny):
 
 
 def test_an_artifact_for_caseops_is_not_scored_on_plain_data(cased, tiny, tmp_path):
-    environ = {"ITERATIONS": "1", "ARTIFACT_DIR": str(tmp_path / "run")}
+    environ = {"ITERATIONS": "1", "EVAL_STRIDE": "0", "ARTIFACT_DIR": str(tmp_path / "run")}
     assert run_script(cased | environ).returncode == 0
     done = run_script({k: tiny[k] for k in ("DATA_PATH", "TOKENIZER_PATH", "DEVICE", "DTYPE")} | {
         "EVAL_ONLY": str(tmp_path / "run/final_model.int6.ptz"), "ARTIFACT_DIR": str(tmp_path / "e")})
