@@ -785,14 +785,14 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
     return ByteTable(*tensors, int(keeps_space), sp.bos_id(), pieces.issuperset(CASE_MARKERS))
 
 
-def restore_case(text: str) -> str:
-    """The raw text of which CaseOps (PR 1729, data/caseops.py) made `text`: its inverse, lenient about markers."""
+def case_restorer() -> Callable[[str], str]:
+    """The inverse of CaseOps (PR 1729, data/caseops.py), from its text to the raw one; lenient about markers."""
     title, all_caps, cap, escape = CASE_MARKERS
     capitals = (chr(i) for a, b in ((0x41, 0x24F), (0x370, 0x556), (0x1E00, 0x1FFF)) for i in range(a, b + 1))
     upper = {ord(c.lower()): c for c in capitals if c.lower() != c and len(c.lower()) == 1 and c.lower().upper() == c}
     small = f"[{''.join(map(chr, upper))}]"
     marked = re.compile(f"{escape}(.)|[{title}{cap}]( ?{small})|{all_caps}( ?{small}+)|[{CASE_MARKERS}]", re.DOTALL)
-    return marked.sub(lambda m: m[1] or (m[2] or m[3] or "").translate(upper), text)
+    return lambda text: marked.sub(lambda m: m[1] or (m[2] or m[3] or "").translate(upper), text)
 
 
 def charged_bytes(cfg: Settings, table: ByteTable, paths: list[str], tokens: Tensor) -> Tensor:
@@ -3254,9 +3254,10 @@ def audit_bytes(cfg: Settings, rt: Runtime, val: Validation, scores: dict[str, S
     starts = np.unique(np.concatenate(([0], starts, [len(tokens)])))
     spans, wrong, total = list(pairwise(starts.tolist())), [], 0
     lots = [spans[i : i + 256] for i in range(0, len(spans), 256)][rt.rank :: rt.world]
+    raw = case_restorer() if cfg.caseops_enabled else str
     for lot in rt.progress(lots, "audit bytes"):
         for (a, b), text in zip(lot, sp.decode([tokens[a:b].tolist() for a, b in lot])):
-            n_bytes = len((restore_case(text) if cfg.caseops_enabled else text).encode())
+            n_bytes = len(raw(text).encode())
             if a == 0:  # the stream's first token is no target
                 n_bytes -= len(sp.decode(tokens[:1].tolist()).encode())
             wrong += [] if before[b] - before[a] == n_bytes else [a]
