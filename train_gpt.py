@@ -41,6 +41,7 @@ import sys
 import threading
 import time
 import warnings
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:  # not on every machine; the kernels' plain forms run instead
+    triton = constexpr = None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -86,6 +94,7 @@ class Settings:
     dtype: str = setting("auto", "run", "of matrix products; auto: bf16 where it is fast", choices="auto bf16 fp32")
     compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
     attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
+    fused: bool = setting(False, "run", "Triton kernels between the matrix products; not measured yet")
     eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
     checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
@@ -308,8 +317,8 @@ class Settings:
              "as 9,10"),
             (self.qat_lite_enabled and self.qat_lite_layer_start >= self.num_layers, "qat_lite_layer_start",
              f"a layer below NUM_LAYERS={self.num_layers}"),
-            (self.num_loops and not self.loop_stages(), "loop_schedule", f"stages, as 0.35:1,0.55:2, of at most "
-             f"NUM_LOOPS={self.num_loops} loops and at last so many, which is what is evaluated"),
+            (self.num_loops and not self.loop_stages(), "loop_schedule", f"stages, as 0.35:1,0.55:2, that end "
+             f"in NUM_LOOPS={self.num_loops}, the most"),
             ("ema" in self.average and "swa" in self.average and not self.ema_decay, "average",
              "swa, since EMA_DECAY=0 keeps no EMA"),
             ("swa" in self.average and not self.swa_enabled, "average", "ema, or SWA_ENABLED=1"),
@@ -371,8 +380,8 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
 
 
 def kind_of(f: dataclasses.Field) -> type:
-    """The type of a field's values: T where it is annotated `T` or `T | None`."""
-    return f.type if isinstance(f.type, type) else f.type.__args__[0]
+    """The type of a field's values: its default's, or T where it is annotated `T | None`."""
+    return f.type.__args__[0] if f.default is None else type(f.default)
 
 
 def type_name(kind: type) -> str:
@@ -522,7 +531,7 @@ class Runtime:
         self.rank, self.local_rank, self.world, _ = launch
         cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
-            raise RunError("DEVICE=cuda: this machine has no GPU that PyTorch can use; takes cpu or auto")
+            raise RunError("DEVICE=cuda: no GPU that PyTorch can use; takes cpu or auto")
         if cuda and cfg.device != "cpu" and self.local_rank >= torch.cuda.device_count():
             raise RunError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; lower "
                            "--nproc_per_node or take DEVICE=cpu")
@@ -728,8 +737,8 @@ def shard_paths(cfg: Settings, split: str) -> list[str]:
     paths = find_shards(cfg.data_path, split)
     if not paths:
         raise RunError(f"DATA_PATH={cfg.data_path}: no fineweb_{split}_*.bin there; "
-                       "data/cached_challenge_fineweb.py downloads the published ones, ./run_smoke_1gpu.sh makes a "
-                       "small local set, data/tokenize_docs.py makes shards from your own documents")
+                       "data/cached_challenge_fineweb.py downloads them, data/tokenize_docs.py makes them, "
+                       "./run_smoke_1gpu.sh makes a small set")
     return paths
 
 
@@ -838,8 +847,8 @@ class Validation(NamedTuple):
         bos = table.bos if cfg.bos_id is None else cfg.bos_id
         docs = int((tokens == bos).sum())
         if not docs and (cfg.varlen_enabled or cfg.bos_id is not None or cfg.ttt_mode in ("lora", "phased")):
-            raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur, so there are no documents to "
-                           "find; BOS_ID takes the one that starts them")
+            raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur; BOS_ID takes the one "
+                           "that starts documents")
         found = {"files_val": len(paths), "tokens_val": len(tokens), "docs_val": docs}
         charged = charged_bytes(cfg, table, paths, tokens)
         if cfg.caseops_enabled:
@@ -1001,9 +1010,6 @@ class Bounds(NamedTuple):
         return Bounds(*(t.to(device, non_blocking=True) for t in self[:2]), self.max_len)
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Bounds | None], Tensor]
-
-
 def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
     """Causal attention with grouped heads: q (B, T, H, dh), k and v (B, T, Hkv, dh) -> (B, T, H, dh). Plain PyTorch.
 
@@ -1033,7 +1039,7 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tenso
     return y.transpose(1, 2).flatten(0, 1)[:total].view_as(q)
 
 
-def attend_flash(dense: Callable, varlen: Callable) -> Attend:
+def attend_flash(dense: Callable, varlen: Callable) -> Callable:
     """FlashAttention's two entry points (versions 2 and 3 share them) behind our signature."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
@@ -1048,7 +1054,7 @@ def attend_flash(dense: Callable, varlen: Callable) -> Attend:
     return attend
 
 
-def attend_torch_varlen(varlen_attn: Callable) -> Attend:
+def attend_torch_varlen(varlen_attn: Callable) -> Callable:
     """PyTorch's own variable-length flash attention; without bounds SDPA is already its fixed-length form."""
     grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12
 
@@ -1066,7 +1072,7 @@ def attend_torch_varlen(varlen_attn: Callable) -> Attend:
     return attend
 
 
-def load_attention(name: str) -> Attend:
+def load_attention(name: str) -> Callable:
     """One backend by name; ImportError when it is not installed."""
     if name == "fa3":
         try:
@@ -1092,7 +1098,7 @@ def load_attention(name: str) -> Attend:
     return attend_sdpa
 
 
-def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> tuple[str, Attend, list[str]]:
+def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable, list[str]]:
     """Name and function of the backend, and why faster ones were passed over.
 
     All but SDPA need a GPU and bf16. Each is tried on a small input, forward and backward. RunError if the one that
@@ -1117,6 +1123,272 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> t
         except Exception as e:  # an extension that does not fit the machine can raise anything
             skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
     raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
+
+
+NORM_EPS = 1e-6  # under the root of every norm
+
+# Between the matrix products: plain forms, and Triton kernels that do the same in one pass over memory. The kernels
+# compute in fp32 what the plain forms round at every step; FUSED=1 takes them.
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + eps) over the last dimension; no learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def join(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
+    """The stream y = a x + b z and the normed c rms_norm(y) that the next half of a layer reads; a None is 1.
+
+    x, z (B, T, d); a, b (d,); all of one dtype.
+    """
+    y = (x if a is None else a * x) + b * z
+    return y, rms_norm(y) * c
+
+
+def norm_rotate(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x (B, T, heads, dh) normed, the first dims of each rotated by position (half-split pairs), times its gain.
+
+    cos and sin (T, r/2); gain (heads,), None is 1; all of one dtype.
+    """
+    x, half = rms_norm(x), cos.size(-1)
+    if half:
+        cos, sin = cos[:, None], sin[:, None]
+        x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
+        x = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
+    return x if gain is None else x * gain[:, None]
+
+
+def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """XSA (PR 478): y (B, T, H, dh) less its component along this position's own value, v (B, T, Hkv, dh); then times
+    a gate (B, T, H), None is 1.
+    """
+    v = F.normalize(v, dim=-1)[:, :, :, None]  # one value per group of query heads
+    y = y.unflatten(2, (v.size(2), -1))
+    y = (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
+    return y if gate is None else y * gate[..., None]
+
+
+def squared_leaky_relu(h: Tensor) -> Tensor:
+    """LeakyReLU(0.5)² (PR 493)."""
+    return F.leaky_relu(h, 0.5).square()
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Losses (B, T) fp32 in nats of targets (B, T) under logits (B, T, V) softly capped; 0 where IGNORE."""
+    losses = F.cross_entropy(softcap(logits, cap).flatten(0, 1), targets.flatten(), reduction="none",
+                             ignore_index=IGNORE)
+    return losses.view_as(targets)
+
+
+class Ops(NamedTuple):
+    """How a forward pass does what lies between its matrix products: the plain forms above or kernels."""
+
+    join: Callable = join
+    norm_rotate: Callable = norm_rotate
+    exclude_self: Callable = exclude_self
+    # x (B, T, d), up (hidden, d), down (d, hidden) -> (B, T, d); None, and under hooks: linear() by linear()
+    mlp: Callable | None = None
+    # x (B, T, d), weight (V, d), targets (B, T), cap -> losses as cross_entropy(); None: the same
+    head_losses: Callable | None = None
+
+
+PLAIN = Ops()
+
+
+def kernel(function: Callable) -> Callable:
+    """Triton's compiler, or its interpreter under TRITON_INTERPRET=1; the bare function where there is no Triton."""
+    return triton.jit(function) if triton else function
+
+
+@kernel
+def read(place, keep):
+    return tl.load(place, keep, other=0.0).to(tl.float32)
+
+
+@kernel
+def write(place, value, keep):
+    tl.store(place, value.to(place.dtype.element_ty), keep)
+
+
+@kernel
+def join_kernel(x, z, a, b, gy, gn, out1, out2, ga, gb, rows, c, D: constexpr, WIDTH: constexpr, ROWS: constexpr,
+                EPS: constexpr, GRAD: constexpr):
+    """join() on x, z (rows, D) -> out1, out2; or with GRAD, from the gradients gy and gn of both, those of x and z
+    there, and each program's share of those of a and b in its row of ga and gb.
+    """
+    col = tl.arange(0, WIDTH)[None, :]
+    scale_x, scale_z = read(a + col, col < D), read(b + col, col < D)
+    sum_a, sum_b = tl.zeros((1, WIDTH), tl.float32), tl.zeros((1, WIDTH), tl.float32)
+    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
+        row = first + tl.arange(0, ROWS)[:, None]
+        at, keep = row.to(tl.int64) * D + col, (row < rows) & (col < D)
+        xs, zs = read(x + at, keep), read(z + at, keep)
+        y = (scale_x * xs + scale_z * zs).to(out1.dtype.element_ty).to(tl.float32)
+        r = 1 / tl.sqrt(tl.sum(y * y, 1, keep_dims=True) / D + EPS)
+        if GRAD:
+            g = r * c * read(gn + at, keep)
+            g += read(gy + at, keep) - y * (r * r * tl.sum(g * y, 1, keep_dims=True) / D)
+            write(out1 + at, scale_x * g, keep)
+            write(out2 + at, scale_z * g, keep)
+            sum_a += tl.sum(g * xs, 0, keep_dims=True)
+            sum_b += tl.sum(g * zs, 0, keep_dims=True)
+        else:
+            write(out1 + at, y, keep)
+            write(out2 + at, r * c * y, keep)
+    if GRAD:
+        write(ga + tl.program_id(0) * D + col, sum_a, col < D)
+        write(gb + tl.program_id(0) * D + col, sum_b, col < D)
+
+
+@kernel
+def exclude_kernel(y, v, gate, g, out, gv, ggate, rows, HEADS: constexpr, SLOTS: constexpr, D: constexpr,
+                   WIDTH: constexpr, ROWS: constexpr, GRAD: constexpr):
+    """exclude_self() on y (rows, HEADS, D) and v (rows, D), one row a key/value head, gate (rows, HEADS) -> out; or
+    with GRAD, from the gradient g, that of y there and those of v and gate.
+    """
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
+    slot, col = tl.arange(0, SLOTS)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
+    head, is_head, keep_v = row * HEADS + slot, (row < rows) & (slot < HEADS), (row < rows) & (col < D)
+    at, keep = head * D + col, is_head & (col < D)
+    unit = read(v + row * D + col, keep_v)
+    size = tl.maximum(tl.sqrt(tl.sum(unit * unit, 2, keep_dims=True)), 1e-12)
+    unit = unit / size
+    ys, scale = read(y + at, keep), read(gate + head, is_head)
+    along = tl.sum(ys * unit, 2, keep_dims=True)
+    value = ys - along * unit
+    if GRAD:
+        gs = read(g + at, keep)
+        write(ggate + head, tl.sum(gs * value, 2, keep_dims=True), is_head)
+        gs *= scale
+        toward = tl.sum(gs * unit, 2, keep_dims=True)
+        write(out + at, gs - toward * unit, keep)
+        gu = -tl.sum(along * gs + toward * ys, 1, keep_dims=True)
+        write(gv + row * D + col, (gu - tl.sum(gu * unit, 2, keep_dims=True) * unit) / size, keep_v)
+    else:
+        write(out + at, value * scale, keep)
+
+
+@kernel
+def capped(logits, col, keep, cap):
+    return cap * (2 * tl.sigmoid(2 / cap * read(logits + col, keep)) - 1)
+
+
+@kernel
+def loss_kernel(logits, targets, g, losses, vocab, cap, BLOCK: constexpr, GRAD: constexpr):
+    """cross_entropy() of logits (rows, vocab), one program a row -> losses; or with GRAD, from the gradient g, that of
+    the logits in their place.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    target, most, total = tl.load(targets + row), -3e38, 0.0
+    logits += row * vocab
+    for first in tl.range(0, vocab, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        t = tl.where(col < vocab, capped(logits, col, col < vocab, cap), -3e38)
+        larger = tl.maximum(most, tl.max(t, 0))
+        total = total * tl.exp(most - larger) + tl.sum(tl.exp(t - larger), 0)
+        most = larger
+    most += tl.log(total)
+    if GRAD:
+        scale = read(g + row, target >= 0)
+        for first in tl.range(0, vocab, BLOCK):
+            col = first + tl.arange(0, BLOCK)
+            t = capped(logits, col, col < vocab, cap)
+            slope = scale * (1 - t * t / (cap * cap))
+            write(logits + col, slope * (tl.exp(t - most) - tl.where(col == target, 1.0, 0.0)), col < vocab)
+    else:
+        write(losses + row, tl.where(target >= 0, most - capped(logits, target, target >= 0, cap), 0.0), True)
+
+
+# Each of these launches a kernel on the inputs of the plain form of its name: forward; or, given the gradients of its
+# outputs, backward, and returns those of the first inputs.
+
+
+def tiles(d: int, members: int = 1) -> tuple[int, int, int]:
+    """D, WIDTH and ROWS for tiles of some 4096 elements: rows of d, so many that belong together."""
+    width = triton.next_power_of_2(d)
+    return d, width, max(1, 4096 // (width * members))
+
+
+def run_join(c: float, x: Tensor, z: Tensor, a: Tensor, b: Tensor, *grads: Tensor) -> list[Tensor]:
+    tile, rows, out = tiles(len(a)), x.numel() // len(a), [torch.empty_like(x) for _ in range(2)]
+    programs = min(triton.cdiv(rows, tile[2]), 1024)
+    shares = x.new_empty(2, programs, len(a), dtype=torch.float32)
+    join_kernel[(programs,)](x, z, a, b, *(grads or out), *out, *shares, rows, c, *tile, NORM_EPS, bool(grads))
+    return out + [share.sum(0).to(a.dtype) for share in shares] if grads else out
+
+
+def run_exclude_self(_: float, y: Tensor, v: Tensor, gate: Tensor, *grads: Tensor) -> list[Tensor]:
+    d, heads, out = y.size(-1), y.size(2) // v.size(2), [torch.empty_like(t) for t in (y, v, gate)]
+    rows, slots = v.numel() // d, triton.next_power_of_2(heads)
+    tile = tiles(d, slots)
+    exclude_kernel[(triton.cdiv(rows, tile[2]),)](y, v, gate, *(grads or out[:1]), *out, rows, heads, slots, *tile,
+                                                  bool(grads))
+    return out if grads else out[:1]
+
+
+def run_head_losses(cap: float, x: Tensor, weight: Tensor, targets: Tensor, *grads: Tensor) -> list[Tensor]:
+    """Logits never stand whole in memory: the head goes by chunks of tokens, and backward makes each chunk anew."""
+    losses, gx, vocab = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(x), len(weight)
+    gw, size = torch.zeros_like(weight, dtype=torch.float32), max(1, 2**25 // vocab)
+    parts = [t.flatten(0, 1).split(size) for t in (x, targets, *(grads or [losses]), losses, gx)]
+    for rows, target, g, loss, out in zip(*parts):
+        logits = rows @ weight.mT
+        loss_kernel[(len(rows),)](logits, target, g, loss, vocab, cap, min(8192, triton.next_power_of_2(vocab)),
+                                  bool(grads), num_warps=8)
+        if grads:
+            torch.mm(logits, weight, out=out)
+            gw += logits.mT @ rows
+    return [gx, gw.to(weight.dtype)] if grads else [losses]
+
+
+def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -> Callable[..., list[Tensor]]:
+    """run(number, *inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
+
+    Without gradients it gives outputs shaped as `like(*inputs)`, of which the last `kept` are only for backward, behind
+    the inputs; with the gradients of the others, those of the first `count` inputs.
+    """
+    def forward(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return run(number, *(t.contiguous() for t in inputs + grads))
+
+    def shapes(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t in (inputs[:count] if grads else like(*inputs))]
+
+    def remember(ctx, inputs: tuple, output: list[Tensor]) -> None:
+        ctx.number, tensors, _ = inputs
+        ctx.rest = [None] * (len(tensors) - count)
+        ctx.set_materialize_grads(not kept)  # zeros for an output that nothing reads
+        ctx.save_for_backward(*tensors, *output[len(output) - kept :])
+
+    def backward(ctx, grads: list[Tensor | None]) -> tuple:
+        return None, operator(ctx.number, ctx.saved_tensors, grads[: len(grads) - kept]) + ctx.rest, []
+
+    operator = torch.library.custom_op(f"train_gpt::{name}", forward, mutates_args=(), schema="(float number, Tensor[] "
+                                       "inputs, Tensor[] grads) -> Tensor[]")
+    operator.register_fake(shapes)
+    operator.register_autograd(backward, setup_context=remember)
+    return lambda number, *inputs: operator(number, inputs, [])
+
+
+def fused_ops() -> Ops:
+    """The forms that have kernels by these, the others plain."""
+    join = fused("join", run_join, 4, lambda x, *_: [x, x])
+    exclude = fused("exclude_self", run_exclude_self, 3, lambda y, *_: [y])
+    head = fused("head_losses", run_head_losses, 2, lambda x, *_: [x[..., 0].float()])
+    return Ops(
+        join=lambda x, z, a, b, c: join(c, x, z, torch.ones_like(b) if a is None else a, b),
+        exclude_self=lambda y, v, gate: exclude(0.0, y, v, y.new_ones(y.shape[:3]) if gate is None else gate)[0],
+        head_losses=lambda x, weight, targets, cap: head(cap, x, weight, targets)[0])
+
+
+def pick_ops(cfg: Settings, device: torch.device) -> Ops:
+    """The forms that FUSED asks for. RunError where Triton cannot run them."""
+    if cfg.fused and (not triton or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1")):
+        raise RunError("FUSED=1: needs a GPU and Triton; takes 0 here")
+    return fused_ops() if cfg.fused else PLAIN
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1200,11 +1472,6 @@ def lookup(table: Tensor, ids: Tensor, site: Site, hooks: Hooks, dtype: torch.dt
     return y
 
 
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension; no learned weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
-
 def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos and sin, each (length, r/2) fp32, of position times base^(-2i/r), r = ROPE_DIMS.
 
@@ -1217,23 +1484,6 @@ def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) ->
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / max(dims, 1))
     angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first dims of each head by position (half-split pairs): x (B, T, heads, dh), cos and sin (T, r)."""
-    half = cos.size(-1)
-    if half == 0:
-        return x
-    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
-    x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
-
-
-def exclude_self(y: Tensor, v: Tensor) -> Tensor:
-    """XSA (PR 478): y (B, T, H, dh) less its component along this position's own value, v (B, T, Hkv, dh)."""
-    v = F.normalize(v, dim=-1)[:, :, :, None]  # one value per group of query heads
-    y = y.unflatten(2, (v.size(2), -1))
-    return (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
 
 
 def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
@@ -1250,7 +1500,7 @@ class Shared(NamedTuple):
     """What all blocks of one forward pass share."""
 
     x0: Tensor  # (B, T, d) normed input
-    rope: tuple[Tensor, Tensor]
+    rope: list[Tensor]  # cos and sin, as rotary_table's
     banks: dict[str, tuple[Tensor, ...]]  # name -> matrices
     values: Tensor | None  # (B, T, Hkv dh) value embedding
     bounds: Bounds | None
@@ -1264,10 +1514,11 @@ class GPT(nn.Module):
     scalars. A technique that is off has no parameters.
     """
 
-    def __init__(self, cfg: Settings, attend: Attend = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = -1):
+    def __init__(self, cfg: Settings, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = -1,
+                 ops: Ops = PLAIN):
         """Weights are fp32; activations and matrix products are of `dtype`; `bos` is the id that opens a document."""
         super().__init__()
-        self.cfg, self.attend, self.dtype, self.bos = cfg, attend, dtype, bos
+        self.cfg, self.attend, self.dtype, self.bos, self.ops = cfg, attend, dtype, bos, ops
         layers, d, heads, loops = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_loops
         kv, hidden, e = cfg.num_kv_heads * (d // heads), int(cfg.mlp_mult * d), cfg.embedding_dim or d
         skips, parallel = len(virtual_layers(cfg, loops)) // 2, layers - cfg.parallel_start_layer
@@ -1332,7 +1583,7 @@ class GPT(nn.Module):
         banks = {name: bank.unbind(0) for name, bank in self.banks().items()}
         x, values = self.embed(ids, document_starts(ids, bounds, self.bos), banks, hooks)
         rope = rotary_table(cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
-        shared = Shared(x, rope, banks, values, bounds, hooks)
+        shared = Shared(x, [t.to(x.dtype) for t in rope], banks, values, bounds, hooks)
         order = virtual_layers(cfg, cfg.num_loops if loops is None else loops)
         half, skips, lane1, outputs = len(order) // 2, [], None, {}
         for n, (layer, visit) in enumerate(order):
@@ -1383,12 +1634,11 @@ class GPT(nn.Module):
         if hooks.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
             capture(x, Site("head"), hooks)
             return x
-        logits = linear(x, self.tok_emb if self.cfg.tie_embeddings else self.head, Site("head"), hooks).float()
-        logits = self.cfg.logit_softcap * torch.tanh(logits / self.cfg.logit_softcap)
-        if targets is None:
-            return logits
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORE)
-        return losses.view_as(targets)
+        weight, cap = self.tok_emb if self.cfg.tie_embeddings else self.head, self.cfg.logit_softcap
+        if self.ops.head_losses and targets is not None and not any(hooks):
+            return self.ops.head_losses(x, weight.to(x.dtype), targets, cap)
+        logits = linear(x, weight, Site("head"), hooks)
+        return softcap(logits, cap) if targets is None else cross_entropy(logits, targets, cap)
 
     def join_skip(self, x: Tensor, skip: Tensor, i: int) -> Tensor:
         """U-Net skip (PR 289) into decoder step i."""
@@ -1404,22 +1654,26 @@ class GPT(nn.Module):
             return weight[0] * y + weight[1] * before
         return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0]))
 
-    def mix_input(self, x: Tensor, layer: int, shared: Shared) -> Tensor:
-        mix = self.resid_mix[layer].to(x.dtype)
-        return mix[0] * x + mix[1] * shared.x0
+    def join(self, x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """a x + b z, and what a half of this layer reads of it."""
+        a, b = None if a is None else a.to(x.dtype), b.to(x.dtype)
+        return self.ops.join(x, z, a, b, (layer + 1) ** -0.5 if self.cfg.ln_scale else 1.0)
 
     def block(self, x: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
         """One virtual layer on the residual stream x (B, T, d): mix in x0, then add attention and MLP."""
-        u = self.mix_input(x, layer, shared)
-        y = u + self.attention_half(u, layer, visit, shared)
-        if layer >= self.cfg.parallel_start_layer:  # both read u (GPT-J; PR 1412)
-            return y + self.mlp_half(u, layer, visit, shared)
-        return y + self.mlp_half(y, layer, visit, shared)
+        u, n = self.join(x, shared.x0, *self.resid_mix[layer], layer)
+        a = self.attention_half(n, layer, visit, shared)
+        if layer >= self.cfg.parallel_start_layer:  # the MLP reads what attention reads (GPT-J; PR 1412)
+            y = u + self.attn_scale[layer].to(a.dtype) * a
+        else:
+            y, n = self.join(u, a, None, self.attn_scale[layer], layer)
+        return y + self.mlp_scale[layer].to(y.dtype) * self.mlp_half(n, layer, visit, shared)
 
     def lanes(self, lane0: Tensor, lane1: Tensor, layer: int, shared: Shared) -> tuple[Tensor, Tensor]:
         """One parallel layer on two streams: attention reads lane 0, the MLP lane 1 (PR 1523; crossed: PR 1529)."""
-        u = self.mix_input(lane0, layer, shared)
-        a, m = self.attention_half(u, layer, 0, shared), self.mlp_half(lane1, layer, 0, shared)
+        u, n = self.join(lane0, shared.x0, *self.resid_mix[layer], layer)
+        a = self.attn_scale[layer].to(u.dtype) * self.attention_half(n, layer, 0, shared)
+        m = self.mlp_scale[layer].to(u.dtype) * self.mlp_half(self.norm(lane1, layer), layer, 0, shared)
         if self.cfg.parallel_mode == "lanes":
             return u + a, lane1 + m
         keep = self.lane_keep[layer - self.cfg.parallel_start_layer].to(a.dtype)
@@ -1432,10 +1686,10 @@ class GPT(nn.Module):
             return torch.lerp(lane1, lane0, self.lane_mix.to(lane0.dtype))
         return {"mean": 0.5 * (lane0 + lane1), "attn": lane0, "mlp": lane1}[self.cfg.parallel_final_lane]
 
-    def attention_half(self, u: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
-        """What attention adds to the stream u (B, T, d)."""
+    def attention_half(self, n: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+        """Attention on the normed stream n (B, T, d)."""
         cfg, layers, hooks = self.cfg, self.cfg.num_layers, shared.hooks
-        n, (qo, kv) = self.norm(u, layer), (shared.banks["qo_bank"], shared.banks["kv_bank"])
+        qo, kv = shared.banks["qo_bank"], shared.banks["kv_bank"]
 
         def project(weight: Tensor, role: str) -> Tensor:
             return linear(n, weight, Site(role, layer, visit), hooks)
@@ -1444,29 +1698,29 @@ class GPT(nn.Module):
         if layer in self.ve_layers:  # PR 374
             v = v + self.ve_layer_scale[self.ve_layers.index(layer)].to(v.dtype) * shared.values
         q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
-        q, k = rotate(rms_norm(q), *shared.rope), rotate(rms_norm(k), *shared.rope)
-        q = q * self.q_gain[layer].to(q.dtype)[:, None]
-        y = self.attend(q, k, v, shared.bounds)
-        if layer >= layers - cfg.xsa_last_n:
-            y = exclude_self(y, v)
+        q = self.ops.norm_rotate(q, self.q_gain[layer].to(q.dtype), *shared.rope)
+        k = self.ops.norm_rotate(k, None, *shared.rope)
+        y, gate = self.attend(q, k, v, shared.bounds), None
         if hasattr(self, "attn_gate"):
             window = n if cfg.gated_attn_enabled else n[..., : cfg.gate_window]
             gate = linear(window, self.attn_gate[layer], Site("gate", layer, visit), hooks)
             if cfg.sparse_attn_gate_enabled:  # PR 1787
                 gate = cfg.sparse_attn_gate_scale * gate
             gate = torch.sigmoid(gate) * (2.0 if cfg.attn_out_gate_enabled else 1.0)  # PR 1667; arXiv 2505.06708
+        if layer >= layers - cfg.xsa_last_n:
+            y = self.ops.exclude_self(y, v, gate)
+        elif gate is not None:
             y = y * gate[..., None]
-        y = linear(y.flatten(2), qo[layers + layer], Site("o", layer, visit), hooks)
-        return self.attn_scale[layer].to(y.dtype) * y
+        return linear(y.flatten(2), qo[layers + layer], Site("o", layer, visit), hooks)
 
-    def mlp_half(self, u: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
-        """What the MLP adds to the stream u (B, T, d): LeakyReLU(0.5)² (PR 493)."""
+    def mlp_half(self, n: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+        """The MLP on the normed stream n (B, T, d)."""
         up, down = shared.banks["mlp_up_bank"][layer], shared.banks["mlp_down_bank"][layer]
-        n = self.norm(u, layer)
+        if self.ops.mlp and not any(shared.hooks):
+            return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype))
         h = linear(n, up, Site("up", layer, visit), shared.hooks)
-        y = linear(F.leaky_relu(h, 0.5).square(), down, Site("down", layer, visit), shared.hooks)
-        y = adapt(y, n, Site("mlp", layer, visit), shared.hooks)
-        return self.mlp_scale[layer].to(y.dtype) * y
+        y = linear(squared_leaky_relu(h), down, Site("down", layer, visit), shared.hooks)
+        return adapt(y, n, Site("mlp", layer, visit), shared.hooks)
 
     def norm(self, u: Tensor, layer: int) -> Tensor:
         return rms_norm(u) * (layer + 1) ** -0.5 if self.cfg.ln_scale else rms_norm(u)
@@ -1512,10 +1766,10 @@ def orthogonal(count: int, rows: int, cols: int) -> Tensor:
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
 
 
-def build_model(cfg: Settings, rt: Runtime, attend: Attend, bos: int) -> GPT:
+def build_model(cfg: Settings, rt: Runtime, attend: Callable, bos: int, ops: Ops = PLAIN) -> GPT:
     """The model with its initial weights from SEED, drawn on the CPU so that they do not depend on the device."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, attend, rt.dtype, bos).to(rt.device)
+    model = GPT(cfg, attend, rt.dtype, bos, ops).to(rt.device)
     if rt.world > 1:
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)
@@ -1529,22 +1783,20 @@ def build_model(cfg: Settings, rt: Runtime, attend: Attend, bos: int) -> GPT:
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kind: str = "quintic") -> Tensor:
     """Nearly orthogonal matrices with the singular vectors of `matrices` (n, rows, cols); singular values go to ~1.
 
-    Iterates X <- aX + (bA + cA²)X with A = XXᵀ on the short side. quintic: one triple for all steps (Muon, K. Jordan
-    2024); polar: one a step, the last of them from then on (Polar Express, arXiv 2505.16932).
+    Iterates X <- aX + (bA + cA²)X with A = XXᵀ on the short side, in three batched products. quintic: one triple for
+    all steps (Muon, K. Jordan 2024); polar: one a step, the last of them from then on (Polar Express, arXiv
+    2505.16932; to seven digits).
     """
     triples = {"quintic": [(3.4445, -4.7750, 2.0315)], "polar": [
-        (8.156554524902461, -22.48329292557795, 15.878769915207462),
-        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]}[kind]
+        (8.156555, -22.48329, 15.87877), (4.042930, -2.808917, 0.5000178), (3.891668, -2.772484, 0.5060648),
+        (3.285754, -2.368129, 0.4644902), (2.346541, -1.709783, 0.4232355)]}[kind]
     tall = matrices.size(-2) > matrices.size(-1)
     x = matrices.mT if tall else matrices
     x = (x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)).to(dtype)
     for step in range(steps):
         a, b, c = triples[min(step, len(triples) - 1)]
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
 
 
@@ -2696,7 +2948,7 @@ try:import pyppmd
 except ImportError:raise SystemExit("error: the package pyppmd is not installed; pip install pyppmd")
 import linecache
 """
-PPMD = {"max_order": 8, "mem_size": 1 << 24, "variant": "I"}
+PPMD_ORDER = 12
 
 
 def pack_code(source: bytes) -> bytes:
@@ -2714,27 +2966,61 @@ def pack_code(source: bytes) -> bytes:
     except ImportError:
         raise RunError("the packages pyppmd and python-minifier pack the script; pip install both") from None
     tree = ast.parse(source)
-    keywords = {k.arg for node in ast.walk(tree) if isinstance(node, ast.Call) for k in node.keywords}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setting" and len(node.args) == 3:
+    nodes, callees, keywords = list(ast.walk(tree)), set(), {}
+
+    def name_of(node: ast.AST) -> str:
+        return getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
+
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        callees.add(call.func)
+        for keyword in call.keywords:  # by function, and under "" all
+            for name in ("", name_of(call.func)):
+                keywords.setdefault(name, set()).add(keyword.arg)
+    values = {name_of(node) for node in nodes if isinstance(node, (ast.Name, ast.Attribute)) and node not in callees}
+    for node in nodes:
+        if isinstance(node, ast.Call) and name_of(node.func) == "setting" and len(node.args) == 3:
             node.args.pop()
-        if isinstance(node, ast.ClassDef) and "NamedTuple" in ast.dump(ast.Tuple(node.bases)):
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign):
-                    field.annotation = ast.Constant(0)
-        if isinstance(node, ast.FunctionDef) and node.name == "pack_code":
+        if isinstance(node, ast.ClassDef):
+            for part in node.body:
+                if name_of(part) == "__init__":
+                    part.called = [node.name]
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        if isinstance(node, ast.AnnAssign) and name_of(getattr(node.value, "func", None)) != "setting":
+            node.annotation = ast.Constant(0)
+        if name_of(node) == "pack_code" and isinstance(node, ast.FunctionDef):
             node.body = node.body[:2]  # a packed script never gets further
-        if isinstance(node, (ast.FunctionDef, ast.Lambda)):  # what no call names may get a short name
-            plain = [*takewhile(lambda a: a.arg not in keywords, node.args.args)]
+        if name_of(node) == "help_text" and isinstance(node, ast.FunctionDef):
+            node.body = ast.parse("return 'see --config'").body
+        if isinstance(node, ast.arg) and name_of(node.annotation) != "constexpr":  # which Triton reads
+            node.annotation = None
+        if "kernel" in map(name_of, getattr(node, "decorator_list", [])):  # launched by position
+            short = {a.arg: f"{chr(97 + i)}" for i, a in enumerate(node.args.args)}
+            for part in ast.walk(node):
+                if isinstance(part, ast.arg):
+                    part.arg = short[part.arg]
+                elif isinstance(part, ast.Name):
+                    part.id = short.get(part.id, part.id + "_" * (part.id in short.values()))
+        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):  # what no call names may get a short name
+            names = [name_of(node), *getattr(node, "called", [])]  # of a class, where it makes one
+            fixed = set().union(*(keywords.get("" if name in values else name, ()) for name in names))
+            plain = [*takewhile(lambda a, fixed=fixed: a.arg not in fixed, node.args.args)]
             node.args.posonlyargs, node.args.args = plain, node.args.args[len(plain):]
+    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    for node in list(tree.body):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):  # some are for annotations only
+            node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in used]
+            if not node.names:
+                tree.body.remove(node)
+    kept = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)
     small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
-                                   rename_globals=True)
-    data = pyppmd.compress(small.encode(), **PPMD)
+                                   rename_globals=True, remove_annotations=kept)
+    data = pyppmd.compress(small.encode(), max_order=PPMD_ORDER)
     escapes = {"'": r"\'", "\r": r"\r", "\0": r"\0"}
     literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.decode("latin1").replace("\\", r"\\"))
     literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
-    options = ",".join(f"{name}={value!r}" for name, value in PPMD.items())
-    return PACKED_START + (f"s=pyppmd.decompress('''{literal}'''.encode('latin1'),{options}).decode();n='train_gpt'\n"
+    return PACKED_START + (f"s=pyppmd.decompress('''{literal}'''.encode('latin1'),max_order={PPMD_ORDER}).decode()\n"
+                           "n='train_gpt'\n"
                            "linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n"
                            ).encode("latin1")
 
@@ -2807,36 +3093,43 @@ def gather(tokens: Tensor, place: Tensor, scored: Tensor) -> tuple[Tensor, Tenso
     return tokens[place.clamp(max=last)].long(), targets
 
 
-@torch.no_grad()
-def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, stride: int,
-                  which: range, what: str, loops: int | None = None) -> None:
-    """Score the stream's windows number `which`, EVAL_SEQ_LEN tokens long and `stride` apart, dealt whole to ranks.
+def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
+    """(n, 2) int64: where in the stream each window of EVAL_SEQ_LEN tokens starts, and from where on it scores.
 
-    The first window of the stream scores all its tokens, later ones those the window before did not reach: at most
-    `stride`, each with at least EVAL_SEQ_LEN - stride tokens before it; the last one what is left. With VARLEN
-    attention ends at the document's start inside a window.
+    The first scores all its tokens, later ones what the window before did not reach: `stride` tokens, the first of them
+    with EVAL_SEQ_LEN - stride tokens before it. With VARLEN attention ends at the document's start, so a window that
+    starts there has all that its tokens may see, and none is run again for a document that it holds whole.
     """
+    length, documents, windows, fresh = cfg.eval_seq_len, [0], [], 0
+    if cfg.varlen_enabled:
+        documents += (val.tokens == val.bos).nonzero().flatten().tolist()
+    while fresh < len(val.tokens) - 1:
+        start = max(documents[bisect_right(documents, fresh) - 1], fresh - length + stride)
+        windows.append((start, fresh))
+        fresh = start + length
+    return torch.tensor(windows, device=val.tokens.device)
+
+
+@torch.no_grad()
+def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, windows: Tensor,
+                  what: str, loops: int | None = None) -> None:
+    """Score by these windows, as find_windows() has them, dealt whole to ranks."""
     length, n, loops = cfg.eval_seq_len, len(val.tokens), cfg.num_loops if loops is None else loops
     rows = cfg.eval_batch_tokens // length
-    for first in rt.progress(which[rt.rank * rows :: rt.world * rows], what, scorer.running):
-        window = torch.arange(first, first + rows, device=rt.device)[:, None]
-        place = window * stride + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
-        fresh_from = torch.where(window == 0, 0, (window - 1) * stride + length)
-        scored = (place >= fresh_from) & (place < n - 1) & (window < which.stop)
+    lots = F.pad(windows, (0, 0, 0, -len(windows) % rows), value=n).view(-1, rows, 2, 1)  # n scores nothing
+    for lot in rt.progress(lots[rt.rank :: rt.world], what, scorer.running):
+        start, fresh = lot.unbind(1)
+        place = start + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
+        scored = (place >= fresh) & (place < n - 1)
         ids, targets = gather(val.tokens, place, scored)
         bounds = Bounds.find(ids, val.bos, length) if cfg.varlen_enabled else None
         scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))
 
 
-def all_windows(cfg: Settings, tokens: int, stride: int) -> range:
-    """Numbers of the windows that a stream of so many tokens takes."""
-    return range(1 + max(0, -(-(tokens - 1 - cfg.eval_seq_len) // stride)))
-
-
 def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, stride: int, what: str,
              loops: int | None = None) -> Score:
     """Score the whole stream by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
-    score_windows(cfg, rt, forward, val, scorer, stride, all_windows(cfg, len(val.tokens), stride), what, loops)
+    score_windows(cfg, rt, forward, val, scorer, find_windows(cfg, val, stride), what, loops)
     return scorer.finish()
 
 
@@ -2905,24 +3198,23 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
     No chunk is trained on any more when the rest would not end within EVAL_BUDGET_SECONDS.
     """
     sgd = Sgd(cfg, rt, model, forward, cfg.ttt_lr, cfg.ttt_momentum, cfg.ttt_chunk_tokens)
-    stride = cfg.eval_stride or cfg.eval_seq_len
-    windows = all_windows(cfg, len(val.tokens), stride)
-    size = max(1, cfg.ttt_chunk_tokens // stride)
-    chunks, trained, plain = [windows[i : i + size] for i in range(0, len(windows), size)], 0, 0
-    scoring = cfg.eval_seq_len / stride  # forward passes over each token, against three for a step, each epoch
+    stride, length = cfg.eval_stride or cfg.eval_seq_len, cfg.eval_seq_len
+    windows = find_windows(cfg, val, stride)
+    number = windows[:, 0] // (max(1, cfg.ttt_chunk_tokens // stride) * stride)  # of the chunk each is in
+    chunks, trained, plain = windows.split(number.unique_consecutive(return_counts=True)[1].tolist()), 0, 0
+    scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
     budget = Budget(cfg, rt, scorer.began, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
     for i, chunk in enumerate(rt.progress(chunks, "ttt", scorer.running)):
         adapt = rt.largest(float(not budget.allows(len(chunk)))) == 0  # every rank or none
-        score_windows(cfg, rt, forward, val, scorer, stride, chunk, "chunk")
-        scored = (chunk.stop - 1) * stride + cfg.eval_seq_len  # the last target of the chunk
+        score_windows(cfg, rt, forward, val, scorer, chunk, "chunk")
+        scored = int(chunk[-1, 0]) + length  # the last target of the chunk
         if i + 1 < len(chunks) and adapt:
             for _ in range(cfg.ttt_epochs):
                 sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(i, len(chunks)))
             trained = scored
-        plain += 0 if adapt else len(chunk) * stride
+        plain += 0 if adapt else scored - int(chunk[0, 1])
     if plain:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: the last {plain} tokens were scored and not trained "
-               "on")
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored without adaptation")
     return scorer.finish()
 
 
@@ -3064,7 +3356,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
     if cfg.ttt_mode == "phased":  # cut by the settings alone, never by how many documents are still to come
         phases = range(1, cfg.phased_ttt_num_phases + 1)
         cuts[1:1] = [min(cfg.phased_ttt_prefix_docs * i // len(phases), len(documents)) for i in phases]
-    late, plain = False, [0, 0]  # documents and tokens scored without adapters
+    late, plain = False, 0  # tokens scored without adapters
     for i, (low, high) in enumerate(pairwise(cuts)):
         mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
         work = sum(padded_tokens(batch) for batch in mine)
@@ -3072,7 +3364,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
         for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", scorer.running):
             late = not budget.allows(padded_tokens(batch)) or late
             if late:
-                plain = [plain[0] + len(batch), plain[1] + sum(b - a for a, b in batch)]
+                plain += sum(b - a for a, b in batch)
             score_documents(cfg, forward, val.tokens, scorer, batch, None if late else adapters)
         late = rt.largest(float(late)) > 0
         if low < high < len(documents) and not late:
@@ -3081,10 +3373,9 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
             for first in range(0, end, size):  # all of it has been scored, on whatever rank
                 stop = min(first + size, end)
                 sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
-    docs, tokens = rt.sum_(torch.tensor(plain, device=rt.device)).tolist()
-    if docs:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {docs} documents, {tokens} tokens scored without "
-               "adaptation")
+    plain = int(rt.sum_(torch.tensor(plain, device=rt.device)))
+    if plain:
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored without adaptation")
     return scorer.finish()
 
 
@@ -3221,7 +3512,7 @@ def audit_model(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     causal = Check(
         not unseen and noise < 1e-3 and worst[0] <= CAUSAL_TOLERANCE + 4 * noise,
         f"{f'targets {unseen} were never predicted; ' if unseen else ''}{len(watched)} cuts in {len(tokens)} tokens of "
-        f"{len(starts)} documents: replacing a target and all after it changes what comes before by {worst[0]:.1e}"
+        f"{len(starts)} documents: replacing a target and all after it changes what is before by {worst[0]:.1e}"
         f"{f' ({worst[1]})' if worst[0] else ''}; equal runs differ by {noise:.1e}")
     gaps = torch.cat(witness.gaps)
     total = rt.sum_(torch.stack((gaps.sum(), torch.tensor(float(len(gaps) - 1), device=rt.device)))).tolist()
@@ -3370,14 +3661,14 @@ class Run:
         complete = {None: "unknown, no manifest", True: "yes", False: "NO, not what the manifest lists"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
-        self.model = build_model(cfg, rt, attend, self.val.bos)
+        self.model = build_model(cfg, rt, attend, self.val.bos, pick_ops(cfg, rt.device))
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
 
-    def stage(self, name: str, evaluation: Callable[..., Score], *arguments) -> Score:
+    def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
         """Run an evaluation with a scorer, log its score and return it."""
         self.scorer = Scorer(self.rt, self.val.bytes, self.cfg.audit)
-        score = evaluation(self.cfg, self.rt, *arguments[:-1], self.val, self.scorer, *arguments[-1])
+        score = evaluation(self.scorer)
         if self.scorer.fault:
             self.faults.append(f"{name}: {self.scorer.fault}")
         self.rt.log(f"stage:{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f} tokens:{score.tokens} "
@@ -3386,7 +3677,8 @@ class Run:
         return score
 
     def window_stage(self, name: str, stride: int, loops: int | None = None) -> Score:
-        return self.stage(name, evaluate, self.forward, (stride, name, loops))
+        return self.stage(name, lambda scorer: evaluate(self.cfg, self.rt, self.forward, self.val, scorer, stride, name,
+                                                        loops))
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
@@ -3449,11 +3741,10 @@ class Run:
             if self.forward is not self.model:
                 warm_up_ttt(self.cfg, self.rt, self.model, self.forward, self.val)
             if self.cfg.ttt_mode != "chunk":
-                documents = self.cfg.ttt_batch_size
                 size = sum(t.numel() for t in DocumentAdapters(self.cfg, self.model, torch.device("meta")).leaves)
-                self.rt.log(f"adapters: {size // documents:,} parameters a document; {16 * size / 1e6:.1f} MB for "
-                            f"{documents} with their gradients and AdamW's moments")
-            self.stages["ttt"] = self.stage("ttt", final_stage, self.model, self.forward, ())
+                self.rt.log(f"adapters: {16 * size / 1e6:.1f} MB with their gradients and AdamW's moments")
+            self.stages["ttt"] = self.stage("ttt", lambda scorer: final_stage(
+                self.cfg, self.rt, self.model, self.forward, self.val, scorer))
         return time.perf_counter() - start
 
     def audit(self, artifact: bytes, name: str, eval_seconds: float) -> dict[str, Any] | None:
@@ -3573,7 +3864,7 @@ def leave_when_told(launch: Launch) -> None:
     def wait() -> None:
         while os.read(reader, 1)[0] != signal.SIGTERM:
             pass
-        tell(launch, "another process of this run has ended, or torchrun was told to end it")
+        tell(launch, "another process of this run has ended")
         leave(143)
 
     threading.Thread(target=wait, daemon=True).start()

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: threads would only wait for each other
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, one program after another
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
 TINY = {

@@ -213,18 +213,18 @@ def test_attention_alone_equals_the_reference(layer):
     seen = []
     original = model.attention_half
 
-    def spy(u, which, *rest):
+    def spy(normed, which, *rest):
         if which == layer:
-            u = n
-            seen.append(original(u, which, *rest))
+            normed = n
+            seen.append(original(normed, which, *rest))
             return seen[-1]
-        return original(u, which, *rest)
+        return original(normed, which, *rest)
 
     model.attention_half = spy
     model(random_text(cfg, 1, 11)[0])
     p = doubles(model)
-    expected = reference_attention(cfg, p, layer, [rms(u) / math.sqrt(layer + 1) for u in n[0].double()])
-    assert_close(seen[0][0], torch.stack([p["attn_scale"][layer] * y for y in expected]), 1e-5)
+    expected = reference_attention(cfg, p, layer, n[0].double().unbind())
+    assert_close(seen[0][0], torch.stack(expected), 1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 4, "skip_gates_enabled": False}])
