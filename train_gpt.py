@@ -1126,6 +1126,7 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> t
 
 
 NORM_EPS = 1e-6  # under the root of every norm
+HEAD_CHUNK = 2**25  # most logits that kernels make at a time
 
 # Between the matrix products: plain forms, and Triton kernels that do the same in one pass over memory. The kernels
 # compute in fp32 what the plain forms round at every step; FUSED=1 takes them.
@@ -1333,7 +1334,7 @@ def run_exclude_self(_: float, y: Tensor, v: Tensor, gate: Tensor, *grads: Tenso
 def run_head_losses(cap: float, x: Tensor, weight: Tensor, targets: Tensor, *grads: Tensor) -> list[Tensor]:
     """Logits never stand whole in memory: the head goes by chunks of tokens, and backward makes each chunk anew."""
     losses, gx, vocab = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(x), len(weight)
-    gw, size = torch.zeros_like(weight, dtype=torch.float32), max(1, 2**25 // vocab)
+    gw, size = torch.zeros_like(weight, dtype=torch.float32), max(1, HEAD_CHUNK // vocab)
     parts = [t.flatten(0, 1).split(size) for t in (x, targets, *(grads or [losses]), losses, gx)]
     for rows, target, g, loss, out in zip(*parts):
         logits = rows @ weight.mT
@@ -1357,7 +1358,7 @@ def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -
     def shapes(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         return [t.new_empty(t.shape) for t in (inputs[:count] if grads else like(*inputs))]
 
-    def remember(ctx, inputs: tuple, output: list[Tensor]) -> None:
+    def remember(*, ctx, inputs: tuple, output: list[Tensor]) -> None:  # so PyTorch calls it
         ctx.number, tensors, _ = inputs
         ctx.rest = [None] * (len(tensors) - count)
         ctx.set_materialize_grads(not kept)  # zeros for an output that nothing reads
@@ -3014,7 +3015,7 @@ def pack_code(source: bytes) -> bytes:
                 tree.body.remove(node)
     kept = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)
     small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
-                                   rename_globals=True, remove_annotations=kept)
+                                   rename_globals=True, preserve_globals=["constexpr"], remove_annotations=kept)
     data = pyppmd.compress(small.encode(), max_order=PPMD_ORDER)
     escapes = {"'": r"\'", "\r": r"\r", "\0": r"\0"}
     literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.decode("latin1").replace("\\", r"\\"))

@@ -97,6 +97,74 @@ CASES = [(50, 8, 3, 2), (50, 8, 8, 4), (50, 8, 1, 3), (5, 8, 3, 2), (2, 8, 8, 1)
          (64, 4, 3, 100), (3, 2, 1, 1)]
 
 
+DOCUMENTS = [[20], [3, 1, 2, 9, 5, 30, 1], [1] * 12, [40, 2, 40], [7, 8, 8, 7, 16, 17], [64, 1]]
+
+
+@pytest.mark.parametrize("sizes", DOCUMENTS)
+@pytest.mark.parametrize("length, stride, rows", [(8, 3, 2), (8, 8, 4), (8, 1, 3), (16, 5, 1), (4, 2, 7), (1, 1, 2)])
+@pytest.mark.parametrize("bos_first", [True, False])
+def test_windows_of_documents_show_each_token_all_it_is_due(sizes, length, stride, rows, bos_first):
+    """Attention sees no further back than the document's start and the window's: every target has its whole document
+    before it, or at least length - stride + 1 tokens of it; and a window is run only for targets that need it.
+    """
+    starts = [sum(sizes[:i]) for i in range(len(sizes))][0 if bos_first else 1 :]
+    n, bos = sum(sizes) + 1, 10**6
+    tokens = torch.arange(n, dtype=torch.int32)
+    tokens[starts] = bos
+    val = tg.Validation(tokens, torch.ones(n, dtype=torch.int32), len(starts), None, bos)
+    cfg = tg.Settings(eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length, varlen_enabled=True)
+    seen, windows = {}, 0
+
+    def forward(ids, targets, bounds, **_):
+        nonlocal windows
+        segment = bounds.segment.view_as(ids).tolist()
+        windows += int((targets != tg.IGNORE).any(1).sum())
+        for row, column in (targets != tg.IGNORE).nonzero().tolist():
+            visible = [c for c in range(column + 1) if segment[row][c] == segment[row][column]]
+            first = ids[row, column].item()
+            seen.setdefault(first, []).append(len(visible))
+        return known_loss(ids, targets)
+
+    windows_score(cfg, FakeRuntime(), forward, val, stride)
+    found = {token: counts for token, counts in seen.items() if token != bos}
+    for place in range(n - 1):
+        if place in starts:
+            continue
+        start = max([0, *(s for s in starts if s <= place)])
+        whole = place - start + 1
+        counts = found.pop(place)
+        assert len(counts) == 1 and counts[0] <= min(whole, length)
+        assert counts[0] >= min(whole, length - stride + 1)
+    assert not found and seen.get(bos, []) == [1] * len([s for s in starts if s < n - 1])
+    most = sum(max(1, 1 + math.ceil((size - length) / stride)) for size in sizes)  # each document by itself
+    assert windows <= most
+    if max(sizes) <= length - stride + 1:  # documents that fit are never run again from the middle
+        assert windows <= math.ceil((n - 1) / max(1, length - max(sizes) + 1))
+
+
+def test_windows_of_documents_score_as_documents_do_alone():
+    """The real model: sliding over packed documents costs what the beginning of each document by itself costs."""
+    cfg = tg.Settings(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, vocab_size=40,
+                      train_seq_len=8, train_batch_tokens=8, eval_seq_len=8, eval_stride=3, eval_batch_tokens=24,
+                      varlen_enabled=True, smear_gate_enabled=True, gate_window=4)
+    torch.manual_seed(0)
+    model, sizes, bos = tg.GPT(cfg, bos=1), [5, 1, 19, 8, 2, 30, 7], 1
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(std=0.5)
+    tokens = torch.randint(2, 40, (sum(sizes) + 1,), dtype=torch.int32)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    tokens[starts] = bos
+    val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), len(sizes), None, bos)
+    scorer = tg.Scorer(FakeRuntime(), val.bytes)
+    windows_score(cfg, FakeRuntime(), model, val, 3, scorer)
+    for start, size in zip(starts, sizes):
+        whole = min(size, 8 - 3 + 1)  # further on windows may begin at another token
+        part = tokens[start : start + whole + 1].long()[None]
+        got = scorer.losses[start + 1 : start + whole + 1]
+        assert (got - model(part[:, :-1], part[:, 1:])[0]).abs().max() < 1e-5
+
+
 # ----- the scorer alone
 
 

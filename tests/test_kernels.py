@@ -1,0 +1,291 @@
+"""The Triton kernels against their plain forms in Triton's interpreter, compiled for Hopper, and in the whole model."""
+
+import inspect
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_techniques import ALL, BOS, packed_text, random_model, tiny
+
+import train_gpt as tg
+
+triton = pytest.importorskip("triton")
+SCRIPT = Path(tg.__file__)
+
+
+@pytest.fixture(scope="module")
+def ops() -> tg.Ops:
+    return tg.fused_ops()
+
+
+def plain_head(x, weight, targets, cap):
+    return tg.cross_entropy(F.linear(x, weight), targets, cap)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 31 * sum(shape))).to(dtype)
+
+
+def values_and_gradients(form, inputs: list) -> list[torch.Tensor]:
+    """Outputs of a form, and what a random function of them all gives each of its floating inputs as a gradient."""
+    leaves = [t.detach().clone().requires_grad_(t.is_floating_point()) if torch.is_tensor(t) else t for t in inputs]
+    found = form(*leaves)
+    outputs = list(found) if isinstance(found, (tuple, list)) else [found]
+    loss = sum((y.double() * random(*y.shape, seed=i)).sum() for i, y in enumerate(outputs))
+    grads = torch.autograd.grad(loss, [t for t in leaves if torch.is_tensor(t) and t.requires_grad])
+    return [*outputs, *grads]
+
+
+CASES = {  # odd sizes: rows that fill no tile, widths that are no power of two
+    "join": [lambda: [random(2, 37, 96), random(2, 37, 96, seed=1), random(96), random(96, seed=1), 0.5],
+             lambda: [random(1, 1, 7), random(1, 1, 7, seed=1), random(7), random(7, seed=1), 1.0],
+             lambda: [random(3, 700, 64), random(3, 700, 64, seed=1), random(64), random(64, seed=1), 0.3],
+             lambda: [random(2, 5, 64), random(2, 5, 64, seed=1), None, random(64, seed=1), 0.5]],
+    "exclude_self": [lambda: [random(2, 37, 6, 24), random(2, 37, 2, 24, seed=1), random(2, 37, 6, seed=2)],
+                     lambda: [random(1, 9, 4, 64), random(1, 9, 4, 64, seed=1), None],
+                     lambda: [random(2, 300, 8, 16), random(2, 300, 1, 16, seed=1), random(2, 300, 8, seed=2)]],
+    "head_losses": [lambda: [3 * random(2, 37, 24), random(50, 24), targets_of(2, 37, 50), 5.0],
+                    lambda: [9 * random(1, 3, 8), random(1030, 8), targets_of(1, 3, 1030), 30.0]],
+}
+
+
+def targets_of(rows: int, length: int, vocab: int) -> torch.Tensor:
+    targets = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+    targets[0, 0], targets[0, 1], targets[-1, -1] = tg.IGNORE, 0, vocab - 1
+    return targets
+
+
+PLAIN = {"join": tg.join, "exclude_self": tg.exclude_self, "head_losses": plain_head}
+
+
+@pytest.mark.parametrize("name, case", [(name, i) for name, cases in CASES.items() for i in range(len(cases))])
+def test_kernels_equal_their_plain_forms(ops, name, case):
+    """Both in fp32 against the plain form in float64."""
+    inputs = CASES[name][case]()
+    exact = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
+    if name == "head_losses":  # softcap() computes in fp32
+        exact = inputs
+    expected, got = values_and_gradients(PLAIN[name], exact), values_and_gradients(getattr(ops, name), inputs)
+    assert len(expected) == len(got)
+    for want, have in zip(expected, got):
+        assert have.shape == want.shape and want.abs().max() > 0
+        assert (have - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_kernels_in_bf16_are_near_the_truth(ops, name):
+    """As near as the plain forms are, but that Triton's interpreter cuts numbers off to bf16 where a GPU rounds."""
+    inputs = [t.bfloat16() if torch.is_tensor(t) and t.is_floating_point() else t for t in CASES[name][0]()]
+    exact = [t.float() if torch.is_tensor(t) and t.is_floating_point() else t for t in inputs]
+    truth = values_and_gradients(PLAIN[name], exact)
+    plain, got = values_and_gradients(PLAIN[name], inputs), values_and_gradients(getattr(ops, name), inputs)
+    for want, rounded, have in zip(truth, plain, got):
+        assert have.dtype == rounded.dtype
+        want = want.detach()
+        error, plain_error = (float((t.detach() - want).norm() / want.norm()) for t in (have, rounded))
+        assert error <= max(2.5 * plain_error, 1e-6)
+        assert error < 0.01
+
+
+def test_an_ignored_target_costs_nothing_and_gives_no_gradient(ops):
+    x, weight = random(1, 4, 8), random(11, 8)
+    targets = torch.tensor([[tg.IGNORE, 3, tg.IGNORE, 10]])
+    losses, gx, _ = values_and_gradients(ops.head_losses, [x, weight, targets, 6.0])
+    assert losses[0, [0, 2]].tolist() == [0, 0] and (losses[0, [1, 3]] > 0).all()
+    assert not gx[0, [0, 2]].any() and gx[0, [1, 3]].any()
+
+
+def test_logits_never_stand_whole(ops, monkeypatch):
+    """Two full chunks and a rest, forward and backward, as the kernel sees them."""
+    seen, real = [], tg.loss_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            return lambda logits, *rest, **options: seen.append(logits.shape) or real[grid](logits, *rest, **options)
+
+    rows, vocab, d = 75, 1500, 4
+    monkeypatch.setattr(tg, "loss_kernel", Watched())
+    monkeypatch.setattr(tg, "HEAD_CHUNK", 30 * vocab)
+    inputs = [3 * random(1, rows, d), random(vocab, d), targets_of(1, rows, vocab), 5.0]
+    got = values_and_gradients(ops.head_losses, inputs)
+    assert seen == [(30, vocab), (30, vocab), (15, vocab)] * 2
+    for want, have in zip(values_and_gradients(plain_head, inputs), got):
+        assert (have - want).abs().max() <= 2e-5 * want.abs().max()
+
+
+MODELS = {
+    "default": {},
+    "all techniques": {**ALL, "parallel_mode": "gptj"},
+    "lanes": {**ALL, "parallel_mode": "lanes", "attn_out_gate_enabled": True, "sparse_attn_gate_enabled": False},
+    "crossed": ALL,
+    "packed documents, untied": {"varlen_enabled": True, "tie_embeddings": False, "gated_attn_enabled": True},
+    "factorised": {"embedding_dim": 12, "xsa_last_n": 0, "ln_scale": False},
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_the_model_with_kernels_equals_the_model_without(ops, name):
+    cfg = tiny(**MODELS[name])
+    plain, fused = random_model(cfg), random_model(cfg)
+    fused.ops = ops
+    ids, targets = packed_text(cfg)
+    bounds = tg.Bounds.find(ids, BOS, cfg.train_seq_len) if cfg.varlen_enabled else None
+    expected, got = (model(ids, targets, bounds=bounds) for model in (plain, fused))
+    assert (got - expected).abs().max() < 1e-4
+    assert not torch.equal(got, expected)  # else no kernel ran
+    expected.sum().backward()
+    got.sum().backward()
+    for (parameter, p), q in zip(plain.named_parameters(), fused.parameters()):
+        assert (p.grad is None) == (q.grad is None), parameter
+        if p.grad is not None:
+            assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max(), parameter
+
+
+def test_hooks_ride_on_the_same_products_with_kernels(ops):
+    """Calibration and adapters see every projection, the head's too, whatever FUSED says."""
+    cfg = tiny()
+    found = []
+    for form in (tg.PLAIN, ops):
+        model, (ids, targets) = random_model(cfg), packed_text(cfg)
+        model.ops = form
+        stats = tg.Statistics(tg.empty_hessians(cfg, torch.device("cpu")),
+                              tg.empty_moments(cfg, model, torch.device("cpu")), 0)
+        tg.add_statistics(model, stats, tg.Batch(ids, targets))
+        found.append([*stats.hessians.values(), *stats.moments.values()])
+        assert all(t.any() for t in found[-1])
+    for want, have in zip(*found):
+        assert (have - want).abs().max() <= 1e-3 * want.abs().max()
+
+
+def test_kernels_go_through_torch_compile_whole(ops):
+    """One graph, forward and backward, by way of AOTAutograd, and the shapes it was told hold."""
+    cfg = tiny(sparse_attn_gate_enabled=True)
+    plain, fused = random_model(cfg), random_model(cfg)
+    fused.ops = ops
+    ids, targets = packed_text(cfg)
+    compiled = torch.compile(fused, fullgraph=True, dynamic=False, backend="aot_eager")
+    expected, got = plain(ids, targets), compiled(ids, targets)
+    assert (got - expected).abs().max() < 1e-4
+    expected.sum().backward()
+    got.sum().backward()
+    for p, q in zip(plain.parameters(), fused.parameters()):
+        if p.grad is not None:
+            assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max()
+    torch._dynamo.reset()
+
+
+def test_operators_pass_torchs_own_checks(ops):
+    """Schema, fake shapes, and what autograd registers, as torch.library.opcheck has them."""
+    operator = tg.fused("checked", tg.run_exclude_self, 3, lambda y, *_: [y])
+    assert operator  # registers it
+    inputs = [random(*shape).requires_grad_() for shape in ((1, 5, 4, 8), (1, 5, 2, 8), (1, 5, 4))]
+    torch.library.opcheck(torch.ops.train_gpt.checked.default, (0.0, inputs, []),
+                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+# ----- the setting
+
+
+def test_fused_is_refused_where_nothing_can_run_it(monkeypatch):
+    cfg = tg.Settings(fused=True)
+    assert tg.pick_ops(cfg, torch.device("cpu")).join is not tg.join
+    assert tg.pick_ops(tg.Settings(), torch.device("cpu")) is tg.PLAIN
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(tg.RunError, match="FUSED=1: needs a GPU and Triton; takes 0 here"):
+        tg.pick_ops(cfg, torch.device("cpu"))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(tg, "triton", None)
+    with pytest.raises(tg.RunError, match="FUSED=1"):
+        tg.pick_ops(cfg, torch.device("cpu"))
+
+
+def test_the_script_runs_without_triton():
+    """As on a Mac: the import fails, and the model with its plain forms is there all the same."""
+    code = ("import sys; sys.modules['triton'] = None\nimport train_gpt as tg\nassert tg.triton is None\n"
+            "import torch; cfg = tg.Settings(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4,\n"
+            "                                vocab_size=32)\n"
+            "ids = torch.arange(32)[None]\nassert tg.GPT(cfg)(ids, ids).isfinite().all()\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+# ----- what a GPU would be given
+
+
+COMPILE = """
+import importlib.util, inspect, sys, types
+import torch
+source = open(sys.argv[1], encoding="utf-8").read()
+module = types.ModuleType("module_with_kernels")
+import linecache
+linecache.cache["module_with_kernels"] = len(source), None, source.splitlines(True), "module_with_kernels"
+sys.modules["module_with_kernels"] = module
+exec(compile(source, "module_with_kernels", "exec"), module.__dict__)
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+half, full = "*bf16", "*fp32"
+kinds = {17: ([half] * 8 + [full, full, "i32", "fp32"], [512, 512, 8, 1e-6]),
+         14: ([half] * 7 + ["i32"], [2, 2, 64, 64, 32]),
+         8: ([half, "*i64", full, full, "i32", "fp32"], [8192])}
+done = 0
+for kernel in [v for v in vars(module).values() if isinstance(v, triton.runtime.jit.JITFunction)]:
+    names = list(inspect.signature(kernel.fn).parameters)
+    if len(names) not in kinds:
+        continue  # a helper
+    types_, sizes = kinds[len(names)]
+    for grad in (False, True):
+        constants = {(len(types_) + i,): value for i, value in enumerate([*sizes, grad])}
+        signature = dict(zip(names, types_ + ["constexpr"] * len(constants)))
+        made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32))
+        assert len(made.asm["cubin"]) > 1000
+        done += 1
+print("compiled", done)
+"""
+
+
+def minified(monkeypatch) -> str:
+    """The text that a packed script runs."""
+    import pyppmd
+
+    seen = []
+    real = pyppmd.compress
+    monkeypatch.setattr(pyppmd, "compress", lambda data, **how: seen.append(data) or real(data, **how))
+    tg.pack_code(SCRIPT.read_bytes())
+    return seen[0].decode()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kernels_compile_for_hopper(tmp_path, monkeypatch, packed):
+    """To machine code of sm_90, by the assembler that Triton brings; the packed script's, renamed, too."""
+    path = tmp_path / "script.py"
+    path.write_text(minified(monkeypatch) if packed else SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(path)], capture_output=True, text=True, check=False,
+                          env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")})
+    assert done.stdout.strip() == "compiled 6", done.stderr[-2000:]
+
+
+def test_the_packed_scripts_kernels_run(tmp_path, monkeypatch, ops):
+    """What the packer renames, it renames everywhere: its kernels give what the readable ones give."""
+    source, module = minified(monkeypatch), types.ModuleType("packed_script")
+    assert source.count("train_gpt::") == 1
+    source = source.replace("train_gpt::", "packed_script::")  # operators beside those of the readable script
+    path = tmp_path / "packed_script.py"
+    path.write_text(source, encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "packed_script", module)
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    settings = next(v for v in vars(module).values() if isinstance(v, type) and hasattr(v, "check_contradictions"))
+    model = next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, torch.nn.Module))
+    make = next(v for v in vars(module).values() if isinstance(v, types.FunctionType) and not v.__code__.co_argcount
+                and {"join", "exclude_self", "head_losses"} <= set(v.__code__.co_consts))
+    fields = {name: getattr(tiny(), name) for name in inspect.signature(tg.Settings).parameters}
+    packed, readable = model(settings(**fields)), random_model(tiny())
+    packed.load_state_dict(readable.state_dict())
+    packed.ops, readable.ops = make(), ops
+    ids, targets = packed_text(tiny())
+    assert torch.equal(packed(ids, targets), readable(ids, targets))
