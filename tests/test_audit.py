@@ -122,7 +122,7 @@ FAULTS = {
     "a token scored twice": ("single_pass", {}, [
         ("(place < starts + high) & (place < ends)", "(place <= starts + high) & (place < ends)")]),
     "a token scored by two windows": ("single_pass", {"TTT_MODE": "none"}, [
-        ("scored = (place >= fresh_from)", "scored = (place >= fresh_from - 1)")]),
+        ("scored = (place >= fresh)", "scored = (place >= fresh - 1)")]),
     "a token skipped": ("single_pass", {}, [
         ("scored = (place >= starts + low)", "scored = (place > starts + low)")]),
     "a document scored from its end": ("single_pass", {}, [
@@ -139,9 +139,9 @@ FAULTS = {
         ("scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))",
          "scorer.add(torch.where(scored, place + 1, 0), 0.99 * forward(ids, targets, bounds=bounds, loops=loops))")]),
     "a model that looks at the target": ("normalized", {}, [
-        ("        losses = F.cross_entropy(logits.flatten(0, 1)",
-         "        logits = logits + 0.1 * F.one_hot(targets.clamp(min=0), logits.size(-1))\n"
-         "        losses = F.cross_entropy(logits.flatten(0, 1)")]),
+        ("    losses = F.cross_entropy(softcap(logits, cap)",
+         "    logits = logits + 0.1 * F.one_hot(targets.clamp(min=0), logits.size(-1))\n"
+         "    losses = F.cross_entropy(softcap(logits, cap)")]),
     "adaptation on a document not yet scored": ("causal", {"TTT_MODE": "phased"}, [
         ("end, size = documents[high - 1][1], cfg", "end, size = documents[high][1], cfg")]),
     "training on a chunk not yet scored": ("causal", {"TTT_MODE": "chunk"}, [

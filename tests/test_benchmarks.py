@@ -1,18 +1,29 @@
-"""benchmarks/count.py against independent counts, and benchmarks/gpu.py at tiny sizes on the CPU."""
+"""benchmarks/count.py against independent counts, kernels.py's kernels and their check in Triton's interpreter, and
+benchmarks/gpu.py at tiny sizes on the CPU.
+"""
 
+import dataclasses
 import json
 import math
+import os
+import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "data"))
 import count
 import gpu
+import kernels
+from shards import read_shard
 
 import train_gpt as tg
 
@@ -144,6 +155,25 @@ def test_floors_and_what_binds():
     assert found["exchange_seconds"] == 1 and found["scaling"] == 0.75 and found["tokens_per_second_all"] == 1200
 
 
+def test_fused_makes_the_logits_twice_and_mfu_counts_them_once():
+    """As PyTorch counts the products inside the operator, forward and backward."""
+    pytest.importorskip("triton")
+    x, weight, targets = torch.randn(2, 5, 8), torch.randn(32, 8), torch.randint(32, (2, 5))
+    with FlopCounterMode(display=False) as forward:
+        losses, = tg.run_head_losses(15.0, x, weight, targets)
+    with FlopCounterMode(display=False) as backward:
+        tg.run_head_losses(15.0, x, weight, targets, torch.ones_like(losses))
+    work = count.head(10, 8, 32, again=True)
+    assert (forward.get_total_flops(), backward.get_total_flops()) == (work.flops_forward, work.flops_backward)
+    cfg = tg.Settings(**SMALL)
+    plain, fused = (count.count_step(dataclasses.replace(cfg, fused=on), 64) for on in (False, True))
+    assert fused["head and loss"].flops_backward == 1.5 * plain["head and loss"].flops_backward
+    assert fused["head and loss"].bytes == plain["head and loss"].bytes
+    assert count.model_flops(fused) == count.model_flops(plain)
+    assert {n: w for n, w in fused.items() if n != "head and loss"} == {
+        n: w for n, w in plain.items() if n != "head and loss"}
+
+
 # ----- the committed tables
 
 
@@ -193,25 +223,197 @@ def test_measured_times_fill_the_last_column_and_those_of_a_cpu_do_not(capsys, t
     assert count.main(["--measured", str(path)]) == 1 and "on a CPU" in capsys.readouterr().err
 
 
+# ----- kernels and their check
+
+
+@pytest.fixture
+def ops() -> tg.Ops:
+    pytest.importorskip("triton")
+    return kernels.candidate_ops(tg.fused_ops())
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", kernels.NAMES)
+def test_kernels_are_right(ops, name):
+    """All outputs and gradients; in bf16 as near as the interpreter, which cuts off, can come."""
+    errors = kernels.check(name, ops, CPU, torch.float32)
+    assert 0 < max(errors.values()) < 1e-5 and len(errors) >= 3
+    plain = kernels.check(name, tg.PLAIN, CPU, torch.float32)
+    assert plain.keys() == errors.keys() and set(plain.values()) == {0.0}
+    row = kernels.compare(name, ops, CPU, torch.bfloat16)
+    if name == "mlp":
+        assert list(row) == ["skipped"] and not kernels.check(name, ops, CPU, torch.bfloat16)
+    else:
+        assert row["ok"] and all(1e-4 < row[n] < 0.01 for n in row if n != "ok")
+
+
+def test_every_kernel_is_checked(ops):
+    assert set(kernels.NAMES) == set(tg.Ops._fields) == set(kernels.cases(kernels.Sizes(), CPU, torch.float32))
+    assert not any(getattr(ops, name) is getattr(tg.PLAIN, name) for name in kernels.NAMES)
+    assert kernels.Sizes.of(tg.Settings()) == (1, 2048, 512, 8, 4, 64, 8, 2048, 8192)
+
+
+def test_the_check_finds_what_is_wrong():
+    def steep(x, *rest):
+        y = tg.norm_rotate(x, *rest)
+        return y.detach() + 1.01 * (y - y.detach())
+
+    wrong = tg.PLAIN._replace(
+        join=lambda x, z, a, b, c: tg.join(x, z, a, 1.01 * b, c), norm_rotate=steep,
+        exclude_self=lambda y, v, gate: tg.exclude_self(y, v, gate) * float("nan"),
+        head_losses=lambda x, weight, targets, cap: kernels.plain_head(x, weight, targets.clamp(min=0), cap))
+    found = {name: kernels.compare(name, wrong, CPU, torch.float32) for name in kernels.NAMES}
+    assert found["mlp"] == {"ok": True, "values": 0, "gradients": 0, "plain_values": 0, "plain_gradients": 0}
+    assert not any(row["ok"] for name, row in found.items() if name != "mlp")
+    assert found["join"]["values"] > 1e-3
+    assert found["norm_rotate"]["values"] == 0 and found["norm_rotate"]["gradients"] == pytest.approx(0.01, rel=1e-3)
+    assert found["exclude_self"]["values"] == found["exclude_self"]["gradients"] == math.inf
+    assert found["head_losses"]["values"] > 0.1  # targets to ignore counted
+    assert gpu.failed({"join, fp32": found["join"]}) and not gpu.failed({"mlp, fp32": found["mlp"]})
+    assert kernels.is_right({"y": 0.009}, {"y": 0.003}, torch.bfloat16)
+    assert not kernels.is_right({"y": 0.011}, {"y": 0.003}, torch.bfloat16)
+
+
+def test_queries_and_keys_of_any_kind(ops):
+    """No gain, no dimension that rotates, all of them."""
+    x = torch.randn(2, 5, 3, 8)
+    for half in (0, 1, 4):
+        cos, sin = torch.rand(2, 5, half)
+        for gain in (None, torch.rand(3)):
+            expected = tg.norm_rotate(x, gain, cos, sin)
+            assert (ops.norm_rotate(x, gain, cos, sin) - expected).abs().max() < 1e-5
+
+
+def test_the_model_with_all_kernels_equals_the_model_without(ops):
+    cfg = tg.Settings(**SMALL | {"num_loops": 1, "sparse_attn_gate_enabled": True})
+    plain, fused = tg.GPT(cfg), tg.GPT(cfg, ops=ops)
+    with torch.no_grad():
+        for p, q in zip(plain.parameters(), fused.parameters()):
+            q.copy_(p.normal_(std=0.2))
+    ids, targets = torch.randint(cfg.vocab_size, (2, 1, cfg.train_seq_len))
+    expected, got = (model(ids, targets) for model in (plain, fused))
+    assert (got - expected).abs().max() < 1e-4 and not torch.equal(got, expected)
+    expected.sum().backward()
+    got.sum().backward()
+    for p, q in zip(plain.parameters(), fused.parameters()):
+        assert (p.grad is None) == (q.grad is None)
+        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max()
+
+
+COMPILE = """
+import inspect
+import kernels, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+def build(kernel, types, sizes, ones=()):
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {(len(types) + i,): size for i, size in enumerate(sizes)} | {(i,): 1 for i in ones}
+    signature = {name: "constexpr" if (i,) in constants else types[i] for i, name in enumerate(names)}
+    even = {(i,): [["tt.divisibility", 16]] for i in range(len(types)) if i not in ones}
+    made = triton.compile(ASTSource(kernel, signature, constants, even), target=GPUTarget("cuda", 90, 32),
+                          options={"num_warps": 8})
+    assert len(made.asm["cubin"]) > 1000
+    print(made.metadata.shared)
+
+for grad in (False, True):
+    build(kernels.rotate_kernel, ["*bf16"] * 6 + ["*fp32"] + ["i32"] * 3, [8, 64, 64, 64, 1e-6, grad])
+    build(kernels.mlp_kernel, ["*bf16"] * 5 + ["i32"] * 5, [128, 128 if grad else 256, 64, grad], [9 if grad else 8])
+"""
+
+
+def test_candidates_compile_for_hopper(tmp_path):
+    """To machine code of sm_90, with no more shared memory than its 227 KiB."""
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT / "benchmarks", capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
+    assert len(done.stdout.split()) == 4, done.stderr[-2000:]
+    assert max(map(int, done.stdout.split())) < 227 * 1024
+
+
+def test_without_triton_the_parts_with_kernels_say_so():
+    code = ("import sys; sys.modules['triton'] = None\nimport gpu, kernels, torch\n"
+            "assert not kernels.can_run(torch.device('cpu'))\nbench = object.__new__(gpu.Bench)\n"
+            "bench.gpu, bench.work, bench.fused, bench.candidates = False, {0: {}}, None, None\n"
+            "for part in ('kernels', 'fused', 'candidates', 'each'):\n"
+            "    assert gpu.PARTS[part](bench) == {'skipped': 'no Triton here, so no kernels'}\n")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes of what operators are given and give."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.namespace == "train_gpt":
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def test_readme_says_what_kernels_read_and_write(ops):
+    """Figures `with it` are the operators' own bytes, but for gates, tables and vectors, and passes outside by hand."""
+    found, sizes = {}, kernels.Sizes.of(tg.Settings())
+    for name, heads in (("join", 8), ("norm_rotate", 8), ("keys", 4), ("exclude_self", 8)):
+        case = kernels.cases(sizes._replace(heads=heads), CPU, torch.bfloat16)[name.replace("keys", "norm_rotate")]
+        case = case._replace(inputs={n: t.to("meta") for n, t in case.inputs.items()})
+        with Traffic() as forward:
+            learned = [case.inputs[n].requires_grad_() for n in case.learned]
+            outputs = case.run(ops, *case.inputs.values())
+        with Traffic() as backward:
+            torch.autograd.grad(outputs, learned, [torch.empty_like(y) for y in outputs])
+        found[name] = torch.tensor([forward.bytes / sizes.length, backward.bytes / sizes.length])
+    number, values = 512 * 2, 256 * 2  # bytes of one a channel, and of one a channel of the values
+    outside = torch.tensor([3.0, 6.0]) * number, torch.tensor([0.0, 3.0]) * values
+    readme = count.README.read_text()
+    for start, expected in (("| `join`, twice", 2 * found["join"] + outside[0]),
+                            ("| `norm_rotate`, ", found["norm_rotate"] + found["keys"]),
+                            ("| `exclude_self`, ", found["exclude_self"] + outside[1])):
+        row = next(line for line in readme.splitlines() if line.startswith(start))
+        written = torch.tensor([float(n.replace(",", "")) for n in row.split(" | ")[1].split(" + ")])
+        assert torch.allclose(written, expected, rtol=0.03), (start, expected)
+
+
 # ----- the measurements, as far as a CPU can tell
 
 
 def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
+    pytest.importorskip("triton")
     path = tmp_path / "gpu.json"
     done = run_script({"DEVICE": "cpu"}, "--json", str(path), script=ROOT / "benchmarks/gpu.py")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs")
+    said = done.stdout.split("\n")[0]
+    assert said.startswith("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs")
+    assert said.endswith("the Triton kernels run in Triton's interpreter")
     report = json.loads(path.read_text())
     assert report["check_only"] and report["device"] == "cpu" and report["attention"] == "sdpa"
     assert set(report) == {"device", "check_only", "torch", "attention", "attention_skipped", "dtype", "tokens",
                            "finished", "parts", "settings"}
     parts = report["parts"]
     assert list(parts) == list(gpu.PARTS) and not any("error" in found for found in parts.values())
-    for mode in ("eager", "compiled"):
+    for mode in ("eager", "compiled", "fused", "candidates"):
         assert list(parts[mode]) == ["2", "3"]
         for figures in parts[mode].values():
             assert set(figures) == {"ms", "tok_per_s", "tflop_per_s", "mfu", "peak_bytes"} and figures["mfu"] is None
             assert figures["tok_per_s"] == pytest.approx(1e3 * report["tokens"] / figures["ms"])
+    assert list(parts["each"]) == list(kernels.NAMES) and all("error" not in row for row in parts["each"].values())
+    # interpreted kernels are slow, and the two more slower still: they are what ran
+    assert parts["compiled"]["3"]["ms"] < parts["fused"]["3"]["ms"] < parts["candidates"]["3"]["ms"]
+    assert parts["compiled"]["3"]["ms"] < min(row["ms"] for row in parts["each"].values())
+    rows = parts["kernels"]
+    assert list(rows) == [f"{name}, {dtype}" for dtype in ("bf16", "fp32") for name in kernels.NAMES]
+    assert all(row["ok"] for name, row in rows.items() if name != "mlp, bf16") and "skipped" in rows["mlp, bf16"]
+    assert max(row["gradients"] for name, row in rows.items() if "fp32" in name) < 1e-5
+    curve = parts["curve"]
+    assert curve["plain_loss"] == pytest.approx(curve["fused_loss"], rel=1e-4)
+    assert abs(curve["plain_next_seed_loss"] - curve["plain_loss"]) > 1e-3
+    assert curve["tokens_of"] == "the benchmark" and curve["steps"] == 3
     for times in parts["families"].values():
         assert set(times) == {*count.FAMILIES, "other", "idle", "all"}
         assert min(times[name] for name in ("projections", "MLP", "attention", "head and loss", "optimizer", "EMA")) > 0
@@ -221,6 +423,45 @@ def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
         assert parts[mode]["tokens"] == 512 and parts[mode]["rank"] == 4 and parts[mode]["layers"] == "3"
     assert parts["quantization"]["bytes"] > 0 and min(parts["quantization"].values()) > 0
     assert f"| lora_compiled | tok_per_s | {gpu.cell(parts['lora_compiled']['tok_per_s'])} |" in done.stdout
+
+
+def test_curve_takes_the_tokens_of_data_path_and_kernels_are_interpreted_whatever_was_set(tmp_path):
+    pytest.importorskip("triton")
+    cfg = tg.Settings(**gpu.TINY | {"data_path": str(tmp_path / "data")})
+    gpu.write_data(cfg, 512, 256)
+    (tmp_path / "data/fineweb_val_000000.bin").unlink()
+    settings = {"DEVICE": "cpu", "DATA_PATH": cfg.data_path, "TRITON_INTERPRET": "0"}
+    done = run_script(settings, "--parts", "curve", script=ROOT / "benchmarks/gpu.py")
+    assert done.returncode == 0, done.stderr
+    assert "| curve | tokens_of | DATA_PATH |" in done.stdout and "| curve | fused_loss | " in done.stdout
+
+
+def test_half_of_the_training_tokens_can_be_learned(tmp_path):
+    cfg = tg.Settings(**gpu.TINY | {"data_path": str(tmp_path / "data"), "train_batch_tokens": 4096})
+    gpu.write_data(cfg, 512, 256)
+    tokens = read_shard(str(tmp_path / "data/fineweb_train_000000.bin")).astype(int)
+    assert len(tokens) == 64 * 4096 and tokens.min() == gpu.BOS and tokens.max() == cfg.vocab_size - 1
+    after = (tokens[1:] == 2 + (tokens[:-1] - 1) % (cfg.vocab_size - 2)).mean()
+    assert after == pytest.approx(0.5, abs=0.01)
+    assert np.bincount(tokens, minlength=cfg.vocab_size)[2:].min() > 0.8 * len(tokens) / cfg.vocab_size
+
+
+def test_each_keeps_what_it_measured_when_time_ends(monkeypatch):
+    bench, done = object.__new__(gpu.Bench), []
+
+    def speed(forward, which):
+        done.append(which)
+        if len(done) == 2:
+            raise ValueError("this GPU cannot")
+        if len(done) == 4:
+            raise gpu.OutOfTime
+        return {"3": {"ms": 1.0}}
+
+    bench.work, bench.candidates, bench.model = {0: {}, 1: {}}, tg.PLAIN, torch.nn.Module()
+    bench.step_speed, bench.layers, bench.compile = speed, lambda loops: "3", lambda: None
+    assert bench.each_kernel() == {"join": {"ms": 1.0}, "exclude_self": {"error": "ValueError: this GPU cannot"},
+                                   "head_losses": {"ms": 1.0}, "norm_rotate": {"error": "out of time"}}
+    assert done == [[1]] * 4 and bench.model.ops is tg.PLAIN
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_cost_the_others(monkeypatch):

@@ -100,6 +100,14 @@ def test_an_ignored_target_costs_nothing_and_gives_no_gradient(ops):
     assert not gx[0, [0, 2]].any() and gx[0, [1, 3]].any()
 
 
+@pytest.mark.parametrize("vocab", [5, 33, 256])
+def test_what_a_kernel_charges_adds_up_to_one(ops, vocab):
+    x, weight = 3 * random(1, 2, 8), random(vocab, 8)
+    every = torch.arange(vocab)[None].expand(2, -1)  # each of two positions scored for every target
+    losses = ops.head_losses(x[0][:, None].expand(-1, vocab, -1), weight, every, 6.0)
+    assert (torch.exp(-losses.double()).sum(1) - 1).abs().max() < 1e-6
+
+
 def test_logits_never_stand_whole(ops, monkeypatch):
     """Two full chunks and a rest, forward and backward, as the kernel sees them."""
     seen, real = [], tg.loss_kernel

@@ -600,7 +600,7 @@ def test_what_the_budget_cuts_off_is_scored_without_adaptation(monkeypatch, budg
     assert kept == list(range(len(kept))) and len(kept) < 6  # the first ones
     assert budget < 1 or kept
     left = 6 - len(kept)
-    assert len(said) == 1 and f"{left} documents, {9 * left} tokens" in said[0] and "EVAL_BUDGET_SECONDS" in said[0]
+    assert len(said) == 1 and f": {9 * left} tokens scored without" in said[0] and "EVAL_BUDGET_SECONDS" in said[0]
     assert score.tokens == len(tokens) - 1
     chunk, ids = max(1, cfg.ttt_eval_seq_len // 4), tokens.long()
     for i in range(len(kept), 6):  # windows of TTT_EVAL_SEQ_LEN in steps of a quarter, no adapters
