@@ -12,8 +12,9 @@ What is counted:
 - Least bytes: a family's kernels read each tensor that comes from another family once a use, from HBM, and write each
   one that goes to another family or is kept for the backward pass once; a cache keeps nothing from one kernel to the
   next. Only attention's scores and the head's logits never leave the chip (FlashAttention; fused cross-entropy, whose
-  loss and gradient come from one pass over the logits). Activations and the weights in products are bf16, gradients of
-  weights and the optimizer's state fp32. Vectors (scales, gains, gates) and their gradients are too small to count.
+  loss and gradient come from one pass over the logits, or with FUSED=1 from two, as backward makes them anew).
+  Activations and the weights in products are bf16, gradients of weights and the optimizer's state fp32. Vectors
+  (scales, gains, gates) and their gradients are too small to count.
 - The floor of a family is the longer of FLOPs over the tensor cores' bf16 rate and bytes over HBM's. Families run one
   after another, so the step's floor is their sum; the bound "if all overlapped" is that of their sums of FLOPs and of
   bytes, which kernels that fold a norm into the product beside it approach, and even pass: they save bytes too.
@@ -119,15 +120,16 @@ def keys_met(length: int, window: int = 0) -> float:
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
-def head(tokens: int, width: int, vocab: int) -> Work:
+def head(tokens: int, width: int, vocab: int, again: bool = False) -> Work:
     """The head's product and the loss, logits (tokens, vocab) never written.
 
-    FLOPs as a product's. Bytes: forward reads x, W and the int64 targets and writes fp32 losses; backward reads x, W
-    and writes dx and dW, the logits' gradient being there while the logits are.
+    FLOPs as a product's; one of forward's more if backward makes the logits `again`. Bytes: forward reads x, W and the
+    int64 targets and writes fp32 losses; backward reads x, W and writes dx and dW, the logits' gradient being there
+    while the logits are.
     """
     x, w = BF16 * tokens * width, BF16 * vocab * width
     flops = 2 * tokens * width * vocab
-    return Work(flops, 2 * flops, x + w + tokens * (INT64 + FP32), 2 * x + w + FP32 * vocab * width)
+    return Work(flops, (3 if again else 2) * flops, x + w + tokens * (INT64 + FP32), 2 * x + w + FP32 * vocab * width)
 
 
 def pointwise(tokens: int, inputs: int, outputs: int, again: int = 0) -> Work:
@@ -232,7 +234,9 @@ def ends_work(cfg: tg.Settings, tokens: int) -> dict[str, Work]:
         glue += lookup(tokens, cfg.vocab_size, cfg.ve_dim, stored=True)
         products += product(tokens, cfg.ve_dim, kv)
     glue += pointwise(tokens, inputs, d)
-    return {"projections": products, "norms and glue": glue, "head and loss": head(tokens, e, cfg.vocab_size)}
+    # FUSED=1 keeps no logits for backward, which makes each chunk of them a second time
+    return {"projections": products, "norms and glue": glue,
+            "head and loss": head(tokens, e, cfg.vocab_size, again=cfg.fused)}
 
 
 def newton_schulz(rows: int, cols: int, steps: int) -> tuple[int, int]:
@@ -302,8 +306,12 @@ def total(work: dict[str, Work]) -> Work:
 
 
 def model_flops(work: dict[str, Work]) -> float:
-    """FLOPs that count for MFU: without attention's scores the second time, and without the optimizer's."""
-    return total(work).flops - 0.5 * work["attention"].flops_forward - work["optimizer"].flops
+    """FLOPs that count for MFU: without attention's scores and the head's logits the second time, and without the
+    optimizer's.
+    """
+    head = work["head and loss"]
+    again = 0.5 * work["attention"].flops_forward + head.flops_backward - 2 * head.flops_forward
+    return total(work).flops - again - work["optimizer"].flops
 
 
 def exchanged(shapes: dict[str, tuple[int, ...]], world: int) -> float:

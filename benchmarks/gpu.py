@@ -7,9 +7,15 @@
 needs nothing but the repository: tokens and weights are random, and the shards are written to a temporary folder.
 Settings come from the environment; the default is one GPU's share of the 8-GPU run, 98,304 tokens a step, as 11 layers
 and looped as 17. The optimizer is not shared with other GPUs here: its time is that of all banks. Without a GPU the
-same code runs at tiny sizes, as a check that it works.
+same code runs at tiny sizes, as a check that it works, and the Triton kernels in Triton's interpreter.
 
-MFU is count.py's model FLOPs (attention's scores once, no optimizer) over the maker's dense bf16 peak. Times of kernel
+Kernels: `kernels` checks all five against their plain forms, `compiled` is the step with plain forms, `fused` that with
+train_gpt.py's three (FUSED=1), `candidates` that with kernels.py's two besides, and `each` that with one of the five
+alone. A kernel that is right, and with which the step takes fewer ms than `compiled`, is worth having. `curve` trains
+from the initial weights, plain, fused, and plain from another seed to show how much losses differ by chance; on the
+benchmark's own tokens, or those of DATA_PATH where it is set, which must be of this VOCAB_SIZE.
+
+MFU is count.py's model FLOPs (scores and logits once, no optimizer) over the maker's dense bf16 peak. Times of kernel
 families are GPU time as torch.profiler has it, sorted by the operation that launched a kernel, the shapes it was given
 and the kernel's name; what cannot be told is `other`, and `idle` is the rest of the step.
 """
@@ -26,7 +32,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -38,15 +44,18 @@ from torch.profiler import ProfilerActivity, profile, record_function
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+if not torch.cuda.is_available() or os.environ.get("DEVICE") == "cpu":  # read when kernels are made, on import
+    os.environ["TRITON_INTERPRET"] = "1"
 import count
+import kernels
 from shards import write_shard
 
 import train_gpt as tg
 
 FULL = {"num_loops": 2, "train_batch_tokens": 98304, "micro_batch_tokens": 98304}
 TINY = {"num_layers": 2, "loop_start": 1, "loop_end": 1, "num_loops": 1, "model_dim": 64, "num_heads": 4,
-        "num_kv_heads": 2, "vocab_size": 384, "rope_dims": 8, "train_seq_len": 64, "train_batch_tokens": 1024,
-        "micro_batch_tokens": 512, "eval_stride": 32, "gptq_calibration_batches": 2, "quant_min_weights": 2048,
+        "num_kv_heads": 2, "vocab_size": 384, "rope_dims": 8, "train_seq_len": 32, "train_batch_tokens": 64,
+        "micro_batch_tokens": 32, "eval_stride": 16, "gptq_calibration_batches": 2, "quant_min_weights": 2048,
         "ttt_lora_rank": 4, "ttt_chunk_size": 32, "ttt_eval_seq_len": 32, "ttt_batch_size": 4, "dtype": "fp32",
         "device": "cpu"}
 BOS = 1
@@ -62,22 +71,24 @@ class Bench:
     Each part returns what goes into the JSON file; times are in the unit that the key ends with.
     """
 
-    def __init__(self, cfg: tg.Settings, rt: tg.Runtime):
-        self.rt, self.gpu = rt, rt.device.type == "cuda"
+    def __init__(self, cfg: tg.Settings, rt: tg.Runtime, train_path: str | None = None):
+        """`train_path`: a folder of shards for `curve`; None: the benchmark's own."""
+        self.rt, self.gpu, self.train_path = rt, rt.device.type == "cuda", train_path
         self.cfg = cfg = tg.fit_to_device(cfg, rt)
         self.document = 8 * cfg.ttt_chunk_size  # tokens of a validation document
-        self.steps, self.eval_tokens = (20, 4 * cfg.ttt_batch_size * self.document) if self.gpu else (2, 512)
+        self.steps, self.eval_tokens = (20, 4 * cfg.ttt_batch_size * self.document) if self.gpu else (1, 512)
         write_data(cfg, self.eval_tokens, self.document)
         ids = torch.arange(cfg.vocab_size, dtype=torch.int32)
         table = tg.ByteTable(length=0 * ids + 4, space=0 * ids, boundary=ids == BOS, space_after_boundary=0, bos=BOS)
         self.val, self.windows = tg.Validation.load(cfg, table, rt.device), tg.Windows(cfg, rt, BOS)
-        self.attention, attend, self.skipped = tg.pick_attention(cfg, rt.device, rt.dtype)
-        self.model = tg.build_model(cfg, rt, attend, BOS)
+        self.attention, self.attend, self.skipped = tg.pick_attention(cfg, rt.device, rt.dtype)
+        self.model = tg.build_model(cfg, rt, self.attend, BOS)
         with torch.no_grad():
             for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient
                 bank.normal_(std=bank.size(2) ** -0.5)
-        self.compiled = torch.compile(self.model, fullgraph=True, dynamic=False,
-                                      backend="inductor" if self.gpu else "eager")
+        self.compiled = self.compile()
+        self.fused = tg.fused_ops() if kernels.can_run(rt.device) else None
+        self.candidates = kernels.candidate_ops(self.fused) if self.fused else None
         name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
         self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
         shapes = count.parameter_shapes(cfg)
@@ -85,6 +96,21 @@ class Bench:
                      for loops in sorted({0, cfg.num_loops})}
 
     # ----- parts
+
+    def check_kernels(self) -> dict:
+        """What kernels.py says of each kernel against its plain form, by kernel, dtype and sizes."""
+        rows, runs = {}, {"bf16": (torch.bfloat16, kernels.Sizes()), "fp32": (torch.float32, kernels.Sizes())}
+        if self.gpu:  # so many tokens that a program has several tiles to do, and the head several chunks
+            runs = {label: (dtype, sizes._replace(length=4999)) for label, (dtype, sizes) in runs.items()}
+            runs["bf16, sizes of the model"] = torch.bfloat16, kernels.Sizes.of(self.cfg)
+        for label, (dtype, sizes) in runs.items() if self.candidates else ():
+            for name in kernels.NAMES:
+                try:
+                    row = kernels.compare(name, self.candidates, self.rt.device, dtype, sizes)
+                except Exception as error:  # such as a kernel that this GPU cannot take
+                    row = {"ok": False, "error": describe(error)}
+                rows[f"{name}, {label}"] = row
+        return rows or self.no_kernels()
 
     def warm_up(self) -> dict:
         """What a run waits for before its clock starts, from an empty cache: every graph compiled, one step in each."""
@@ -98,10 +124,70 @@ class Bench:
     def eager_steps(self) -> dict:
         return self.step_speed(self.model)
 
-    def step_speed(self, forward: Callable) -> dict:
+    def fused_steps(self) -> dict:
+        return self.kernel_steps(self.fused)
+
+    def candidate_steps(self) -> dict:
+        return self.kernel_steps(self.candidates)
+
+    def kernel_steps(self, ops: tg.Ops | None) -> dict:
+        if not ops:
+            return self.no_kernels()
+        with self.using(ops) as forward:
+            return self.step_speed(forward)
+
+    def each_kernel(self) -> dict:
+        """The compiled step at the most virtual layers with one kernel only, by its name."""
+        rows, most = {}, max(self.work)
+        for name in kernels.NAMES if self.candidates else ():
+            try:
+                with self.using(tg.PLAIN._replace(**{name: getattr(self.candidates, name)})) as forward:
+                    rows[name] = self.step_speed(forward, [most])[self.layers(most)]
+            except OutOfTime:  # what has been measured is worth having
+                rows[name] = {"error": "out of time"}
+                break
+            except Exception as error:
+                rows[name] = {"error": describe(error)}
+        return rows or self.no_kernels()
+
+    def curve(self) -> dict:
+        """Mean loss over the last steps of a short training, plain from two seeds and with train_gpt.py's kernels."""
+        (steps, last), seed = (300, 50) if self.gpu else (3, 2), self.cfg.seed
+        before = [p.detach().clone() for p in self.model.parameters()]
+        found = {"steps": steps, "mean_of_last": last, "tokens_of": "DATA_PATH" if self.train_path else "the benchmark"}
+        try:
+            for ops, seeds in ((tg.PLAIN, {"plain": seed, "plain_next_seed": seed + 1}), (self.fused, {"fused": seed})):
+                if ops:
+                    with self.using(ops) as forward:
+                        for name, which in seeds.items():
+                            found[f"{name}_loss"] = self.train(forward, which, steps, last)
+        except OutOfTime:
+            found["error"] = "out of time"
+        finally:
+            for p, value in zip(self.model.parameters(), before):
+                p.detach().copy_(value)
+        return found
+
+    def train(self, forward: Callable, seed: int, steps: int, last: int) -> float:
+        """Mean loss over the `last` of `steps` training steps with all loops, from the initial weights of a seed."""
+        cfg = dataclasses.replace(self.cfg, seed=seed, data_path=self.train_path or self.cfg.data_path)
+        for p, value in zip(self.model.parameters(), tg.build_model(cfg, self.rt, self.attend, BOS).parameters()):
+            p.detach().copy_(value)
+        trainer, losses = tg.Trainer(cfg, self.rt, self.model, forward), []
+        feeder = tg.Feeder(tg.Windows(cfg, self.rt, BOS), trainer.plan)
+        try:
+            for step in range(steps):
+                phase = tg.Phase.at(cfg, step, step / steps)._replace(loops=cfg.num_loops)
+                losses.append(trainer.step(feeder.next(), phase))
+                self.rt.throttle()
+        finally:
+            feeder.close()
+        return torch.stack(losses[-last:]).mean().item()
+
+    def step_speed(self, forward: Callable, which: Iterable[int] = ()) -> dict:
         """Training steps with their data, by number of virtual layers; memory is the most that was allocated."""
         rows = {}
-        for loops in self.work:
+        for loops in which or self.work:
             if self.gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
@@ -222,6 +308,23 @@ class Bench:
 
     # ----- what they share
 
+    def compile(self) -> Callable:
+        return torch.compile(self.model, fullgraph=True, dynamic=False, backend="inductor" if self.gpu else "eager")
+
+    @contextlib.contextmanager
+    def using(self, ops: tg.Ops) -> Iterator[Callable]:
+        """The model with these forms, compiled. Graphs made with other forms are forgotten before and after."""
+        torch._dynamo.reset()
+        self.model.ops = ops
+        try:
+            yield self.compile()
+        finally:
+            self.model.ops = tg.PLAIN
+            torch._dynamo.reset()
+
+    def no_kernels(self) -> dict:
+        return {"skipped": "no Triton here, so no kernels"}
+
     def layers(self, loops: int) -> str:
         return str(len(tg.virtual_layers(self.cfg, loops)))
 
@@ -235,9 +338,9 @@ class Bench:
             feeder.close()
 
     def time_steps(self, trainer: tg.Trainer, loops: int) -> float:
-        """Mean seconds of a step, data loading included, after two to warm up."""
+        """Mean seconds of a step, data loading included, after two (on a CPU one) to warm up."""
         with self.fed_steps(trainer, loops) as step:
-            for _ in range(2):
+            for _ in range(min(2, self.steps)):
                 step()
             self.rt.sync()
             start = time.perf_counter()
@@ -260,8 +363,10 @@ class Bench:
 
 
 # in the order they run: what is wanted most first, as the time may end
-PARTS = {"warm_up": Bench.warm_up, "compiled": Bench.compiled_steps, "families": Bench.families, "syncs": Bench.syncs,
-         "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
+PARTS = {"kernels": Bench.check_kernels, "warm_up": Bench.warm_up, "compiled": Bench.compiled_steps,
+         "families": Bench.families, "fused": Bench.fused_steps, "candidates": Bench.candidate_steps,
+         "each": Bench.each_kernel, "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update,
+         "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
          "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
 
 
@@ -271,12 +376,16 @@ def is_device(name: str, kind: str) -> bool:
 
 
 def write_data(cfg: tg.Settings, val_tokens: int, document: int) -> None:
-    """Shards of uniform random tokens: training documents of 1,000 tokens on average, validation documents of
-    `document` tokens each and, as the last target, one token more.
+    """Shards of random tokens: training documents of 1,000 tokens on average, in which every other token by chance is
+    the one after the last in the vocabulary, so that there is something to learn; validation documents of `document`
+    tokens each, all by chance, and, as the last target, one token more.
     """
     draw = np.random.default_rng(0)
     os.makedirs(cfg.data_path)
-    tokens = draw.integers(2, cfg.vocab_size, 64 * cfg.train_batch_tokens)
+    place = np.arange(64 * cfg.train_batch_tokens)
+    tokens = draw.integers(0, cfg.vocab_size - 2, len(place))
+    drawn = np.maximum.accumulate(np.where(draw.random(len(place)) < 0.5, place, 0))  # the last place drawn by chance
+    tokens = 2 + (tokens[drawn] + place - drawn) % (cfg.vocab_size - 2)
     tokens[draw.random(len(tokens)) < 1e-3] = BOS
     write_shard(os.path.join(cfg.data_path, "fineweb_train_000000.bin"), tokens.astype("<u2"))
     tokens = draw.integers(2, cfg.vocab_size, val_tokens + 1)
@@ -342,6 +451,15 @@ def family_of(cfg: tg.Settings, op: str, shapes: list, kernel: str, scopes: list
     return "norms and glue" if re.search(r"triton_(per|poi|red)|rms_norm", words) else "other"
 
 
+def describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def failed(found: dict) -> bool:
+    """Whether a part could not be measured, or found a kernel wrong."""
+    return "error" in found or any(isinstance(row, dict) and row.get("ok") is False for row in found.values())
+
+
 def run_parts(bench: Bench, names: list[str], until: float) -> dict[str, dict]:
     """What each part measured, or {"error": why not}. No part runs on after `until`, of time.perf_counter()."""
     def stop(*_) -> None:
@@ -360,7 +478,7 @@ def run_parts(bench: Bench, names: list[str], until: float) -> dict[str, dict]:
         except OutOfTime:
             results[name] = {"error": "out of time"}
         except Exception as error:  # one part that fails on a new machine must not cost the others
-            results[name] = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+            results[name] = {"error": describe(error)}
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         print(f"{name}: {results[name].get('error', 'done')}, {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -374,7 +492,7 @@ def table(report: dict) -> str:
     for part, found in report["parts"].items():
         inner = found.items() if all(isinstance(v, dict) for v in found.values()) else [("", found)]
         for layers, figures in inner:
-            label = f"{part}, {layers} layers" if layers else part
+            label = f"{part}, {layers}{' layers' if layers.isdigit() else ''}" if layers else part
             rows += [f"| {label} | {name} | {cell(value)} |" for name, value in figures.items()]
     return "\n".join(rows)
 
@@ -382,7 +500,7 @@ def table(report: dict) -> str:
 def cell(value) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:,}" if type(value) is int else str(value)
 
 
 def read_config(folder: str) -> tuple[tg.Settings, bool]:
@@ -391,7 +509,7 @@ def read_config(folder: str) -> tuple[tg.Settings, bool]:
     gpu = torch.cuda.is_available() and chosen.get("device") != "cpu"
     ours = {"artifact_dir": folder, "data_path": os.path.join(folder, "data"), "gptq_reserve_seconds": 0.0,
             "warmup_steps": 1, "quant_allocation": "auto", "gptq_calibration": "train", "max_wallclock_seconds": 0.0,
-            "caseops_enabled": False, "qat_enabled": False, "bos_id": None}
+            "caseops_enabled": False, "qat_enabled": False, "bos_id": None, "fused": False}
     return tg.Settings(**(FULL if gpu else TINY) | chosen | ours), gpu
 
 
@@ -414,17 +532,20 @@ def main(arguments: list[str]) -> int:
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any("error" in found for found in report["parts"].values()))
+    return int(any(failed(found) for found in report["parts"].values()))
 
 
 def measure(folder: str, names: list[str], until: float) -> dict:
     """Make the data and the model in `folder` and run these parts until then."""
     cfg, gpu = read_config(folder)
     if not gpu:
-        print("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs; its times mean nothing")
+        print("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs; its times mean nothing, "
+              "and the Triton kernels run in Triton's interpreter")
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        raise tg.RunError("TRITON_INTERPRET=1: on a GPU the interpreter says nothing; unset it")
     rt = tg.Runtime(cfg, tg.Launch())
     with contextlib.redirect_stdout(sys.stderr):  # what the script logs
-        bench = Bench(cfg, rt)
+        bench = Bench(cfg, rt, tg.read_environment(dict(os.environ)).explicit.get("data_path"))
         rt.open_logs(append=False)
         parts = run_parts(bench, names, until)
         rt.close()

@@ -287,16 +287,19 @@ def test_queries_and_keys_of_any_kind(ops):
 
 
 def test_the_model_with_all_kernels_equals_the_model_without(ops):
+    """Traced whole, forward and backward, as torch.compile does before it makes code for a GPU."""
     cfg = tg.Settings(**SMALL | {"num_loops": 1, "sparse_attn_gate_enabled": True})
     plain, fused = tg.GPT(cfg), tg.GPT(cfg, ops=ops)
     with torch.no_grad():
         for p, q in zip(plain.parameters(), fused.parameters()):
             q.copy_(p.normal_(std=0.2))
     ids, targets = torch.randint(cfg.vocab_size, (2, 1, cfg.train_seq_len))
-    expected, got = (model(ids, targets) for model in (plain, fused))
+    torch._dynamo.reset()
+    expected, got = plain(ids, targets), torch.compile(fused, fullgraph=True, backend="aot_eager")(ids, targets)
     assert (got - expected).abs().max() < 1e-4 and not torch.equal(got, expected)
     expected.sum().backward()
     got.sum().backward()
+    torch._dynamo.reset()
     for p, q in zip(plain.parameters(), fused.parameters()):
         assert (p.grad is None) == (q.grad is None)
         assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max()
