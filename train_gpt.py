@@ -47,6 +47,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
+from functools import cache
 from itertools import pairwise, takewhile
 from typing import Any, NamedTuple
 
@@ -528,14 +529,14 @@ class Runtime:
     """Device, processes and log of one run. Rank 0 speaks and writes; the others compute."""
 
     def __init__(self, cfg: Settings, launch: Launch):
-        self.rank, self.local_rank, self.world, _ = launch
+        self.rank, local_rank, self.world, _ = launch
         cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: no GPU that PyTorch can use; takes cpu or auto")
-        if cuda and cfg.device != "cpu" and self.local_rank >= torch.cuda.device_count():
+        if cuda and cfg.device != "cpu" and local_rank >= torch.cuda.device_count():
             raise RunError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; lower "
                            "--nproc_per_node or take DEVICE=cpu")
-        self.device = torch.device("cuda", self.local_rank) if cuda and cfg.device != "cpu" else torch.device("cpu")
+        self.device = torch.device("cuda", local_rank) if cuda and cfg.device != "cpu" else torch.device("cpu")
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.folder, self.log_file, self.metrics_file, self.events = cfg.artifact_dir, None, None, []
         if self.device.type == "cuda":
@@ -866,7 +867,7 @@ def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
                     datasets = json.load(file)["datasets"]
                 stats = next((dict(d["stats"]) for d in datasets if d["name"] == os.path.basename(folder)), {})
             except (ValueError, KeyError, TypeError):
-                raise RunError(f"{os.path.normpath(path)}: not a manifest as data/tokenize_docs.py writes it") from None
+                raise RunError(f"{os.path.normpath(path)}: not a manifest of data/tokenize_docs.py") from None
             shared = [k for k in found if k in stats]
             if shared:
                 return all(found[k] == stats[k] for k in shared)
@@ -1374,6 +1375,7 @@ def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -
     return lambda number, *inputs: operator(number, inputs, [])
 
 
+@cache  # an operator that is made again takes its first one's place in PyTorch, under those that still call it
 def fused_ops() -> Ops:
     """The forms that have kernels by these, the others plain."""
     join = fused("join", run_join, 4, lambda x, *_: [x, x])
@@ -3520,7 +3522,7 @@ def audit_model(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     mean, most = total[0] / max(total[1], 1), rt.largest(float(gaps.abs().max()))
     rounding = compiled and model.dtype != torch.float32  # the compiled model rounds elsewhere than the plain one
     normalized = Check(total[1] > 0 and (abs(mean) <= 1e-3 and most < 0.5 if rounding else most <= NORMAL_TOLERANCE),
-                       f"{total[1]:.0f} losses are -log p of distributions that add up to 1: log of the sum at most "
+                       f"{total[1]:.0f} losses are -log p of distributions with a log of their sum of at most "
                        f"{most:.1e}, on average {mean:.1e}")
     return {"normalized": normalized, "causal": causal}
 
