@@ -2954,12 +2954,72 @@ import linecache
 PPMD_ORDER = 12
 
 
+def name_of(node: ast.AST | None) -> str:
+    """Of a name, an attribute, a function or a class; of anything else "". """
+    return getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
+
+
+def free_parameters(nodes: list[ast.AST]) -> None:
+    """Let the minifier rename parameters: what no call names becomes positional. Kernels, launched by position, take
+    none but positional parameters, of names that the minifier leaves alone: they get letters.
+    """
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    callees, keywords = {call.func for call in calls}, {"": set()}  # by what is called; "": whatever it is
+    for call in calls:
+        for name in ("", name_of(call.func)):
+            keywords.setdefault(name, set()).update(k.arg for k in call.keywords)
+    values = {name_of(node) for node in nodes if isinstance(node, (ast.Name, ast.Attribute)) and node not in callees}
+    makes = {part: node.name for node in nodes if isinstance(node, ast.ClassDef) for part in node.body
+             if name_of(part) == "__init__"}
+    for node in nodes:
+        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
+            continue
+        if "kernel" in map(name_of, getattr(node, "decorator_list", [])):
+            letters = {a.arg: chr(ord("a") + i) for i, a in enumerate(node.args.args)}
+            for part in ast.walk(node):
+                if isinstance(part, ast.arg):
+                    part.arg = letters[part.arg]
+                elif isinstance(part, ast.Name):
+                    part.id = letters.get(part.id, part.id + "_" * (part.id in letters.values()))
+        else:
+            named = set()
+            for name in (name_of(node), makes.get(node, name_of(node))):
+                named |= keywords.get("" if name in values else name, set())
+            free = [*takewhile(lambda a, named=named: a.arg not in named, node.args.args)]
+            node.args.posonlyargs, node.args.args = free, node.args.args[len(free):]
+
+
+def strip(tree: ast.Module) -> None:
+    """Take from the script what a packed one has no use for: annotations that nothing reads, help, and the packer."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign) and name_of(getattr(node.value, "func", None)) != "setting":
+            node.annotation = ast.Constant(0)
+        elif isinstance(node, ast.arg) and name_of(node.annotation) != "constexpr":  # which Triton reads
+            node.annotation = None
+        elif isinstance(node, ast.Call) and name_of(node.func) == "setting" and len(node.args) == 3:
+            node.args.pop()
+        elif isinstance(node, ast.FunctionDef):
+            node.returns = None
+            if node.name == "pack_code":
+                node.body = node.body[:2]
+            elif node.name == "help_text":
+                node.body = ast.parse("return 'see --config'").body
+    size = 0
+    while size != len(tree.body):
+        size, used = len(tree.body), {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        for node in list(tree.body):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in used]
+            if not getattr(node, "names", True) or (isinstance(node, ast.FunctionDef) and node.name not in used):
+                tree.body.remove(node)
+
+
 def pack_code(source: bytes) -> bytes:
     """The counted script: minified, compressed, and unpacked by itself when run. A packed script is given back as is.
 
-    What --help says of each setting is left out. PPMd makes 11 % less of text of this size than bzip2, which makes less
-    than LZMA. The bytes stand in a latin-1 string literal, which costs 2 % where base85 costs 25 %; the source is
-    registered with linecache so that tools that read it (Triton) find it.
+    PPMd makes 11 % less of text of this size than bzip2, which makes less than LZMA. The bytes stand in a latin-1
+    string literal, which costs 2 % where base85 costs 25 %; the source is registered with linecache so that tools that
+    read it (Triton) find it.
     """
     if source.startswith(PACKED_START):
         return source
@@ -2969,52 +3029,8 @@ def pack_code(source: bytes) -> bytes:
     except ImportError:
         raise RunError("the packages pyppmd and python-minifier pack the script; pip install both") from None
     tree = ast.parse(source)
-    nodes, callees, keywords = list(ast.walk(tree)), set(), {}
-
-    def name_of(node: ast.AST) -> str:
-        return getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
-
-    for call in (node for node in nodes if isinstance(node, ast.Call)):
-        callees.add(call.func)
-        for keyword in call.keywords:  # by function, and under "" all
-            for name in ("", name_of(call.func)):
-                keywords.setdefault(name, set()).add(keyword.arg)
-    values = {name_of(node) for node in nodes if isinstance(node, (ast.Name, ast.Attribute)) and node not in callees}
-    for node in nodes:
-        if isinstance(node, ast.Call) and name_of(node.func) == "setting" and len(node.args) == 3:
-            node.args.pop()
-        if isinstance(node, ast.ClassDef):
-            for part in node.body:
-                if name_of(part) == "__init__":
-                    part.called = [node.name]
-        if isinstance(node, ast.FunctionDef):
-            node.returns = None
-        if isinstance(node, ast.AnnAssign) and name_of(getattr(node.value, "func", None)) != "setting":
-            node.annotation = ast.Constant(0)
-        if name_of(node) == "pack_code" and isinstance(node, ast.FunctionDef):
-            node.body = node.body[:2]  # a packed script never gets further
-        if name_of(node) == "help_text" and isinstance(node, ast.FunctionDef):
-            node.body = ast.parse("return 'see --config'").body
-        if isinstance(node, ast.arg) and name_of(node.annotation) != "constexpr":  # which Triton reads
-            node.annotation = None
-        if "kernel" in map(name_of, getattr(node, "decorator_list", [])):  # launched by position
-            short = {a.arg: f"{chr(97 + i)}" for i, a in enumerate(node.args.args)}
-            for part in ast.walk(node):
-                if isinstance(part, ast.arg):
-                    part.arg = short[part.arg]
-                elif isinstance(part, ast.Name):
-                    part.id = short.get(part.id, part.id + "_" * (part.id in short.values()))
-        elif isinstance(node, (ast.FunctionDef, ast.Lambda)):  # what no call names may get a short name
-            names = [name_of(node), *getattr(node, "called", [])]  # of a class, where it makes one
-            fixed = set().union(*(keywords.get("" if name in values else name, ()) for name in names))
-            plain = [*takewhile(lambda a, fixed=fixed: a.arg not in fixed, node.args.args)]
-            node.args.posonlyargs, node.args.args = plain, node.args.args[len(plain):]
-    used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    for node in list(tree.body):
-        if isinstance(node, (ast.Import, ast.ImportFrom)):  # some are for annotations only
-            node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in used]
-            if not node.names:
-                tree.body.remove(node)
+    free_parameters(list(ast.walk(tree)))
+    strip(tree)
     kept = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)
     small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
                                    rename_globals=True, preserve_globals=["constexpr"], remove_annotations=kept)

@@ -16,7 +16,7 @@ import train_gpt as tg
 
 
 def validation_text(config: dict) -> bytes:
-    """UTF-8 of the validation documents as the tokenizer decodes them, one after another."""
+    """UTF-8 of the validation documents as they were before tokenization, one after another."""
     sp = sentencepiece.SentencePieceProcessor(model_file=config["tokenizer_path"])
     cfg = tg.Settings(data_path=config["data_path"], vocab_size=config["vocab_size"])
     tokens = [t for path in tg.shard_paths(cfg, "val") for t in tg.read_shard(path, cfg.vocab_size).tolist()]
@@ -24,7 +24,8 @@ def validation_text(config: dict) -> bytes:
     for end in [i for i, t in enumerate(tokens) if t == sp.bos_id() and i] + [len(tokens)]:
         documents.append(tokens[start:end])
         start = end
-    return "".join(sp.decode(documents)).encode()
+    raw = tg.case_restorer() if config["caseops_enabled"] else str
+    return "".join(map(raw, sp.decode(documents))).encode()
 
 
 def summary(result: dict) -> str:

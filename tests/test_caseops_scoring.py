@@ -9,6 +9,7 @@ from pydoc_data.topics import topics
 import caseops
 import numpy as np
 import pytest
+import summary
 import tokenize_docs
 from conftest import TINY, read_result, run_script
 from hypothesis import given
@@ -50,6 +51,12 @@ def test_every_document_is_charged_its_raw_bytes(cased):
     starts = [*np.flatnonzero(val.tokens.numpy() == val.bos), len(val.tokens)]
     charged = [int(val.bytes[a:b].sum()) for a, b in zip(starts, starts[1:])]
     assert charged == [len(text.encode()) for text in VAL] and not val.bytes[starts[:-1]].any()
+
+
+def test_the_summary_compresses_the_raw_text(cased):
+    config = {"data_path": cased["DATA_PATH"], "tokenizer_path": cased["TOKENIZER_PATH"], "vocab_size": 512,
+              "caseops_enabled": True}
+    assert summary.validation_text(config) == "".join(VAL).encode()
 
 
 def test_a_run_is_scored_by_raw_bytes_and_passes_its_audit(cased, tmp_path):
