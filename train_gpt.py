@@ -1389,7 +1389,7 @@ def fused_ops() -> Ops:
 
 def pick_ops(cfg: Settings, device: torch.device) -> Ops:
     """The forms that FUSED asks for. RunError where Triton cannot run them."""
-    if cfg.fused and (not triton or (device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1")):
+    if cfg.fused and (not triton or (device.type != "cuda" and isinstance(read, triton.JITFunction))):
         raise RunError("FUSED=1: needs a GPU and Triton; takes 0 here")
     return fused_ops() if cfg.fused else PLAIN
 
@@ -3536,7 +3536,7 @@ def audit_model(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     gaps = torch.cat(witness.gaps)
     total = rt.sum_(torch.stack((gaps.sum(), torch.tensor(float(len(gaps) - 1), device=rt.device)))).tolist()
     mean, most = total[0] / max(total[1], 1), rt.largest(float(gaps.abs().max()))
-    rounding = compiled and model.dtype != torch.float32  # the compiled model rounds elsewhere than the plain one
+    rounding = (compiled or cfg.fused) and model.dtype != torch.float32  # elsewhere than the plain model
     normalized = Check(total[1] > 0 and (abs(mean) <= 1e-3 and most < 0.5 if rounding else most <= NORMAL_TOLERANCE),
                        f"{total[1]:.0f} losses are -log p of distributions with a log of their sum of at most "
                        f"{most:.1e}, on average {mean:.1e}")
@@ -3662,7 +3662,7 @@ class Run:
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
-        self.attention, attend, skipped = pick_attention(cfg, rt.device, rt.dtype)
+        (self.attention, attend, skipped), ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
         with open(__file__, "rb") as file:
             self.code = pack_code(file.read()) if rt.rank == 0 else b""
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
@@ -3680,7 +3680,7 @@ class Run:
         complete = {None: "unknown, no manifest", True: "yes", False: "NO, not what the manifest lists"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
-        self.model = build_model(cfg, rt, attend, self.val.bos, pick_ops(cfg, rt.device))
+        self.model = build_model(cfg, rt, attend, self.val.bos, ops)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
         self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
 
