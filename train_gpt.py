@@ -295,7 +295,7 @@ class Settings:
             (self.num_heads % self.num_kv_heads, "num_kv_heads", f"a divisor of NUM_HEADS={self.num_heads}"),
             (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims", f"an even number up to {head_dim}, the "
              "width of a head"),
-            (int(self.mlp_mult * self.model_dim) < 1, "mlp_mult", f"at least 1/MODEL_DIM={1 / self.model_dim:g}"),
+            (int(self.mlp_mult * self.model_dim) < 1, "mlp_mult", "at least 1/MODEL_DIM"),
             (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens",
              f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
             ((self.micro_batch_tokens or self.train_seq_len) < self.train_seq_len, "micro_batch_tokens",
@@ -2951,7 +2951,6 @@ try:import pyppmd
 except ImportError:raise SystemExit("error: the package pyppmd is not installed; pip install pyppmd")
 import linecache
 """
-PPMD_ORDER = 12
 
 
 def name_of(node: ast.AST | None) -> str:
@@ -3034,14 +3033,14 @@ def pack_code(source: bytes) -> bytes:
     kept = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)
     small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
                                    rename_globals=True, preserve_globals=["constexpr"], remove_annotations=kept)
-    data = pyppmd.compress(small.encode(), max_order=PPMD_ORDER)
-    escapes = {"'": r"\'", "\r": r"\r", "\0": r"\0"}
-    literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.decode("latin1").replace("\\", r"\\"))
-    literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
-    return PACKED_START + (f"s=pyppmd.decompress('''{literal}'''.encode('latin1'),max_order={PPMD_ORDER}).decode()\n"
-                           "n='train_gpt'\n"
-                           "linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n"
-                           ).encode("latin1")
+    escapes, packed = {"'": r"\'", "\r": r"\r", "\0": r"\0"}, []
+    for order in range(8, 24):  # of the model; sizes differ little, what must be escaped as much
+        data = pyppmd.compress(small.encode(), max_order=order).decode("latin1")
+        literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.replace("\\", r"\\"))
+        literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
+        packed.append(f"s=pyppmd.decompress('''{literal}'''.encode('latin1'),max_order={order}).decode();n='train_gpt'\n"
+                      "linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
+    return PACKED_START + min(packed, key=len).encode("latin1")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3677,7 +3676,7 @@ class Run:
                f"dtype {str(rt.dtype)[6:]}, attention {self.attention}, compiled {'yes' if compiled else 'no'}")
         for why in skipped:
             rt.log(f"attention: not {why}")
-        complete = {None: "unknown, no manifest", True: "yes", False: "NO, not what the manifest lists"}
+        complete = {None: "unknown, no manifest", True: "yes", False: "NO, unlike the manifest"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
         self.model = build_model(cfg, rt, attend, self.val.bos, ops)
