@@ -1127,10 +1127,10 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> t
 
 
 NORM_EPS = 1e-6  # under the root of every norm
-HEAD_CHUNK = 2**25  # most logits that kernels make at a time
+HEAD_CHUNK = 2**24  # most logits that kernels make at a time: 34 MB in bf16, which Hopper's L2 holds
 
-# Between the matrix products: plain forms, and Triton kernels that do the same in one pass over memory. The kernels
-# compute in fp32 what the plain forms round at every step; FUSED=1 takes them.
+# Between the matrix products: plain forms, which torch.compile fuses, and with FUSED=1 Triton kernels where by its plan
+# it leaves more to memory than need be (benchmarks/README.md). They compute in fp32 what plain forms round at each step.
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1148,16 +1148,19 @@ def join(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: float) -> tuple[T
 
 
 def norm_rotate(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads x (B, T, heads, dh) normed, the first dims of each rotated by position (half-split pairs), times its gain.
+    """Heads x (B, T, heads, dh) normed, times their gain, the first dims rotated by position (half-split pairs).
 
-    cos and sin (T, r/2); gain (heads,), None is 1; all of one dtype.
+    cos and sin (T, r/2); gain (heads,), None is 1; all of one dtype. In a form that torch.compile takes in one pass:
+    nothing is cut up and put together, and what backward needs is x.
     """
     x, half = rms_norm(x), cos.size(-1)
-    if half:
-        cos, sin = cos[:, None], sin[:, None]
-        x1, x2, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-        x = torch.cat((x1 * cos + x2 * sin, x2 * cos - x1 * sin, rest), dim=-1)
-    return x if gain is None else x * gain[:, None]
+    x = x if gain is None else x * gain[:, None]
+    if not half:
+        return x
+    rest = x.size(-1) - 2 * half
+    partner = F.pad(x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2), (0, rest))
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+    return x * F.pad(cos, (0, rest), value=1.0)[:, None] + partner * F.pad(sin, (0, rest))[:, None]
 
 
 def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
@@ -1187,14 +1190,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
 
 
 class Ops(NamedTuple):
-    """How a forward pass does what lies between its matrix products: the plain forms above or kernels."""
+    """What kernels may do in a forward pass. None: linear() by linear(), as under any hook."""
 
-    join: Callable = join
-    norm_rotate: Callable = norm_rotate
     exclude_self: Callable = exclude_self
-    # x (B, T, d), up (hidden, d), down (d, hidden) -> (B, T, d); None, and under hooks: linear() by linear()
+    # x (B, T, d), up (hidden, d), down (d, hidden) -> (B, T, d)
     mlp: Callable | None = None
-    # x (B, T, d), weight (V, d), targets (B, T), cap -> losses as cross_entropy(); None: the same
+    # x (B, T, d), weight (V, d), targets (B, T), cap -> losses as cross_entropy() has them
     head_losses: Callable | None = None
 
 
@@ -1214,36 +1215,6 @@ def read(place, keep):
 @kernel
 def write(place, value, keep):
     tl.store(place, value.to(place.dtype.element_ty), keep)
-
-
-@kernel
-def join_kernel(x, z, a, b, gy, gn, out1, out2, ga, gb, rows, c, D: constexpr, WIDTH: constexpr, ROWS: constexpr,
-                EPS: constexpr, GRAD: constexpr):
-    """join() on x, z (rows, D) -> out1, out2; or with GRAD, from the gradients gy and gn of both, those of x and z
-    there, and each program's share of those of a and b in its row of ga and gb.
-    """
-    col = tl.arange(0, WIDTH)[None, :]
-    scale_x, scale_z = read(a + col, col < D), read(b + col, col < D)
-    sum_a, sum_b = tl.zeros((1, WIDTH), tl.float32), tl.zeros((1, WIDTH), tl.float32)
-    for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS):
-        row = first + tl.arange(0, ROWS)[:, None]
-        at, keep = row.to(tl.int64) * D + col, (row < rows) & (col < D)
-        xs, zs = read(x + at, keep), read(z + at, keep)
-        y = (scale_x * xs + scale_z * zs).to(out1.dtype.element_ty).to(tl.float32)
-        r = 1 / tl.sqrt(tl.sum(y * y, 1, keep_dims=True) / D + EPS)
-        if GRAD:
-            g = r * c * read(gn + at, keep)
-            g += read(gy + at, keep) - y * (r * r * tl.sum(g * y, 1, keep_dims=True) / D)
-            write(out1 + at, scale_x * g, keep)
-            write(out2 + at, scale_z * g, keep)
-            sum_a += tl.sum(g * xs, 0, keep_dims=True)
-            sum_b += tl.sum(g * zs, 0, keep_dims=True)
-        else:
-            write(out1 + at, y, keep)
-            write(out2 + at, r * c * y, keep)
-    if GRAD:
-        write(ga + tl.program_id(0) * D + col, sum_a, col < D)
-        write(gb + tl.program_id(0) * D + col, sum_b, col < D)
 
 
 @kernel
@@ -1272,6 +1243,29 @@ def exclude_kernel(y, v, gate, g, out, gv, ggate, rows, HEADS: constexpr, SLOTS:
         write(gv + row * D + col, (gu - tl.sum(gu * unit, 2, keep_dims=True) * unit) / size, keep_v)
     else:
         write(out + at, value * scale, keep)
+
+
+@kernel
+def mlp_kernel(a, b, h, out, act, M, N, K, step_k, step_n, BM: constexpr, BN: constexpr, BK: constexpr,
+               GRAD: constexpr):
+    """The product p (M, N) of a (M, K) and b, whose element (k, n) is at k step_k + n step_n -> out, and with it
+    act = squared_leaky_relu(p); or with GRAD p is act's gradient, -> out is that of h, and act is of h.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    i, j = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    i, j = tl.swizzle2d(i, j, tiles_m, tiles_n, 8)  # programs at work together share rows and columns
+    row, col = (i * BM + tl.arange(0, BM)).to(tl.int64)[:, None], (j * BN + tl.arange(0, BN))[None, :]
+    p = tl.zeros((BM, BN), tl.float32)
+    for first in tl.range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        left = tl.load(a + row * K + k[None, :], (row < M) & (k[None, :] < K), other=0.0)
+        right = tl.load(b + k[:, None] * step_k + col * step_n, (k[:, None] < K) & (col < N), other=0.0)
+        p = tl.dot(left, right, p, input_precision="ieee")
+    at, keep = row * N + col, (row < M) & (col < N)
+    value = read(h + at, keep) if GRAD else p.to(out.dtype.element_ty).to(tl.float32)
+    slope = tl.where(value < 0, 0.5, 1.0)
+    write(act + at, slope * slope * value * value, keep)
+    write(out + at, 2 * slope * slope * value * p if GRAD else p, keep)
 
 
 @kernel
@@ -1309,27 +1303,28 @@ def loss_kernel(logits, targets, g, losses, vocab, cap, BLOCK: constexpr, GRAD: 
 # outputs, backward, and returns those of the first inputs.
 
 
-def tiles(d: int, members: int = 1) -> tuple[int, int, int]:
-    """D, WIDTH and ROWS for tiles of some 4096 elements: rows of d, so many that belong together."""
-    width = triton.next_power_of_2(d)
-    return d, width, max(1, 4096 // (width * members))
-
-
-def run_join(c: float, x: Tensor, z: Tensor, a: Tensor, b: Tensor, *grads: Tensor) -> list[Tensor]:
-    tile, rows, out = tiles(len(a)), x.numel() // len(a), [torch.empty_like(x) for _ in range(2)]
-    programs = min(triton.cdiv(rows, tile[2]), 1024)
-    shares = x.new_empty(2, programs, len(a), dtype=torch.float32)
-    join_kernel[(programs,)](x, z, a, b, *(grads or out), *out, *shares, rows, c, *tile, NORM_EPS, bool(grads))
-    return out + [share.sum(0).to(a.dtype) for share in shares] if grads else out
-
-
 def run_exclude_self(_: float, y: Tensor, v: Tensor, gate: Tensor, *grads: Tensor) -> list[Tensor]:
     d, heads, out = y.size(-1), y.size(2) // v.size(2), [torch.empty_like(t) for t in (y, v, gate)]
-    rows, slots = v.numel() // d, triton.next_power_of_2(heads)
-    tile = tiles(d, slots)
-    exclude_kernel[(triton.cdiv(rows, tile[2]),)](y, v, gate, *(grads or out[:1]), *out, rows, heads, slots, *tile,
-                                                  bool(grads))
+    rows, slots, width = v.numel() // d, triton.next_power_of_2(heads), triton.next_power_of_2(d)
+    tall = max(1, 4096 // (slots * width))
+    exclude_kernel[(triton.cdiv(rows, tall),)](y, v, gate, *(grads or out[:1]), *out, rows, heads, slots, d, width,
+                                               tall, bool(grads))
     return out if grads else out[:1]
+
+
+def run_mlp(_: float, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> list[Tensor]:
+    """Forward also returns h (B, T, hidden), before the activation, and backward is given it ahead of the gradient."""
+    h, left = rest or (x, x)
+    out, act = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
+    b, steps = (down, down.stride()) if rest else (up, up.stride()[::-1])
+    left = left.flatten(0, -2)
+    # backward half as wide, or its registers spill (ptxas, sm_90); large tiles of fp32 do not fit in shared memory
+    tile = (128, 128 if rest else 256, 64) if x.is_cuda and x.dtype == torch.bfloat16 else (32, 32, 32)
+    programs = triton.cdiv(len(left), tile[0]) * triton.cdiv(len(up), tile[1])
+    mlp_kernel[(programs,)](left, b, h, out, act, len(left), *up.shape, *steps, *tile, bool(rest), num_warps=8)
+    if not rest:
+        return [F.linear(act, down), out]
+    return [out @ up, out.flatten(0, -2).mT @ x.flatten(0, -2), left.mT @ act.flatten(0, -2)]
 
 
 def run_head_losses(cap: float, x: Tensor, weight: Tensor, targets: Tensor, *grads: Tensor) -> list[Tensor]:
@@ -1377,13 +1372,12 @@ def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -
 
 @cache  # an operator that is made again takes its first one's place in PyTorch, under those that still call it
 def fused_ops() -> Ops:
-    """The forms that have kernels by these, the others plain."""
-    join = fused("join", run_join, 4, lambda x, *_: [x, x])
     exclude = fused("exclude_self", run_exclude_self, 3, lambda y, *_: [y])
+    mlp = fused("mlp", run_mlp, 3, lambda x, up, _: [x, x.new_empty(*x.shape[:-1], len(up))], kept=1)
     head = fused("head_losses", run_head_losses, 2, lambda x, *_: [x[..., 0].float()])
     return Ops(
-        join=lambda x, z, a, b, c: join(c, x, z, torch.ones_like(b) if a is None else a, b),
         exclude_self=lambda y, v, gate: exclude(0.0, y, v, y.new_ones(y.shape[:3]) if gate is None else gate)[0],
+        mlp=lambda x, up, down: mlp(0.0, x, up, down)[0],
         head_losses=lambda x, weight, targets, cap: head(cap, x, weight, targets)[0])
 
 
@@ -1660,7 +1654,7 @@ class GPT(nn.Module):
     def join(self, x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """a x + b z, and what a half of this layer reads of it."""
         a, b = None if a is None else a.to(x.dtype), b.to(x.dtype)
-        return self.ops.join(x, z, a, b, (layer + 1) ** -0.5 if self.cfg.ln_scale else 1.0)
+        return join(x, z, a, b, (layer + 1) ** -0.5 if self.cfg.ln_scale else 1.0)
 
     def block(self, x: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
         """One virtual layer on the residual stream x (B, T, d): mix in x0, then add attention and MLP."""
@@ -1701,8 +1695,8 @@ class GPT(nn.Module):
         if layer in self.ve_layers:  # PR 374
             v = v + self.ve_layer_scale[self.ve_layers.index(layer)].to(v.dtype) * shared.values
         q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
-        q = self.ops.norm_rotate(q, self.q_gain[layer].to(q.dtype), *shared.rope)
-        k = self.ops.norm_rotate(k, None, *shared.rope)
+        q = norm_rotate(q, self.q_gain[layer].to(q.dtype), *shared.rope)
+        k = norm_rotate(k, None, *shared.rope)
         y, gate = self.attend(q, k, v, shared.bounds), None
         if hasattr(self, "attn_gate"):
             window = n if cfg.gated_attn_enabled else n[..., : cfg.gate_window]
