@@ -534,8 +534,8 @@ class Runtime:
         if cfg.device == "cuda" and not cuda:
             raise RunError("DEVICE=cuda: no GPU that PyTorch can use; takes cpu or auto")
         if cuda and cfg.device != "cpu" and local_rank >= torch.cuda.device_count():
-            raise RunError(f"torchrun started more processes than the {torch.cuda.device_count()} GPUs here; lower "
-                           "--nproc_per_node or take DEVICE=cpu")
+            raise RunError("torchrun started more processes than there are GPUs; lower --nproc_per_node or take "
+                           "DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if cuda and cfg.device != "cpu" else torch.device("cpu")
         self.dtype = pick_dtype(cfg.dtype, self.device)
         self.folder, self.log_file, self.metrics_file, self.events = cfg.artifact_dir, None, None, []
@@ -1130,7 +1130,7 @@ NORM_EPS = 1e-6  # under the root of every norm
 HEAD_CHUNK = 2**24  # most logits that kernels make at a time: 34 MB in bf16, which Hopper's L2 holds
 
 # Between the matrix products: plain forms, which torch.compile fuses, and with FUSED=1 Triton kernels where by its plan
-# it leaves more to memory than need be (benchmarks/README.md). They compute in fp32 what plain forms round at each step.
+# it moves more than need be (benchmarks/README.md). Kernels compute in fp32 what plain forms round at every step.
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -1319,7 +1319,7 @@ def run_mlp(_: float, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> lis
     b, steps = (down, down.stride()) if rest else (up, up.stride()[::-1])
     left = left.flatten(0, -2)
     # backward half as wide, or its registers spill (ptxas, sm_90); large tiles of fp32 do not fit in shared memory
-    tile = (128, 128 if rest else 256, 64) if x.is_cuda and x.dtype == torch.bfloat16 else (32, 32, 32)
+    tile = (128, 128 if rest else 256, 64) if x.dtype == torch.bfloat16 else (32, 32, 32)
     programs = triton.cdiv(len(left), tile[0]) * triton.cdiv(len(up), tile[1])
     mlp_kernel[(programs,)](left, b, h, out, act, len(left), *up.shape, *steps, *tile, bool(rest), num_warps=8)
     if not rest:
@@ -2940,9 +2940,9 @@ def prune(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str,
     return best
 
 
-PACKED_START = b"""#coding:latin1
+PACKED_START = b"""#coding:l1
 try:import pyppmd
-except ImportError:raise SystemExit("error: the package pyppmd is not installed; pip install pyppmd")
+except ImportError:raise SystemExit("error: no package pyppmd: pip install pyppmd")
 import linecache
 """
 
@@ -2980,6 +2980,19 @@ def free_parameters(nodes: list[ast.AST]) -> None:
                 named |= keywords.get("" if name in values else name, set())
             free = [*takewhile(lambda a, named=named: a.arg not in named, node.args.args)]
             node.args.posonlyargs, node.args.args = free, node.args.args[len(free):]
+
+
+def shorten_names(nodes: list[ast.AST]) -> None:
+    """Rename what the minifier leaves alone, as it cannot know what has an attribute of that name."""
+    names = ("case_markers space_after_boundary check_contradictions ve_layer_list loop_stages open_logs forget_after "
+             "share_bytes peak_memory throttle allows_step join_skip merge_lanes attention_half mlp_half start_reduce "
+             "finish_reduce reduce_gradients use_average must_match qat_hooks real_forward target_bytes window_stage "
+             "metrics_file")  # of our methods and fields: nothing else has one of these
+    short = {name: f"{chr(ord('a') + i % 26)}{i // 26}" for i, name in enumerate(names.split())}
+    for node in nodes:
+        for field in ("attr", "name", "id", "arg"):
+            if getattr(node, field, None) in short:
+                setattr(node, field, short[getattr(node, field)])
 
 
 def strip(tree: ast.Module) -> None:
@@ -3023,6 +3036,7 @@ def pack_code(source: bytes) -> bytes:
         raise RunError("the packages pyppmd and python-minifier pack the script; pip install both") from None
     tree = ast.parse(source)
     free_parameters(list(ast.walk(tree)))
+    shorten_names(list(ast.walk(tree)))
     strip(tree)
     kept = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)
     small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
@@ -3032,8 +3046,8 @@ def pack_code(source: bytes) -> bytes:
         data = pyppmd.compress(small.encode(), max_order=order).decode("latin1")
         literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.replace("\\", r"\\"))
         literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
-        packed.append(f"s=pyppmd.decompress('''{literal}'''.encode('latin1'),max_order={order}).decode();n='train_gpt'\n"
-                      "linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
+        packed.append(f"s=pyppmd.decompress('''{literal}'''.encode('l1'),max_order={order}).decode()\n"
+                      "n='train_gpt';linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
     return PACKED_START + min(packed, key=len).encode("latin1")
 
 
@@ -3110,7 +3124,7 @@ def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
 
     The first scores all its tokens, later ones what the window before did not reach: `stride` tokens, the first of them
     with EVAL_SEQ_LEN - stride tokens before it. With VARLEN attention ends at the document's start, so a window that
-    starts there has all that its tokens may see, and none is run again for a document that it holds whole.
+    starts there has all that its tokens may see: it scores up to its end, and no document that it holds is run again.
     """
     length, documents, windows, fresh = cfg.eval_seq_len, [0], [], 0
     if cfg.varlen_enabled:
@@ -3128,7 +3142,8 @@ def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation
     """Score by these windows, as find_windows() has them, dealt whole to ranks."""
     length, n, loops = cfg.eval_seq_len, len(val.tokens), cfg.num_loops if loops is None else loops
     rows = cfg.eval_batch_tokens // length
-    lots = F.pad(windows, (0, 0, 0, -len(windows) % rows), value=n).view(-1, rows, 2, 1)  # n scores nothing
+    spare = windows.new_tensor([[0, n]]).expand(-len(windows) % rows, 2)  # these score nothing
+    lots = torch.cat((windows, spare)).view(-1, rows, 2, 1)
     for lot in rt.progress(lots[rt.rank :: rt.world], what, scorer.running):
         start, fresh = lot.unbind(1)
         place = start + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
@@ -3222,11 +3237,12 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
         scored = int(chunk[-1, 0]) + length  # the last target of the chunk
         if i + 1 < len(chunks) and adapt:
             for _ in range(cfg.ttt_epochs):
-                sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(i, len(chunks)))
+                # by where it starts, not by its number of all: that would depend on where later documents start
+                sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(int(chunk[0, 0]), len(val.tokens)))
             trained = scored
-        plain += 0 if adapt else scored - int(chunk[0, 1])
+        plain += 0 if adapt else min(scored, len(val.tokens) - 1) - int(chunk[0, 1])
     if plain:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored without adaptation")
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
     return scorer.finish()
 
 
@@ -3387,7 +3403,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
                 sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
     plain = int(rt.sum_(torch.tensor(plain, device=rt.device)))
     if plain:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored without adaptation")
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
     return scorer.finish()
 
 
@@ -3458,23 +3474,27 @@ def audit_stream(cfg: Settings, val: Validation, batch: int) -> tuple[Settings, 
     chunk, length, stride = cfg.ttt_chunk_size, cfg.eval_seq_len, cfg.eval_stride or cfg.eval_seq_len
     documents = find_documents(val.tokens, val.bos)
     count = max(2 * batch, 12)
+    longest, windowed = max(documents, key=lambda d: d[1] - d[0]), cfg.ttt_mode in ("none", "chunk")
     documents = documents[:: max(1, len(documents) // count)][:count]
-    if cfg.ttt_mode in ("lora", "phased"):
-        sizes = [2 * chunk + 2, chunk, chunk + 1, 3, 2 * chunk, chunk - 1]  # they end anywhere in a chunk
-    else:
+    if windowed:
         sizes = [max(4, -(-(length + 6 * stride + 3) // len(documents)))]
+    else:
+        sizes = [2 * chunk + 2, chunk, chunk + 1, 3, 2 * chunk, chunk - 1]  # they end anywhere in a chunk
     spans = [(a, min(b, a + max(1, sizes[i % len(sizes)]))) for i, (a, b) in enumerate(documents)]
+    if windowed and cfg.varlen_enabled:  # else windows would hold every document whole
+        spans[len(spans) // 3] = longest[0], min(longest[1], longest[0] + length + 3 * stride + 1)
     tokens = torch.cat([val.tokens[a:b] for a, b in spans] + [val.tokens[spans[-1][1]][None]])
     starts = [0, *np.cumsum([b - a for a, b in spans]).tolist()]
     half, long = starts[len(spans) // 2], starts[(len(spans) - 1) // 6 * 6]
     watched = {1, 2, chunk, long + chunk, long + chunk + 1, half, half + 1, len(tokens) - 1}
-    if cfg.ttt_mode in ("none", "chunk"):  # chunks of two windows
-        watched |= {length, length + 1, length + stride, length + stride + 1, length + 3 * stride + 1}
     small = dataclasses.replace(
         cfg, eval_budget_seconds=0.0, ttt_batch_size=batch, ttt_bucket_window=min(cfg.ttt_bucket_window, 2 * batch),
         ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, 2 * stride), phased_ttt_prefix_docs=max(1, len(spans) // 2),
         phased_ttt_num_phases=min(cfg.phased_ttt_num_phases, 2),
         global_ttt_chunk_tokens=min(cfg.global_ttt_chunk_tokens, half // 3 + 1))
+    if windowed:  # chunks of two windows
+        edges = find_windows(small, val._replace(tokens=tokens), stride)[1:5, 1]
+        watched |= {*edges.tolist(), *(edges + 1).tolist()}
     return small, tokens, starts[:-1], sorted(t for t in watched if 1 <= t < len(tokens))
 
 
@@ -3531,7 +3551,7 @@ def audit_model(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     mean, most = total[0] / max(total[1], 1), rt.largest(float(gaps.abs().max()))
     rounding = (compiled or cfg.fused) and model.dtype != torch.float32  # elsewhere than the plain model
     normalized = Check(total[1] > 0 and (abs(mean) <= 1e-3 and most < 0.5 if rounding else most <= NORMAL_TOLERANCE),
-                       f"{total[1]:.0f} losses are -log p of distributions with a log of their sum of at most "
+                       f"{total[1]:.0f} losses are -log p of distributions that add up to 1: log of the sum at most "
                        f"{most:.1e}, on average {mean:.1e}")
     return {"normalized": normalized, "causal": causal}
 

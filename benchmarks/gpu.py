@@ -9,11 +9,11 @@ Settings come from the environment; the default is one GPU's share of the 8-GPU 
 and looped as 17. The optimizer is not shared with other GPUs here: its time is that of all banks. Without a GPU the
 same code runs at tiny sizes, as a check that it works, and the Triton kernels in Triton's interpreter.
 
-Kernels: `kernels` checks all five against their plain forms, `compiled` is the step with plain forms, `fused` that with
-train_gpt.py's three (FUSED=1), `candidates` that with kernels.py's two besides, and `each` that with one of the five
-alone. A kernel that is right, and with which the step takes fewer ms than `compiled`, is worth having. `curve` trains
-from the initial weights, plain, fused, and plain from another seed to show how much losses differ by chance; on the
-benchmark's own tokens, or those of DATA_PATH where it is set, which must be of this VOCAB_SIZE.
+Kernels: `kernels` checks train_gpt.py's three against their plain forms, `compiled` is the step with plain forms,
+`fused` that with all three (FUSED=1), and `each` that with one of them alone. A kernel that is right, and with which
+the step takes fewer ms than `compiled`, is worth having. `curve` trains from the initial weights, plain, fused, and
+plain from another seed to show how much losses differ by chance; on the benchmark's own tokens, or those of DATA_PATH
+where it is set, which must be of this VOCAB_SIZE.
 
 MFU is count.py's model FLOPs (scores and logits once, no optimizer) over the maker's dense bf16 peak. Times of kernel
 families are GPU time as torch.profiler has it, sorted by the operation that launched a kernel, the shapes it was given
@@ -88,7 +88,6 @@ class Bench:
                 bank.normal_(std=bank.size(2) ** -0.5)
         self.compiled = self.compile()
         self.fused = tg.fused_ops() if kernels.can_run(rt.device) else None
-        self.candidates = kernels.candidate_ops(self.fused) if self.fused else None
         name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
         self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
         shapes = count.parameter_shapes(cfg)
@@ -103,10 +102,10 @@ class Bench:
         if self.gpu:  # so many tokens that a program has several tiles to do, and the head several chunks
             runs = {label: (dtype, sizes._replace(length=4999)) for label, (dtype, sizes) in runs.items()}
             runs["bf16, sizes of the model"] = torch.bfloat16, kernels.Sizes.of(self.cfg)
-        for label, (dtype, sizes) in runs.items() if self.candidates else ():
+        for label, (dtype, sizes) in runs.items() if self.fused else ():
             for name in kernels.NAMES:
                 try:
-                    row = kernels.compare(name, self.candidates, self.rt.device, dtype, sizes)
+                    row = kernels.compare(name, self.fused, self.rt.device, dtype, sizes)
                 except Exception as error:  # such as a kernel that this GPU cannot take
                     row = {"ok": False, "error": describe(error)}
                 rows[f"{name}, {label}"] = row
@@ -125,23 +124,17 @@ class Bench:
         return self.step_speed(self.model)
 
     def fused_steps(self) -> dict:
-        return self.kernel_steps(self.fused)
-
-    def candidate_steps(self) -> dict:
-        return self.kernel_steps(self.candidates)
-
-    def kernel_steps(self, ops: tg.Ops | None) -> dict:
-        if not ops:
+        if not self.fused:
             return self.no_kernels()
-        with self.using(ops) as forward:
+        with self.using(self.fused) as forward:
             return self.step_speed(forward)
 
     def each_kernel(self) -> dict:
         """The compiled step at the most virtual layers with one kernel only, by its name."""
         rows, most = {}, max(self.work)
-        for name in kernels.NAMES if self.candidates else ():
+        for name in kernels.NAMES if self.fused else ():
             try:
-                with self.using(tg.PLAIN._replace(**{name: getattr(self.candidates, name)})) as forward:
+                with self.using(tg.PLAIN._replace(**{name: getattr(self.fused, name)})) as forward:
                     rows[name] = self.step_speed(forward, [most])[self.layers(most)]
             except OutOfTime:  # what has been measured is worth having
                 rows[name] = {"error": "out of time"}
@@ -364,10 +357,9 @@ class Bench:
 
 # in the order they run: what is wanted most first, as the time may end
 PARTS = {"kernels": Bench.check_kernels, "warm_up": Bench.warm_up, "compiled": Bench.compiled_steps,
-         "families": Bench.families, "fused": Bench.fused_steps, "candidates": Bench.candidate_steps,
-         "each": Bench.each_kernel, "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update,
-         "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
-         "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
+         "families": Bench.families, "fused": Bench.fused_steps, "each": Bench.each_kernel, "curve": Bench.curve,
+         "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps,
+         "lora_eager": Bench.lora_eager, "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
 
 
 def is_device(name: str, kind: str) -> bool:

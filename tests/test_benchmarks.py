@@ -1,5 +1,5 @@
-"""benchmarks/count.py against independent counts, kernels.py's kernels and their check in Triton's interpreter, and
-benchmarks/gpu.py at tiny sizes on the CPU.
+"""benchmarks/count.py against independent counts, kernels.py's check in Triton's interpreter, plan.py as far as this
+build of PyTorch can plan, and gpu.py at tiny sizes on the CPU.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "data"))
 import count
 import gpu
 import kernels
+import plan
 from shards import read_shard
 
 import train_gpt as tg
@@ -229,7 +230,7 @@ def test_measured_times_fill_the_last_column_and_those_of_a_cpu_do_not(capsys, t
 @pytest.fixture
 def ops() -> tg.Ops:
     pytest.importorskip("triton")
-    return kernels.candidate_ops(tg.fused_ops())
+    return tg.fused_ops()
 
 
 CPU = torch.device("cpu")
@@ -252,95 +253,63 @@ def test_kernels_are_right(ops, name):
 def test_every_kernel_is_checked(ops):
     assert set(kernels.NAMES) == set(tg.Ops._fields) == set(kernels.cases(kernels.Sizes(), CPU, torch.float32))
     assert not any(getattr(ops, name) is getattr(tg.PLAIN, name) for name in kernels.NAMES)
-    assert kernels.Sizes.of(tg.Settings()) == (1, 2048, 512, 8, 4, 64, 8, 2048, 8192)
+    assert kernels.Sizes.of(tg.Settings()) == (1, 2048, 512, 8, 4, 64, 2048, 8192)
 
 
 def test_the_check_finds_what_is_wrong():
-    def steep(x, *rest):
-        y = tg.norm_rotate(x, *rest)
+    def steep(x, up, down):
+        y = kernels.plain_mlp(x, up, down)
         return y.detach() + 1.01 * (y - y.detach())
 
-    wrong = tg.PLAIN._replace(
-        join=lambda x, z, a, b, c: tg.join(x, z, a, 1.01 * b, c), norm_rotate=steep,
-        exclude_self=lambda y, v, gate: tg.exclude_self(y, v, gate) * float("nan"),
+    wrong = tg.Ops(
+        exclude_self=lambda y, v, gate: tg.exclude_self(y, v, gate) * float("nan"), mlp=steep,
         head_losses=lambda x, weight, targets, cap: kernels.plain_head(x, weight, targets.clamp(min=0), cap))
     found = {name: kernels.compare(name, wrong, CPU, torch.float32) for name in kernels.NAMES}
-    assert found["mlp"] == {"ok": True, "values": 0, "gradients": 0, "plain_values": 0, "plain_gradients": 0}
-    assert not any(row["ok"] for name, row in found.items() if name != "mlp")
-    assert found["join"]["values"] > 1e-3
-    assert found["norm_rotate"]["values"] == 0 and found["norm_rotate"]["gradients"] == pytest.approx(0.01, rel=1e-3)
+    assert not any(row["ok"] for row in found.values())
+    assert found["mlp"]["values"] == 0 and found["mlp"]["gradients"] == pytest.approx(0.01, rel=1e-3)
     assert found["exclude_self"]["values"] == found["exclude_self"]["gradients"] == math.inf
     assert found["head_losses"]["values"] > 0.1  # targets to ignore counted
-    assert gpu.failed({"join, fp32": found["join"]}) and not gpu.failed({"mlp, fp32": found["mlp"]})
+    right = kernels.compare("mlp", tg.PLAIN, CPU, torch.float32)
+    assert right == {"ok": True, "values": 0, "gradients": 0, "plain_values": 0, "plain_gradients": 0}
+    assert gpu.failed({"exclude_self, fp32": found["exclude_self"]}) and not gpu.failed({"mlp, fp32": right})
     assert kernels.is_right({"y": 0.009}, {"y": 0.003}, torch.bfloat16)
     assert not kernels.is_right({"y": 0.011}, {"y": 0.003}, torch.bfloat16)
 
 
-def test_queries_and_keys_of_any_kind(ops):
-    """No gain, no dimension that rotates, all of them."""
-    x = torch.randn(2, 5, 3, 8)
-    for half in (0, 1, 4):
-        cos, sin = torch.rand(2, 5, half)
-        for gain in (None, torch.rand(3)):
-            expected = tg.norm_rotate(x, gain, cos, sin)
-            assert (ops.norm_rotate(x, gain, cos, sin) - expected).abs().max() < 1e-5
-
-
-def test_the_model_with_all_kernels_equals_the_model_without(ops):
-    """Traced whole, forward and backward, as torch.compile does before it makes code for a GPU."""
-    cfg = tg.Settings(**SMALL | {"num_loops": 1, "sparse_attn_gate_enabled": True})
-    plain, fused = tg.GPT(cfg), tg.GPT(cfg, ops=ops)
-    with torch.no_grad():
-        for p, q in zip(plain.parameters(), fused.parameters()):
-            q.copy_(p.normal_(std=0.2))
-    ids, targets = torch.randint(cfg.vocab_size, (2, 1, cfg.train_seq_len))
-    torch._dynamo.reset()
-    expected, got = plain(ids, targets), torch.compile(fused, fullgraph=True, backend="aot_eager")(ids, targets)
-    assert (got - expected).abs().max() < 1e-4 and not torch.equal(got, expected)
-    expected.sum().backward()
-    got.sum().backward()
-    torch._dynamo.reset()
-    for p, q in zip(plain.parameters(), fused.parameters()):
-        assert (p.grad is None) == (q.grad is None)
-        assert p.grad is None or (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max()
-
-
 COMPILE = """
 import inspect
-import kernels, triton
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+import train_gpt as tg
 
-def build(kernel, types, sizes, ones=()):
-    names = list(inspect.signature(kernel.fn).parameters)
-    constants = {(len(types) + i,): size for i, size in enumerate(sizes)} | {(i,): 1 for i in ones}
+for grad in (False, True):
+    types, sizes, one = ["*bf16"] * 5 + ["i32"] * 5, [128, 128 if grad else 256, 64, grad], 9 if grad else 8
+    constants = {(10 + i,): size for i, size in enumerate(sizes)} | {(one,): 1}
+    names = list(inspect.signature(tg.mlp_kernel.fn).parameters)
     signature = {name: "constexpr" if (i,) in constants else types[i] for i, name in enumerate(names)}
-    even = {(i,): [["tt.divisibility", 16]] for i in range(len(types)) if i not in ones}
-    made = triton.compile(ASTSource(kernel, signature, constants, even), target=GPUTarget("cuda", 90, 32),
+    even = {(i,): [["tt.divisibility", 16]] for i in range(10) if i != one}
+    made = triton.compile(ASTSource(tg.mlp_kernel, signature, constants, even), target=GPUTarget("cuda", 90, 32),
                           options={"num_warps": 8})
     assert len(made.asm["cubin"]) > 1000
     print(made.metadata.shared)
-
-for grad in (False, True):
-    build(kernels.rotate_kernel, ["*bf16"] * 6 + ["*fp32"] + ["i32"] * 3, [8, 64, 64, 64, 1e-6, grad])
-    build(kernels.mlp_kernel, ["*bf16"] * 5 + ["i32"] * 5, [128, 128 if grad else 256, 64, grad], [9 if grad else 8])
 """
 
 
-def test_candidates_compile_for_hopper(tmp_path):
-    """To machine code of sm_90, with no more shared memory than its 227 KiB."""
+def test_the_mlp_fits_hoppers_shared_memory(tmp_path):
+    """In the tiles that run_mlp() takes for bf16: 227 KiB at most."""
     pytest.importorskip("triton")
-    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT / "benchmarks", capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-c", COMPILE], cwd=ROOT, capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)})
-    assert len(done.stdout.split()) == 4, done.stderr[-2000:]
+    assert len(done.stdout.split()) == 2, done.stderr[-2000:]
     assert max(map(int, done.stdout.split())) < 227 * 1024
 
 
 def test_without_triton_the_parts_with_kernels_say_so():
     code = ("import sys; sys.modules['triton'] = None\nimport gpu, kernels, torch\n"
             "assert not kernels.can_run(torch.device('cpu'))\nbench = object.__new__(gpu.Bench)\n"
-            "bench.gpu, bench.work, bench.fused, bench.candidates = False, {0: {}}, None, None\n"
-            "for part in ('kernels', 'fused', 'candidates', 'each'):\n"
+            "bench.gpu, bench.work, bench.fused = False, {0: {}}, None\n"
+            "for part in ('kernels', 'fused', 'each'):\n"
             "    assert gpu.PARTS[part](bench) == {'skipped': 'no Triton here, so no kernels'}\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "benchmarks", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -360,27 +329,67 @@ class Traffic(TorchDispatchMode):
         return out
 
 
-def test_readme_says_what_kernels_read_and_write(ops):
-    """Figures `with it` are the operators' own bytes, but for gates, tables and vectors, and passes outside by hand."""
-    found, sizes = {}, kernels.Sizes.of(tg.Settings())
-    for name, heads in (("join", 8), ("norm_rotate", 8), ("keys", 4), ("exclude_self", 8)):
-        case = kernels.cases(sizes._replace(heads=heads), CPU, torch.bfloat16)[name.replace("keys", "norm_rotate")]
+def test_readme_has_the_bytes_of_each_kernel(ops):
+    """What plan.py said of FUSED=1's operators: what goes in and out, counted here, and what moves inside."""
+    cfg = tg.Settings()
+    tokens, sizes = 98304, kernels.Sizes.of(cfg)
+    readme = count.README.read_text()
+    for name, case in kernels.cases(sizes, CPU, torch.bfloat16).items():
         case = case._replace(inputs={n: t.to("meta") for n, t in case.inputs.items()})
         with Traffic() as forward:
             learned = [case.inputs[n].requires_grad_() for n in case.learned]
             outputs = case.run(ops, *case.inputs.values())
         with Traffic() as backward:
             torch.autograd.grad(outputs, learned, [torch.empty_like(y) for y in outputs])
-        found[name] = torch.tensor([forward.bytes / sizes.length, backward.bytes / sizes.length])
-    number, values = 512 * 2, 256 * 2  # bytes of one a channel, and of one a channel of the values
-    outside = torch.tensor([3.0, 6.0]) * number, torch.tensor([0.0, 3.0]) * values
-    readme = count.README.read_text()
-    for start, expected in (("| `join`, twice", 2 * found["join"] + outside[0]),
-                            ("| `norm_rotate`, ", found["norm_rotate"] + found["keys"]),
-                            ("| `exclude_self`, ", found["exclude_self"] + outside[1])):
-        row = next(line for line in readme.splitlines() if line.startswith(start))
-        written = torch.tensor([float(n.replace(",", "")) for n in row.split(" | ")[1].split(" + ")])
-        assert torch.allclose(written, expected, rtol=0.03), (start, expected)
+        weights = sum(t.nbytes for n, t in case.inputs.items() if n in ("up", "down", "weight"))
+        times = 1 if name == "head_losses" else cfg.num_layers
+        expected = []
+        for moved, weight, back in ((forward, weights, False), (backward, 2 * weights, True)):  # read, and a gradient
+            window = (moved.bytes - weight) * tokens / sizes.length + weight + plan.inside(cfg, tokens, name, back)
+            expected.append(times * window / 1e9)
+        row = next(line for line in readme.splitlines() if line.startswith(f"| `{name}` | ")).split(" | ")
+        assert [float(n) for n in row[5].split(" + ")] == pytest.approx(expected, rel=0.01, abs=0.005), name
+        parts = [[float(n) for n in cell.split(" + ")] for cell in row[1:7]]
+        for i in (0, 1):
+            assert sum(cell[i] for cell in parts[:-1]) == pytest.approx(parts[-1][i], abs=0.03)
+
+
+# ----- what torch.compile plans
+
+
+def run_plan(settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    return run_script(settings, *arguments, script=ROOT / "benchmarks/plan.py")
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of PyTorch")
+def test_without_a_cuda_build_plan_says_so_in_one_line():
+    done = run_plan({}, "plain")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: torch {torch.__version__} plans nothing for a GPU; takes a CUDA build (and no GPU)\n"
+    done = run_plan({"NUM_HEADS": "7"})
+    assert done.returncode == 1 and done.stderr.startswith("error: NUM_HEADS=7") and done.stderr.count("\n") == 1
+
+
+def test_plan_says_in_one_line_that_it_does_not_know_this_torch(monkeypatch, capsys):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(plan, "pretend_h100", lambda: torch.no_such_thing)
+    assert plan.main(["plain"]) == 1
+    said = capsys.readouterr().err
+    assert "its compiler is not as plan.py knows it (of 2.13): AttributeError" in said and said.count("\n") == 1
+
+
+@pytest.mark.skipif(not torch.version.cuda, reason="needs a CUDA build of PyTorch")
+def test_kernels_leave_fewer_bytes_in_the_plan(tmp_path):
+    path = tmp_path / "plan.json"
+    done = run_plan({"NUM_LAYERS": "2"}, "plain", "fused", "--list", "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    forms = json.loads(path.read_text())["forms"]
+    for i in (0, 1):
+        assert forms["fused"]["all"][i] < 0.8 * forms["plain"]["all"][i]
+        assert forms["fused"]["kernels"][i] < forms["plain"]["kernels"][i]
+        assert forms["fused"]["kernels of FUSED=1"][i] > forms["plain"]["kernels of FUSED=1"][i] == 0
+        assert "other" not in forms["plain"] | forms["fused"]
+    assert "    6.00  attention           plan.attention_backward.default" in done.stdout
 
 
 # ----- the measurements, as far as a CPU can tell
@@ -400,14 +409,14 @@ def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
                            "finished", "parts", "settings"}
     parts = report["parts"]
     assert list(parts) == list(gpu.PARTS) and not any("error" in found for found in parts.values())
-    for mode in ("eager", "compiled", "fused", "candidates"):
+    for mode in ("eager", "compiled", "fused"):
         assert list(parts[mode]) == ["2", "3"]
         for figures in parts[mode].values():
             assert set(figures) == {"ms", "tok_per_s", "tflop_per_s", "mfu", "peak_bytes"} and figures["mfu"] is None
             assert figures["tok_per_s"] == pytest.approx(1e3 * report["tokens"] / figures["ms"])
     assert list(parts["each"]) == list(kernels.NAMES) and all("error" not in row for row in parts["each"].values())
-    # interpreted kernels are slow, and the two more slower still: they are what ran
-    assert parts["compiled"]["3"]["ms"] < parts["fused"]["3"]["ms"] < parts["candidates"]["3"]["ms"]
+    # interpreted kernels are slow: they are what ran
+    assert parts["compiled"]["3"]["ms"] < parts["fused"]["3"]["ms"]
     assert parts["compiled"]["3"]["ms"] < min(row["ms"] for row in parts["each"].values())
     rows = parts["kernels"]
     assert list(rows) == [f"{name}, {dtype}" for dtype in ("bf16", "fp32") for name in kernels.NAMES]
@@ -449,22 +458,21 @@ def test_half_of_the_training_tokens_can_be_learned(tmp_path):
     assert np.bincount(tokens, minlength=cfg.vocab_size)[2:].min() > 0.8 * len(tokens) / cfg.vocab_size
 
 
-def test_each_keeps_what_it_measured_when_time_ends(monkeypatch):
-    bench, done = object.__new__(gpu.Bench), []
+def test_each_keeps_what_it_measured_when_time_ends():
+    bench, found, done = object.__new__(gpu.Bench), iter([{"ms": 1.0}, ValueError("no GPU"), gpu.OutOfTime()]), []
 
     def speed(forward, which):
         done.append(which)
-        if len(done) == 2:
-            raise ValueError("this GPU cannot")
-        if len(done) == 4:
-            raise gpu.OutOfTime
-        return {"3": {"ms": 1.0}}
+        result = next(found)
+        if isinstance(result, BaseException):
+            raise result
+        return {"3": result}
 
-    bench.work, bench.candidates, bench.model = {0: {}, 1: {}}, tg.PLAIN, torch.nn.Module()
+    bench.work, bench.fused, bench.model = {0: {}, 1: {}}, tg.PLAIN, torch.nn.Module()
     bench.step_speed, bench.layers, bench.compile = speed, lambda loops: "3", lambda: None
-    assert bench.each_kernel() == {"join": {"ms": 1.0}, "exclude_self": {"error": "ValueError: this GPU cannot"},
-                                   "head_losses": {"ms": 1.0}, "norm_rotate": {"error": "out of time"}}
-    assert done == [[1]] * 4 and bench.model.ops is tg.PLAIN
+    assert bench.each_kernel() == {"exclude_self": {"ms": 1.0}, "mlp": {"error": "ValueError: no GPU"},
+                                   "head_losses": {"error": "out of time"}}
+    assert done == [[1]] * 3 and bench.model.ops is tg.PLAIN
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_cost_the_others(monkeypatch):

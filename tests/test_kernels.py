@@ -158,7 +158,7 @@ def test_the_model_with_kernels_equals_the_model_without(ops, name):
 
 
 def test_hooks_ride_on_the_same_products_with_kernels(ops):
-    """Calibration and adapters see every projection, the head's too, whatever FUSED says."""
+    """Calibration sees every projection, the head's too, whatever FUSED says."""
     cfg = tiny()
     found = []
     for form in (tg.PLAIN, ops):
@@ -190,13 +190,40 @@ def test_kernels_go_through_torch_compile_whole(ops):
     torch._dynamo.reset()
 
 
-def test_operators_pass_torchs_own_checks(ops):
+@pytest.mark.parametrize("name", list(CASES))
+def test_operators_pass_torchs_own_checks(ops, name):
     """Schema, fake shapes, and what autograd registers, as torch.library.opcheck has them."""
-    operator = tg.fused("checked", tg.run_exclude_self, 3, lambda y, *_: [y])
-    assert operator  # registers it
-    inputs = [random(*shape).requires_grad_() for shape in ((1, 5, 4, 8), (1, 5, 2, 8), (1, 5, 4))]
-    torch.library.opcheck(torch.ops.train_gpt.checked.default, (0.0, inputs, []),
+    *tensors, number = [*CASES[name][0](), 0.0] if name != "head_losses" else CASES[name][0]()
+    inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors]
+    torch.library.opcheck(getattr(torch.ops.train_gpt, name).default, (number, inputs, []),
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_a_value_of_zeros_is_left_alone(ops):
+    """As F.normalize leaves it: no division by its length."""
+    y, v = random(1, 3, 4, 8), random(1, 3, 2, 8, seed=1)
+    v[:, 1] = 0
+    out, gy, gv = values_and_gradients(ops.exclude_self, [y, v, None])
+    assert torch.equal(out[:, 1], y[:, 1]) and gy.isfinite().all() and gv.isfinite().all()
+
+
+def test_frozen_weights_and_adapters_go_with_kernels(ops):
+    """LoRA test-time training: gradients for the adapters alone, through the kernels that no hook replaces."""
+    cfg = tiny(ttt_mode="lora", ttt_lora_rank=3, ttt_batch_size=2, ttt_chunk_size=5, sparse_attn_gate_enabled=True)
+    (ids, targets), found = packed_text(cfg), []
+    for form in (tg.PLAIN, ops):
+        model = random_model(cfg)
+        model.ops = form
+        adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
+        adapters.reset()
+        for leaf in adapters.leaves:
+            leaf.data += 0.1 * random(*leaf.shape)
+        for p in model.parameters():
+            p.requires_grad_(False)
+        losses = model(ids, targets, hooks=adapters.hooks)
+        found.append([losses, *torch.autograd.grad(losses.sum(), adapters.leaves)])
+    for want, have in zip(*found):
+        assert want.abs().max() > 0 and (have - want).abs().max() <= 1e-4 * want.abs().max()
 
 
 # ----- the setting
@@ -290,7 +317,7 @@ def test_the_packed_scripts_kernels_run(tmp_path, monkeypatch, ops):
     path.write_text(source, encoding="utf-8")
     monkeypatch.setitem(sys.modules, "packed_script", module)
     exec(compile(source, str(path), "exec"), module.__dict__)
-    settings = next(v for v in vars(module).values() if isinstance(v, type) and hasattr(v, "check_contradictions"))
+    settings = next(v for v in vars(module).values() if isinstance(v, type) and hasattr(v, "row_tokens"))
     model = next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, torch.nn.Module))
     make = next(v for v in vars(module).values() if hasattr(v, "cache_info"))
     fields = {name: getattr(tiny(), name) for name in inspect.signature(tg.Settings).parameters}
@@ -298,4 +325,9 @@ def test_the_packed_scripts_kernels_run(tmp_path, monkeypatch, ops):
     packed.load_state_dict(readable.state_dict())
     packed.ops, readable.ops = make(), ops
     ids, targets = packed_text(tiny())
-    assert torch.equal(packed(ids, targets), readable(ids, targets))
+    losses = [model(ids, targets) for model in (packed, readable)]
+    assert torch.equal(*losses)
+    for loss in losses:
+        loss.sum().backward()
+    for p, q in zip(packed.parameters(), readable.parameters()):
+        assert (p.grad is q.grad is None) or torch.equal(p.grad, q.grad)

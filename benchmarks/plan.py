@@ -1,0 +1,221 @@
+#!/usr/bin/env python3
+"""What torch.compile plans for a training step on an H100: bytes by kind of kernel, of plain forms and of FUSED=1.
+
+    NUM_LOOPS=2 python benchmarks/plan.py              plain forms, each kernel of FUSED=1 alone, all of them
+    NUM_LOOPS=2 python benchmarks/plan.py plain mlp --list
+
+Needs a CUDA build of torch, but no GPU: Inductor's passes and its scheduler run on fake tensors under an H100's
+properties up to the list of kernels to make, and stop there. Nothing is compiled further, run or timed: this says how
+many bytes kernels ask of memory, and nothing of how fast they are. Settings come from the environment.
+
+The bytes are the scheduler's own: every tensor that a kernel reads or writes counts once, whatever caches hold. The
+step is cut into forward and backward as for a CPU and its tensors are moved to the GPU after. Dense attention in bf16
+without documents stands in as one operator that is not looked into: q, k, v in and y out; backward q, k, v, y and y's
+gradient in, three gradients out. So do the operators of FUSED=1, to whose bytes is added what inside() says. Each such
+operator is one kernel here, whatever it launches. Optimizer and EMA are outside: count.py has them.
+"""
+
+import argparse
+import copy
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "0"  # read when kernels are made, on import; plans are for the compiler
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+PRODUCTS, ATTENTION, REDUCTIONS, POINTWISE, FUSED, OTHER = KINDS = (
+    "matrix products", "attention", "reductions", "pointwise", "kernels of FUSED=1", "other")
+FORMS = ("plain", *tg.Ops._fields, "fused")
+H100 = SimpleNamespace(
+    name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, warp_size=32,
+    max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, shared_memory_per_block=49152,
+    shared_memory_per_block_optin=232448, shared_memory_per_multiprocessor=233472, L2_cache_size=50 * 2**20,
+    is_multi_gpu_board=0, is_integrated=0, gcnArchName="", uuid="", pci_bus_id=0, pci_device_id=0, pci_domain_id=0)
+
+
+def inside(cfg: tg.Settings, tokens: int, name: str, backward: bool) -> int:
+    """Bytes that an operator of FUSED=1 moves beyond what goes in and out once, as run_mlp() and the others do it.
+
+    mlp, with n = 2 * tokens * hidden: forward writes act and reads it, 2 n; backward writes dh and act, reads dh for
+    two products and act for one, 5 n, and the gradient, as wide as the model, a second time. exclude_self is one pass.
+    head_losses: nothing, as HEAD_CHUNK's logits stay in L2; it is taken that so does the weight's gradient, to which
+    each chunk is added.
+    """
+    if name != "mlp":
+        return 0
+    n = 2 * tokens * int(cfg.mlp_mult * cfg.model_dim)
+    return 5 * n + 2 * tokens * cfg.model_dim if backward else 2 * n
+
+
+def pretend_h100() -> None:
+    from torch._dynamo.device_interface import CudaInterface
+
+    ask = {"get_device_properties": H100, "current_device": 0}
+    for name, answer in ask.items():
+        for place in (CudaInterface, CudaInterface.Worker):
+            setattr(place, name, staticmethod(lambda *_, answer=answer, **__: answer))
+    CudaInterface.get_compute_capability = staticmethod(lambda *_, **__: 90)
+    CudaInterface.is_available = staticmethod(lambda: True)
+    for name, answer in (ask | {"get_device_capability": (9, 0), "device_count": 1}).items():
+        setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+
+
+def make_attention() -> Callable:
+    """Opaque attention in two differentiable operators."""
+    forward = torch.library.custom_op("plan::attention", lambda q, k, v: torch.empty_like(q), mutates_args=(),
+                                      schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
+    backward = torch.library.custom_op(
+        "plan::attention_backward", lambda q, k, v, y, g: tuple(map(torch.empty_like, (q, k, v))), mutates_args=(),
+        schema="(Tensor q, Tensor k, Tensor v, Tensor y, Tensor g) -> (Tensor, Tensor, Tensor)")
+    forward.register_fake(lambda q, k, v: q.new_empty(q.shape))
+    backward.register_fake(lambda q, k, v, y, g: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+    forward.register_autograd(lambda ctx, g: backward(*ctx.saved_tensors, g),
+                              setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output))
+    return lambda q, k, v, bounds: forward(q, k, v)
+
+
+class Planned(NamedTuple):
+    """One kernel; `name` says which operator it calls, if it is not Inductor's own."""
+
+    kind: str
+    name: str
+    size: int
+    operations: str
+
+
+def schedule(graph: torch.fx.GraphModule, inputs: list) -> list[Planned]:
+    """The kernels that Inductor's scheduler makes of a graph."""
+    from torch._inductor import compile_fx, debug
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    graph, shapes = copy.deepcopy(graph), compile_fx.shape_env_from_inputs(inputs)
+    with next(t.fake_mode for t in inputs if hasattr(t, "fake_mode")):
+        inputs = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cuda")
+                  if isinstance(t, torch.Tensor) else t for t in inputs]
+    for node in graph.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    graph.recompile()
+    mode = compile_fx.fake_tensor_prop(graph, inputs, force_allow_non_fake_inputs=True)
+    with V.set_fake_mode(mode):
+        compile_fx._recursive_post_grad_passes(graph, False)
+    compile_fx.record_original_output_strides(graph)
+    lowered = GraphLowering(graph, shape_env=shapes)
+    with (V.set_graph_handler(lowered), V.set_real_inputs(inputs), V.set_fake_mode(mode),
+          V.set_debug_handler(debug.DebugContext())):
+        lowered.run(*inputs)
+        lowered._update_scheduler()
+        rows = []
+        for node in lowered.scheduler.nodes:
+            parts, size, name = node.get_nodes(), node.get_read_write_buffers_sizes(), ""
+            if node.is_extern():
+                name = str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None))
+                starts = {"aten.mm": PRODUCTS, "aten.bmm": PRODUCTS, "plan.": ATTENTION, "train_gpt.": FUSED}
+                kind = next((k for start, k in starts.items() if name.startswith(start)), OTHER)
+            else:
+                kind = REDUCTIONS if any(part.is_reduction() for part in parts) else POINTWISE
+            origins = [getattr(o.target, "__name__", str(o.target)).split(".")[0]
+                       for part in parts for o in getattr(part.node, "origins", ())]
+            if size:  # others only name what another made
+                rows.append(Planned(kind, name, size, " ".join(dict.fromkeys(origins))))
+    return rows
+
+
+def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable) -> list[list[Planned]]:
+    """The kernels of forward and those of backward, with what operators of FUSED=1 move inside."""
+    from torch._inductor import compile_fx
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    ops, graphs = tg.fused_ops() if form == "fused" else tg.PLAIN, []
+    if form in tg.Ops._fields:
+        ops = ops._replace(**{form: getattr(tg.fused_ops(), form)})
+
+    def keep(graph: torch.fx.GraphModule, inputs: list, **_):
+        rows = schedule(graph, inputs)
+        more = [inside(cfg, tokens, row.name.split(".")[1], bool(graphs)) if row.kind == FUSED else 0 for row in rows]
+        graphs.append([row._replace(size=row.size + size) for row, size in zip(rows, more)])
+        return compile_fx.make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = tg.GPT(cfg, attend, torch.bfloat16, 1, ops)
+        for name, p in list(model.named_parameters()):
+            setattr(model, name, torch.nn.Parameter(torch.empty(p.shape)))
+        ids, targets = (torch.zeros(tokens // cfg.train_seq_len, cfg.train_seq_len, dtype=torch.long) for _ in "it")
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda graph, inputs: (
+            compile_fx.compile_fx(graph, inputs, inner_compile=keep)))
+        compiled(ids, targets, loops=loops).sum().backward()
+    if len(graphs) != 2:
+        raise RuntimeError(f"{len(graphs)} graphs instead of one forward and one backward")
+    return graphs
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("forms", nargs="*", metavar="form", help=f"of {', '.join(FORMS)} (default: all)")
+    parser.add_argument("--tokens", type=int, default=98304, help="of a step on one GPU (default: 98304)")
+    parser.add_argument("--loops", type=int, default=0, help="times that looped layers run again (default: 0)")
+    parser.add_argument("--list", action="store_true", help="each kernel, in bf16 numbers a token and channel")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    args = parser.parse_args(arguments)
+    if not set(args.forms) <= set(FORMS) or args.tokens < 1 or args.loops < 0:
+        parser.error(f"takes forms of {', '.join(FORMS)}, --tokens of at least 1, --loops of at least 0")
+    try:
+        cfg, found = tg.read_settings(dict(os.environ))[0], {}
+        if args.tokens % cfg.train_seq_len or args.loops > cfg.num_loops:
+            raise tg.RunError(f"--tokens: whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len}; --loops: at most "
+                              f"NUM_LOOPS={cfg.num_loops}")
+        if not torch.version.cuda:
+            raise tg.RunError(f"torch {torch.__version__} plans nothing for a GPU; takes a CUDA build (and no GPU)")
+        pretend_h100()
+        attend = make_attention()
+        for form in args.forms or FORMS:
+            found[form] = plan(cfg, form, args.tokens, args.loops, attend)
+    except tg.RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except Exception as error:  # what is not public may be otherwise in any version, and fails in any way
+        said = " ".join(str(error).split())[:300]
+        print(f"error: torch {torch.__version__}: its compiler is not as plan.py knows it (of 2.13): "
+              f"{type(error).__name__}: {said}", file=sys.stderr)
+        return 1
+    report(found, args, 2 * args.tokens * cfg.model_dim, len(tg.virtual_layers(cfg, args.loops)))
+    return 0
+
+
+def report(found: dict[str, list[list[Planned]]], args: argparse.Namespace, number: int, layers: int) -> None:
+    """`number`: bytes of one bf16 number a token and channel."""
+    for form, graphs in found.items() if args.list else ():
+        for label, rows in zip(("forward", "backward"), graphs):
+            print(f"{form}, {label}: numbers a token and channel, kind, operations; those under 0.02 are left out")
+            for row in rows:
+                if row.size >= 0.02 * number:
+                    print(f"{row.size / number:8.2f}  {row.kind:18}  {(row.name or row.operations)[:90]}")
+    kinds = [kind for kind in KINDS if kind != OTHER or any(row.kind == kind for graphs in found.values()
+                                                            for rows in graphs for row in rows)]
+    print(f"{layers} layers, {args.tokens:,} tokens, torch {torch.__version__}: planned for an H100, not run; "
+          f"GB forward + backward\n\n| form | {' | '.join(kinds)} | all | kernels |\n|---|{'---|' * (len(kinds) + 2)}")
+    figures = {}
+    for form, graphs in found.items():
+        gb = {kind: [sum(row.size for row in rows if row.kind == kind) / 1e9 for rows in graphs] for kind in kinds}
+        gb["all"] = [sum(row.size for row in rows) / 1e9 for rows in graphs]
+        figures[form] = gb | {"kernels": [len(rows) for rows in graphs]}
+        cells = [f"{forward:.2f} + {backward:.2f}" for forward, backward in gb.values()]
+        print(f"| {form} | {' | '.join(cells)} | {' + '.join(map(str, figures[form]['kernels']))} |")
+    if args.json:
+        args.json.write_text(json.dumps({"torch": torch.__version__, "layers": layers, "tokens": args.tokens,
+                                         "planned_for": H100.name, "forms": figures}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
