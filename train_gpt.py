@@ -6,7 +6,8 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   settings      one frozen dataclass: every environment variable, its default and its meaning
   runtime       device, processes, log files, the training clock
   data          token shards, the tokenizer's byte counts, shuffled windows or packed documents
-  kernels       causal attention, dense or inside documents, behind one signature with four backends
+  kernels       causal attention, dense or inside documents, behind one signature with four backends; what lies between
+                matrix products in plain forms, and some of it as Triton kernels (FUSED=1)
   model         one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
   optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
   training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
@@ -1346,7 +1347,7 @@ def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -
     """run(number, *inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
 
     Without gradients it gives outputs shaped as `like(*inputs)`, of which the last `kept` are only for backward, behind
-    the inputs; with the gradients of the others, those of the first `count` inputs.
+    the inputs; with the gradients of the others, those of the first `count` inputs. `number`: the cap, for who needs it.
     """
     def forward(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         return run(number, *(t.contiguous() for t in inputs + grads))
@@ -1372,6 +1373,7 @@ def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -
 
 @cache  # an operator that is made again takes its first one's place in PyTorch, under those that still call it
 def fused_ops() -> Ops:
+    """The forms of FUSED=1, all by kernels."""
     exclude = fused("exclude_self", run_exclude_self, 3, lambda y, *_: [y])
     mlp = fused("mlp", run_mlp, 3, lambda x, up, _: [x, x.new_empty(*x.shape[:-1], len(up))], kept=1)
     head = fused("head_losses", run_head_losses, 2, lambda x, *_: [x[..., 0].float()])
