@@ -1347,7 +1347,7 @@ def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -
     """run(number, *inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
 
     Without gradients it gives outputs shaped as `like(*inputs)`, of which the last `kept` are only for backward, behind
-    the inputs; with the gradients of the others, those of the first `count` inputs. `number`: the cap, for who needs it.
+    the inputs; with the gradients of the others, those of the first `count` inputs. `number` is the cap, or not used.
     """
     def forward(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         return run(number, *(t.contiguous() for t in inputs + grads))
