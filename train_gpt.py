@@ -1139,15 +1139,6 @@ def rms_norm(x: Tensor) -> Tensor:
     return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
 
 
-def join(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, c: float) -> tuple[Tensor, Tensor]:
-    """The stream y = a x + b z and the normed c rms_norm(y) that the next half of a layer reads; a None is 1.
-
-    x, z (B, T, d); a, b (d,); all of one dtype.
-    """
-    y = (x if a is None else a * x) + b * z
-    return y, rms_norm(y) * c
-
-
 def norm_rotate(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
     """Heads x (B, T, heads, dh) normed, times their gain, the first dims rotated by position (half-split pairs).
 
@@ -1330,8 +1321,9 @@ def run_mlp(_: float, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> lis
 
 def run_head_losses(cap: float, x: Tensor, weight: Tensor, targets: Tensor, *grads: Tensor) -> list[Tensor]:
     """Logits never stand whole in memory: the head goes by chunks of tokens, and backward makes each chunk anew."""
-    losses, gx, vocab = torch.empty_like(targets, dtype=torch.float32), torch.empty_like(x), len(weight)
-    gw, size = torch.zeros_like(weight, dtype=torch.float32), max(1, HEAD_CHUNK // vocab)
+    losses, vocab = torch.empty_like(targets, dtype=torch.float32), len(weight)
+    gx, gw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if grads else (x, None)
+    size = max(1, HEAD_CHUNK // vocab)
     parts = [t.flatten(0, 1).split(size) for t in (x, targets, *(grads or [losses]), losses, gx)]
     for rows, target, g, loss, out in zip(*parts):
         logits = rows @ weight.mT
@@ -1654,9 +1646,9 @@ class GPT(nn.Module):
         return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0]))
 
     def join(self, x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """a x + b z, and what a half of this layer reads of it."""
-        a, b = None if a is None else a.to(x.dtype), b.to(x.dtype)
-        return join(x, z, a, b, (layer + 1) ** -0.5 if self.cfg.ln_scale else 1.0)
+        """The stream a x + b z, None is 1, and what a half of this layer reads of it: x, z (B, T, d); a, b (d,)."""
+        y = (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
+        return y, self.norm(y, layer)
 
     def block(self, x: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
         """One virtual layer on the residual stream x (B, T, d): mix in x0, then add attention and MLP."""

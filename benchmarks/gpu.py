@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 if not torch.cuda.is_available() or os.environ.get("DEVICE") == "cpu":  # read when kernels are made, on import
     os.environ["TRITON_INTERPRET"] = "1"
 import count
-import kernels
+import kernel_check
 from shards import write_shard
 
 import train_gpt as tg
@@ -87,7 +87,7 @@ class Bench:
             for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient
                 bank.normal_(std=bank.size(2) ** -0.5)
         self.compiled = self.compile()
-        self.fused = tg.fused_ops() if kernels.can_run(rt.device) else None
+        self.fused = tg.fused_ops() if kernel_check.can_run(rt.device) else None
         name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
         self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
         shapes = count.parameter_shapes(cfg)
@@ -97,15 +97,15 @@ class Bench:
     # ----- parts
 
     def check_kernels(self) -> dict:
-        """What kernels.py says of each kernel against its plain form, by kernel, dtype and sizes."""
-        rows, runs = {}, {"bf16": (torch.bfloat16, kernels.Sizes()), "fp32": (torch.float32, kernels.Sizes())}
+        """What kernel_check.py says of each kernel against its plain form, by kernel, dtype and sizes."""
+        rows, runs = {}, {"bf16": (torch.bfloat16, kernel_check.Sizes()), "fp32": (torch.float32, kernel_check.Sizes())}
         if self.gpu:  # so many tokens that a program has several tiles to do, and the head several chunks
             runs = {label: (dtype, sizes._replace(length=4999)) for label, (dtype, sizes) in runs.items()}
-            runs["bf16, sizes of the model"] = torch.bfloat16, kernels.Sizes.of(self.cfg)
+            runs["bf16, sizes of the model"] = torch.bfloat16, kernel_check.Sizes.of(self.cfg)
         for label, (dtype, sizes) in runs.items() if self.fused else ():
-            for name in kernels.NAMES:
+            for name in kernel_check.NAMES:
                 try:
-                    row = kernels.compare(name, self.fused, self.rt.device, dtype, sizes)
+                    row = kernel_check.compare(name, self.fused, self.rt.device, dtype, sizes)
                 except Exception as error:  # such as a kernel that this GPU cannot take
                     row = {"ok": False, "error": describe(error)}
                 rows[f"{name}, {label}"] = row
@@ -132,7 +132,7 @@ class Bench:
     def each_kernel(self) -> dict:
         """The compiled step at the most virtual layers with one kernel only, by its name."""
         rows, most = {}, max(self.work)
-        for name in kernels.NAMES if self.fused else ():
+        for name in kernel_check.NAMES if self.fused else ():
             try:
                 with self.using(tg.PLAIN._replace(**{name: getattr(self.fused, name)})) as forward:
                     rows[name] = self.step_speed(forward, [most])[self.layers(most)]

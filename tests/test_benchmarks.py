@@ -1,5 +1,5 @@
-"""benchmarks/count.py against independent counts, kernels.py's check in Triton's interpreter, plan.py as far as this
-build of PyTorch can plan, and gpu.py at tiny sizes on the CPU.
+"""benchmarks/count.py against independent counts, kernel_check.py in Triton's interpreter, plan.py as far as this build
+of PyTorch can plan, and gpu.py at tiny sizes on the CPU.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 sys.path.append(str(ROOT / "data"))
 import count
 import gpu
-import kernels
+import kernel_check
 import plan
 from shards import read_shard
 
@@ -236,44 +236,45 @@ def ops() -> tg.Ops:
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", kernels.NAMES)
+@pytest.mark.parametrize("name", kernel_check.NAMES)
 def test_kernels_are_right(ops, name):
     """All outputs and gradients; in bf16 as near as the interpreter, which cuts off, can come."""
-    errors = kernels.check(name, ops, CPU, torch.float32)
+    errors = kernel_check.check(name, ops, CPU, torch.float32)
     assert 0 < max(errors.values()) < 1e-5 and len(errors) >= 3
-    plain = kernels.check(name, tg.PLAIN, CPU, torch.float32)
+    plain = kernel_check.check(name, tg.PLAIN, CPU, torch.float32)
     assert plain.keys() == errors.keys() and set(plain.values()) == {0.0}
-    row = kernels.compare(name, ops, CPU, torch.bfloat16)
+    row = kernel_check.compare(name, ops, CPU, torch.bfloat16)
     if name == "mlp":
-        assert list(row) == ["skipped"] and not kernels.check(name, ops, CPU, torch.bfloat16)
+        assert list(row) == ["skipped"] and not kernel_check.check(name, ops, CPU, torch.bfloat16)
     else:
         assert row["ok"] and all(1e-4 < row[n] < 0.01 for n in row if n != "ok")
 
 
 def test_every_kernel_is_checked(ops):
-    assert set(kernels.NAMES) == set(tg.Ops._fields) == set(kernels.cases(kernels.Sizes(), CPU, torch.float32))
-    assert not any(getattr(ops, name) is getattr(tg.PLAIN, name) for name in kernels.NAMES)
-    assert kernels.Sizes.of(tg.Settings()) == (1, 2048, 512, 8, 4, 64, 2048, 8192)
+    cases = kernel_check.cases(kernel_check.Sizes(), CPU, torch.float32)
+    assert set(kernel_check.NAMES) == set(tg.Ops._fields) == set(cases)
+    assert not any(getattr(ops, name) is getattr(tg.PLAIN, name) for name in kernel_check.NAMES)
+    assert kernel_check.Sizes.of(tg.Settings()) == (1, 2048, 512, 8, 4, 64, 2048, 8192)
 
 
 def test_the_check_finds_what_is_wrong():
     def steep(x, up, down):
-        y = kernels.plain_mlp(x, up, down)
+        y = kernel_check.plain_mlp(x, up, down)
         return y.detach() + 1.01 * (y - y.detach())
 
     wrong = tg.Ops(
         exclude_self=lambda y, v, gate: tg.exclude_self(y, v, gate) * float("nan"), mlp=steep,
-        head_losses=lambda x, weight, targets, cap: kernels.plain_head(x, weight, targets.clamp(min=0), cap))
-    found = {name: kernels.compare(name, wrong, CPU, torch.float32) for name in kernels.NAMES}
+        head_losses=lambda x, weight, targets, cap: kernel_check.plain_head(x, weight, targets.clamp(min=0), cap))
+    found = {name: kernel_check.compare(name, wrong, CPU, torch.float32) for name in kernel_check.NAMES}
     assert not any(row["ok"] for row in found.values())
     assert found["mlp"]["values"] == 0 and found["mlp"]["gradients"] == pytest.approx(0.01, rel=1e-3)
     assert found["exclude_self"]["values"] == found["exclude_self"]["gradients"] == math.inf
     assert found["head_losses"]["values"] > 0.1  # targets to ignore counted
-    right = kernels.compare("mlp", tg.PLAIN, CPU, torch.float32)
+    right = kernel_check.compare("mlp", tg.PLAIN, CPU, torch.float32)
     assert right == {"ok": True, "values": 0, "gradients": 0, "plain_values": 0, "plain_gradients": 0}
     assert gpu.failed({"exclude_self, fp32": found["exclude_self"]}) and not gpu.failed({"mlp, fp32": right})
-    assert kernels.is_right({"y": 0.009}, {"y": 0.003}, torch.bfloat16)
-    assert not kernels.is_right({"y": 0.011}, {"y": 0.003}, torch.bfloat16)
+    assert kernel_check.is_right({"y": 0.009}, {"y": 0.003}, torch.bfloat16)
+    assert not kernel_check.is_right({"y": 0.011}, {"y": 0.003}, torch.bfloat16)
 
 
 COMPILE = """
@@ -306,8 +307,8 @@ def test_the_mlp_fits_hoppers_shared_memory(tmp_path):
 
 
 def test_without_triton_the_parts_with_kernels_say_so():
-    code = ("import sys; sys.modules['triton'] = None\nimport gpu, kernels, torch\n"
-            "assert not kernels.can_run(torch.device('cpu'))\nbench = object.__new__(gpu.Bench)\n"
+    code = ("import sys; sys.modules['triton'] = None\nimport gpu, kernel_check, torch\n"
+            "assert not kernel_check.can_run(torch.device('cpu'))\nbench = object.__new__(gpu.Bench)\n"
             "bench.gpu, bench.work, bench.fused = False, {0: {}}, None\n"
             "for part in ('kernels', 'fused', 'each'):\n"
             "    assert gpu.PARTS[part](bench) == {'skipped': 'no Triton here, so no kernels'}\n")
@@ -332,9 +333,9 @@ class Traffic(TorchDispatchMode):
 def test_readme_has_the_bytes_of_each_kernel(ops):
     """What plan.py said of FUSED=1's operators: what goes in and out, counted here, and what moves inside."""
     cfg = tg.Settings()
-    tokens, sizes = 98304, kernels.Sizes.of(cfg)
+    tokens, sizes = 98304, kernel_check.Sizes.of(cfg)
     readme = count.README.read_text()
-    for name, case in kernels.cases(sizes, CPU, torch.bfloat16).items():
+    for name, case in kernel_check.cases(sizes, CPU, torch.bfloat16).items():
         case = case._replace(inputs={n: t.to("meta") for n, t in case.inputs.items()})
         with Traffic() as forward:
             learned = [case.inputs[n].requires_grad_() for n in case.learned]
@@ -414,12 +415,12 @@ def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
         for figures in parts[mode].values():
             assert set(figures) == {"ms", "tok_per_s", "tflop_per_s", "mfu", "peak_bytes"} and figures["mfu"] is None
             assert figures["tok_per_s"] == pytest.approx(1e3 * report["tokens"] / figures["ms"])
-    assert list(parts["each"]) == list(kernels.NAMES) and all("error" not in row for row in parts["each"].values())
+    assert list(parts["each"]) == list(kernel_check.NAMES) and all("error" not in row for row in parts["each"].values())
     # interpreted kernels are slow: they are what ran
     assert parts["compiled"]["3"]["ms"] < parts["fused"]["3"]["ms"]
     assert parts["compiled"]["3"]["ms"] < min(row["ms"] for row in parts["each"].values())
     rows = parts["kernels"]
-    assert list(rows) == [f"{name}, {dtype}" for dtype in ("bf16", "fp32") for name in kernels.NAMES]
+    assert list(rows) == [f"{name}, {dtype}" for dtype in ("bf16", "fp32") for name in kernel_check.NAMES]
     assert all(row["ok"] for name, row in rows.items() if name != "mlp, bf16") and "skipped" in rows["mlp, bf16"]
     assert max(row["gradients"] for name, row in rows.items() if "fp32" in name) < 1e-5
     curve = parts["curve"]

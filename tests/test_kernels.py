@@ -9,8 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import ROOT
 from test_techniques import ALL, BOS, packed_text, random_model, tiny
+
+sys.path.append(str(ROOT / "benchmarks"))
+from kernel_check import plain_head, plain_mlp
 
 import train_gpt as tg
 
@@ -23,16 +26,8 @@ def ops() -> tg.Ops:
     return tg.fused_ops()
 
 
-def plain_mlp(x, up, down):
-    return F.linear(tg.squared_leaky_relu(F.linear(x, up)), down)
-
-
-def plain_head(x, weight, targets, cap):
-    return tg.cross_entropy(F.linear(x, weight), targets, cap)
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 31 * sum(shape))).to(dtype)
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 31 * sum(shape)))
 
 
 def values_and_gradients(form, inputs: list) -> list[torch.Tensor]:

@@ -1,4 +1,7 @@
-"""The check of train_gpt.py's three kernels against their plain forms, which gpu.py runs on a GPU."""
+"""The check of train_gpt.py's three kernels against their plain forms, which gpu.py runs on a GPU.
+
+Not called kernels.py: beside a script that runs, that would hide the package from which FlashAttention 3 comes.
+"""
 
 import math
 import os
