@@ -96,7 +96,7 @@ class Settings:
     dtype: str = setting("auto", "run", "of matrix products; auto: bf16 where it is fast", choices="auto bf16 fp32")
     compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
     attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
-    fused: bool = setting(False, "run", "Triton kernels between the matrix products; not measured yet")
+    fused: bool = setting(False, "run", "Triton kernels for MLP and loss; not measured yet")
     eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
     checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
@@ -161,6 +161,7 @@ class Settings:
     iterations: int = setting(20000, "train", "most optimizer steps; schedules follow the nearer limit; 0: the clock")
     max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
     warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
+    fp8: str = setting("none", "train", "products in fp8, but for gradients of weights", choices="none mlp head both")
     warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
     warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
     min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0)
@@ -307,9 +308,8 @@ class Settings:
              f"a layer from LOOP_START={self.loop_start} to {self.num_layers - 1}"),
             (self.num_loops and self.parallel_mode != "gptj" and self.parallel_start_layer <= self.loop_end,
              "parallel_start_layer", f"more than LOOP_END={self.loop_end} with PARALLEL_MODE={self.parallel_mode}"),
-            (self.gated_attn_enabled and (self.sparse_attn_gate_enabled or self.attn_out_gate_enabled),
-             "gated_attn_enabled", "0 beside another of the three output gates"),
-            (self.sparse_attn_gate_enabled and self.attn_out_gate_enabled, "sparse_attn_gate_enabled",
+            (self.gated_attn_enabled + self.sparse_attn_gate_enabled + self.attn_out_gate_enabled > 1,
+             "gated_attn_enabled" if self.gated_attn_enabled else "sparse_attn_gate_enabled",
              "0 beside another of the three output gates"),
             ((self.sparse_attn_gate_enabled or self.attn_out_gate_enabled or self.smear_gate_enabled) and
              self.gate_window > self.model_dim, "gate_window", f"at most MODEL_DIM={self.model_dim}"),
@@ -924,11 +924,12 @@ class Windows:
         # numpy's copy: torch takes one row of a wider array as contiguous, and its odd stride means compiling again
         ids, targets = torch.from_numpy(tokens[:, :-1].copy()), torch.from_numpy(tokens[:, 1:].copy())
         targets[real:] = IGNORE
-        bounds = Bounds.find(ids, self.bos, self.cfg.train_seq_len) if self.cfg.varlen_enabled else None
+        bounds = Bounds.find(ids, self.bos, self.cfg.train_seq_len) if self.cfg.varlen_enabled else ()
+        tensors = [ids, targets, *bounds[:2]]
         if self.rt.device.type == "cuda":
-            ids, targets, bounds = ids.pin_memory(), targets.pin_memory(), bounds and bounds.pin_memory()
-        ids, targets = (t.to(self.rt.device, non_blocking=True) for t in (ids, targets))
-        return Batch(ids, targets, bounds.to(self.rt.device) if bounds else None)
+            tensors = [t.pin_memory() for t in tensors]
+        ids, targets, *found = (t.to(self.rt.device, non_blocking=True) for t in tensors)
+        return Batch(ids, targets, Bounds(*found, self.cfg.train_seq_len) if found else None)
 
 
 class StepPlan(NamedTuple):
@@ -1004,9 +1005,6 @@ class Bounds(NamedTuple):
         cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
         segment = torch.repeat_interleave(torch.arange(room, dtype=torch.int32, device=ids.device), cu.diff().long())
         return cls(cu, segment, max_len)
-
-    def pin_memory(self) -> "Bounds":
-        return Bounds(self.cu_seqlens.pin_memory(), self.segment.pin_memory(), self.max_len)
 
     def to(self, device: torch.device) -> "Bounds":
         return Bounds(*(t.to(device, non_blocking=True) for t in self[:2]), self.max_len)
@@ -1174,6 +1172,31 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap)
 
 
+def product_fp8(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) times weight (out, in), both rounded to e4m3 under a scale a row by which its largest becomes 448, the
+    largest there is.
+    """
+    scales = [m.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448 for m in (x, weight)]
+    a, b = ((m / scale).to(torch.float8_e4m3fn) for m, scale in zip((x, weight), scales))
+    y = torch._scaled_mm(a.flatten(0, -2), b.contiguous().mT, scales[0].flatten(0, -2), scales[1].mT, out_dtype=x.dtype,
+                         use_fast_accum=True)
+    return y.unflatten(0, x.shape[:-1])
+
+
+class LinearFp8(torch.autograd.Function):
+    """F.linear with FP8: the product and the gradient of x in e4m3 (arXiv 2209.05433), that of the weight as it is."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product_fp8(x, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return product_fp8(grad, weight.mT), grad.flatten(0, -2).mT @ x.flatten(0, -2)
+
+
 def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Losses (B, T) fp32 in nats of targets (B, T) under logits (B, T, V) softly capped; 0 where IGNORE."""
     losses = F.cross_entropy(softcap(logits, cap).flatten(0, 1), targets.flatten(), reduction="none",
@@ -1184,7 +1207,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
 class Ops(NamedTuple):
     """What kernels may do in a forward pass. None: linear() by linear(), as under any hook."""
 
-    exclude_self: Callable = exclude_self
     # x (B, T, d), up (hidden, d), down (d, hidden) -> (B, T, d)
     mlp: Callable | None = None
     # x (B, T, d), weight (V, d), targets (B, T), cap -> losses as cross_entropy() has them
@@ -1207,34 +1229,6 @@ def read(place, keep):
 @kernel
 def write(place, value, keep):
     tl.store(place, value.to(place.dtype.element_ty), keep)
-
-
-@kernel
-def exclude_kernel(y, v, gate, g, out, gv, ggate, rows, HEADS: constexpr, SLOTS: constexpr, D: constexpr,
-                   WIDTH: constexpr, ROWS: constexpr, GRAD: constexpr):
-    """exclude_self() on y (rows, HEADS, D) and v (rows, D), one row a key/value head, gate (rows, HEADS) -> out; or
-    with GRAD, from the gradient g, that of y there and those of v and gate.
-    """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None, None]
-    slot, col = tl.arange(0, SLOTS)[None, :, None], tl.arange(0, WIDTH)[None, None, :]
-    head, is_head, keep_v = row * HEADS + slot, (row < rows) & (slot < HEADS), (row < rows) & (col < D)
-    at, keep = head * D + col, is_head & (col < D)
-    unit = read(v + row * D + col, keep_v)
-    size = tl.maximum(tl.sqrt(tl.sum(unit * unit, 2, keep_dims=True)), 1e-12)
-    unit = unit / size
-    ys, scale = read(y + at, keep), read(gate + head, is_head)
-    along = tl.sum(ys * unit, 2, keep_dims=True)
-    value = ys - along * unit
-    if GRAD:
-        gs = read(g + at, keep)
-        write(ggate + head, tl.sum(gs * value, 2, keep_dims=True), is_head)
-        gs *= scale
-        toward = tl.sum(gs * unit, 2, keep_dims=True)
-        write(out + at, gs - toward * unit, keep)
-        gu = -tl.sum(along * gs + toward * ys, 1, keep_dims=True)
-        write(gv + row * D + col, (gu - tl.sum(gu * unit, 2, keep_dims=True) * unit) / size, keep_v)
-    else:
-        write(out + at, value * scale, keep)
 
 
 @kernel
@@ -1270,7 +1264,7 @@ def loss_kernel(logits, targets, g, losses, vocab, cap, BLOCK: constexpr, GRAD: 
     """cross_entropy() of logits (rows, vocab), one program a row -> losses; or with GRAD, from the gradient g, that of
     the logits in their place.
     """
-    row = tl.program_id(0).to(tl.int64)
+    row, cap = tl.program_id(0).to(tl.int64), tl.load(cap)
     target, most, total = tl.load(targets + row), -3e38, 0.0
     logits += row * vocab
     for first in tl.range(0, vocab, BLOCK):
@@ -1295,16 +1289,7 @@ def loss_kernel(logits, targets, g, losses, vocab, cap, BLOCK: constexpr, GRAD: 
 # outputs, backward, and returns those of the first inputs.
 
 
-def run_exclude_self(_: float, y: Tensor, v: Tensor, gate: Tensor, *grads: Tensor) -> list[Tensor]:
-    d, heads, out = y.size(-1), y.size(2) // v.size(2), [torch.empty_like(t) for t in (y, v, gate)]
-    rows, slots, width = v.numel() // d, triton.next_power_of_2(heads), triton.next_power_of_2(d)
-    tall = max(1, 4096 // (slots * width))
-    exclude_kernel[(triton.cdiv(rows, tall),)](y, v, gate, *(grads or out[:1]), *out, rows, heads, slots, d, width,
-                                               tall, bool(grads))
-    return out if grads else out[:1]
-
-
-def run_mlp(_: float, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> list[Tensor]:
+def run_mlp(x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> list[Tensor]:
     """Forward also returns h (B, T, hidden), before the activation, and backward is given it ahead of the gradient."""
     h, left = rest or (x, x)
     out, act = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
@@ -1319,7 +1304,7 @@ def run_mlp(_: float, x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> lis
     return [out @ up, out.flatten(0, -2).mT @ x.flatten(0, -2), left.mT @ act.flatten(0, -2)]
 
 
-def run_head_losses(cap: float, x: Tensor, weight: Tensor, targets: Tensor, *grads: Tensor) -> list[Tensor]:
+def run_head_losses(x: Tensor, weight: Tensor, targets: Tensor, cap: Tensor, *grads: Tensor) -> list[Tensor]:
     """Logits never stand whole in memory: the head goes by chunks of tokens, and backward makes each chunk anew."""
     losses, vocab = torch.empty_like(targets, dtype=torch.float32), len(weight)
     gx, gw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if grads else (x, None)
@@ -1336,43 +1321,41 @@ def run_head_losses(cap: float, x: Tensor, weight: Tensor, targets: Tensor, *gra
 
 
 def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -> Callable[..., list[Tensor]]:
-    """run(number, *inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
+    """run(*inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
 
     Without gradients it gives outputs shaped as `like(*inputs)`, of which the last `kept` are only for backward, behind
-    the inputs; with the gradients of the others, those of the first `count` inputs. `number` is the cap, or not used.
+    the inputs; with the gradients of the others, those of the first `count` inputs.
     """
-    def forward(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return run(number, *(t.contiguous() for t in inputs + grads))
+    def forward(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return run(*(t.contiguous() for t in inputs + grads))
 
-    def shapes(number: float, inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def shapes(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         return [t.new_empty(t.shape) for t in (inputs[:count] if grads else like(*inputs))]
 
     def remember(*, ctx, inputs: tuple, output: list[Tensor]) -> None:  # so PyTorch calls it
-        ctx.number, tensors, _ = inputs
+        tensors, _ = inputs
         ctx.rest = [None] * (len(tensors) - count)
         ctx.set_materialize_grads(not kept)  # zeros for an output that nothing reads
         ctx.save_for_backward(*tensors, *output[len(output) - kept :])
 
     def backward(ctx, grads: list[Tensor | None]) -> tuple:
-        return None, operator(ctx.number, ctx.saved_tensors, grads[: len(grads) - kept]) + ctx.rest, []
+        return operator(ctx.saved_tensors, grads[: len(grads) - kept]) + ctx.rest, []
 
-    operator = torch.library.custom_op(f"train_gpt::{name}", forward, mutates_args=(), schema="(float number, Tensor[] "
-                                       "inputs, Tensor[] grads) -> Tensor[]")
+    operator = torch.library.custom_op(f"train_gpt::{name}", forward, mutates_args=(), schema="(Tensor[] inputs, "
+                                       "Tensor[] grads) -> Tensor[]")
     operator.register_fake(shapes)
     operator.register_autograd(backward, setup_context=remember)
-    return lambda number, *inputs: operator(number, inputs, [])
+    return lambda *inputs: operator(inputs, [])
 
 
 @cache  # an operator that is made again takes its first one's place in PyTorch, under those that still call it
 def fused_ops() -> Ops:
     """The forms of FUSED=1, all by kernels."""
-    exclude = fused("exclude_self", run_exclude_self, 3, lambda y, *_: [y])
     mlp = fused("mlp", run_mlp, 3, lambda x, up, _: [x, x.new_empty(*x.shape[:-1], len(up))], kept=1)
     head = fused("head_losses", run_head_losses, 2, lambda x, *_: [x[..., 0].float()])
     return Ops(
-        exclude_self=lambda y, v, gate: exclude(0.0, y, v, y.new_ones(y.shape[:3]) if gate is None else gate)[0],
-        mlp=lambda x, up, down: mlp(0.0, x, up, down)[0],
-        head_losses=lambda x, weight, targets, cap: head(cap, x, weight, targets)[0])
+        mlp=lambda *inputs: mlp(*inputs)[0],
+        head_losses=lambda x, weight, targets, cap: head(x, weight, targets, torch.full((), cap, device=x.device))[0])
 
 
 def pick_ops(cfg: Settings, device: torch.device) -> Ops:
@@ -1390,7 +1373,7 @@ class Site(NamedTuple):
     """One use of one weight matrix: its role, its physical layer, and which visit of that layer this is."""
 
     role: str  # q, k, v, o, up, down, head, ...; mlp: the whole MLP, which only an adapter stands beside
-    layer: int = 0
+    layer: int = -1  # -1: outside the layers
     visit: int = 0
 
 
@@ -1403,63 +1386,77 @@ class Adapter(NamedTuple):
 
 
 class Hooks(NamedTuple):
-    """What may ride on a linear projection. All None: a plain matrix product and nothing else."""
+    """What may ride on a linear projection. All off: a plain matrix product and nothing else.
+
+    Those of one layer, by at(), have roles for sites and no layers in their shapes: all layers share a compiled graph.
+    """
 
     adapters: dict[Site, Adapter] | None = None
     hessians: dict[str, Tensor] | None = None  # role -> (layers, in, in) fp32; sums of x xᵀ are added in place
     moments: dict[str, Tensor] | None = None  # role -> (layers, out) fp32: sums of squares of the gradients of x Wᵀ
     fake_quant: Callable[[Tensor, Site], Tensor] | None = None
+    fp8: str | bool = "none"  # as the setting; of one layer, whether
+
+    def at(self, layer: int = -1, visit: int = 0) -> "Hooks":
+        """Those of one visit of a layer, or of what is outside the layers."""
+        adapters, *sums, fake_quant, fp8 = self
+        return Hooks(
+            adapters and {site.role: a for site, a in adapters.items() if site[1:] == (layer, visit)},
+            *(s and {role: of[layer] for role, of in s.items() if layer < len(of)} for s in sums),
+            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))),
+            fp8 in ("both", "head" if layer < 0 else "mlp"))
 
 
 NO_HOOKS = Hooks()
 
 
-def capture(x: Tensor, site: Site, hooks: Hooks) -> None:
-    """Add Σ x xᵀ over the rows of x (..., in) to the Hessian of this site, if one is collected."""
-    if hooks.hessians is not None and site.role in hooks.hessians:
+def capture(x: Tensor, role: str, here: Hooks) -> None:
+    """Add Σ x xᵀ over the rows of x (..., in) to the Hessian of this role, if one is collected."""
+    if here.hessians is not None and role in here.hessians:
         rows = x.detach().flatten(0, -2).float()
-        hooks.hessians[site.role][site.layer].addmm_(rows.T, rows)
+        here.hessians[role].addmm_(rows.T, rows)
 
 
-def feel(y: Tensor, site: Site, hooks: Hooks, ids: Tensor | None = None) -> None:
-    """Have the squared gradients of y (..., out) added to the moments of this site, if they are collected: by output,
+def feel(y: Tensor, role: str, here: Hooks, ids: Tensor | None = None) -> None:
+    """Have the squared gradients of y (..., out) added to the moments of this role, if they are collected: by output,
     or for rows of a table by `ids` (...), of the average element.
     """
     def add(gradient: Tensor) -> None:
         square = gradient.detach().float().square()
         if ids is None:
-            hooks.moments[site.role][site.layer] += square.flatten(0, -2).sum(0)
+            here.moments[role].add_(square.flatten(0, -2).sum(0))
         else:
-            hooks.moments[site.role][0].index_add_(0, ids.flatten(), square.mean(-1).flatten())
+            here.moments[role].index_add_(0, ids.flatten(), square.mean(-1).flatten())
 
-    if hooks.moments is not None and site.role in hooks.moments:
+    if here.moments is not None and role in here.moments:
         y.register_hook(add)
 
 
-def linear(x: Tensor, weight: Tensor, site: Site, hooks: Hooks) -> Tensor:
+def linear(x: Tensor, weight: Tensor, role: str, here: Hooks) -> Tensor:
     """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
-    capture(x, site, hooks)
-    if hooks.fake_quant is not None:
-        weight = hooks.fake_quant(weight, site)
-    y = F.linear(x, weight.to(x.dtype))
-    feel(y, site, hooks)
-    return adapt(y, x, site, hooks)
+    capture(x, role, here)
+    if here.fake_quant is not None:
+        weight = here.fake_quant(weight, role)
+    product = LinearFp8.apply if here.fp8 and role in ("up", "down", "head") else F.linear
+    y = product(x, weight.to(x.dtype))
+    feel(y, role, here)
+    return adapt(y, x, role, here)
 
 
-def adapt(y: Tensor, x: Tensor, site: Site, hooks: Hooks) -> Tensor:
-    """y (B, T, out) plus what the adapter of this site, if there is one, makes of x (B, T, in)."""
-    if hooks.adapters is None or site not in hooks.adapters:
+def adapt(y: Tensor, x: Tensor, role: str, here: Hooks) -> Tensor:
+    """y (B, T, out) plus what the adapter of this role, if there is one, makes of x (B, T, in)."""
+    if here.adapters is None or role not in here.adapters:
         return y
-    a, b, scale = hooks.adapters[site]
+    a, b, scale = here.adapters[role]
     return y + scale * ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))
 
 
-def lookup(table: Tensor, ids: Tensor, site: Site, hooks: Hooks, dtype: torch.dtype) -> Tensor:
+def lookup(table: Tensor, ids: Tensor, role: str, here: Hooks, dtype: torch.dtype) -> Tensor:
     """Rows of table (rows, dim) by ids (B, T) -> (B, T, dim) in `dtype`. The one place where a table is read."""
-    if hooks.fake_quant is not None:
-        table = hooks.fake_quant(table, site)
+    if here.fake_quant is not None:
+        table = here.fake_quant(table, role)
     y = F.embedding(ids, table).to(dtype)
-    feel(y, site, hooks, ids)
+    feel(y, role, here, ids)
     return y
 
 
@@ -1488,14 +1485,32 @@ def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
 
 
 class Shared(NamedTuple):
-    """What all blocks of one forward pass share."""
+    """What all layers of one forward pass share."""
 
     x0: Tensor  # (B, T, d) normed input
-    rope: list[Tensor]  # cos and sin, as rotary_table's
-    banks: dict[str, tuple[Tensor, ...]]  # name -> matrices
     values: Tensor | None  # (B, T, Hkv dh) value embedding
+    rope: list[Tensor]  # cos and sin, as rotary_table's
     bounds: Bounds | None
-    hooks: Hooks
+
+
+class Layer(NamedTuple):
+    """What a virtual layer has of its own: slices of the parameters, None where it has none, and what it is."""
+
+    weights: dict[str, Tensor]  # role -> matrix (out, in)
+    mix: Tensor  # (2, d): of the stream and of x0
+    attn_scale: Tensor  # (d,)
+    mlp_scale: Tensor  # (d,)
+    q_gain: Tensor  # (heads,)
+    norm_scale: Tensor | None  # (1,)
+    gate: Tensor | None  # (heads, inputs)
+    value_scale: Tensor | None  # 0-dim
+    skip: Tensor | None  # (d,), of the skip that ends here
+    skip_gate: Tensor | None  # (d,)
+    blend: Tensor | None  # (1 or 2,), of a revisit
+    keep: Tensor | None  # (2,), of crossed lanes
+    write: Tensor | None  # (2, 2)
+    excludes: bool  # XSA
+    parallel: bool
 
 
 class GPT(nn.Module):
@@ -1562,159 +1577,164 @@ class GPT(nn.Module):
             new("attn_gate", torch.randn(layers, heads, d) * 0.01)
         elif cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
             new("attn_gate", torch.zeros(layers, heads, cfg.gate_window))
+        if cfg.ln_scale:  # a tensor: of numbers, torch.compile would make a graph for each layer
+            self.register_buffer("norm_scale", torch.arange(1, layers + 1)[:, None] ** -0.5, persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
-                hooks: Hooks = NO_HOOKS, loops: int | None = None) -> Tensor:
+                hooks: Hooks = NO_HOOKS, loops: int | None = None, parts: list[Callable] | None = None) -> Tensor:
         """Losses (B, T) fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
 
         ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
-        looped layers run again; None: NUM_LOOPS.
+        looped layers run again; None: NUM_LOOPS. `parts`: compiled forms of embed, layer and predict.
         """
-        cfg = self.cfg
-        banks = {name: bank.unbind(0) for name, bank in self.banks().items()}
-        x, values = self.embed(ids, document_starts(ids, bounds, self.bos), banks, hooks)
-        rope = rotary_table(cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
-        shared = Shared(x, [t.to(x.dtype) for t in rope], banks, values, bounds, hooks)
-        order = virtual_layers(cfg, cfg.num_loops if loops is None else loops)
-        half, skips, lane1, outputs = len(order) // 2, [], None, {}
+        embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
+        rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
+        x, values = embed(ids, bounds, hooks.at())
+        shared = Shared(x, values, [t.to(x.dtype) for t in rope], bounds)
+        order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
+        half, skips, lane, outputs = len(order) // 2, [], None, {}
+        tables = self.tables()
+        slices = {name: p.unbind(0) for name, p in (*self.named_parameters(), *self.named_buffers())
+                  if p.ndim > 1 and name not in tables}
         for n, (layer, visit) in enumerate(order):
-            before = x
-            if n >= half and skips:
-                x = self.join_skip(x, skips.pop(), n - half)
-            if cfg.parallel_mode != "gptj" and layer >= cfg.parallel_start_layer:
-                if lane1 is None:  # crossed: no skip reaches lane 1
-                    lane1 = x if cfg.parallel_mode == "lanes" else before
-                x, lane1 = self.lanes(x, lane1, layer, shared)
-            else:
-                y = self.block(x, layer, visit, shared)
-                x = self.blend(x, y, outputs[layer], layer, visit) if visit and cfg.recur_blend != "none" else y
-                outputs[layer] = x
+            skip = skips.pop() if n >= half and skips else None
+            own = self.slice_layer(slices, layer, visit, -1 if skip is None else n - half)
+            last = None if own.blend is None else outputs[layer]
+            x, lane = run_layer(x, lane, skip, last, own, shared, hooks.at(layer, visit))
+            outputs[layer] = x
             if n < half:
                 skips.append(x)
-        if lane1 is not None:
-            x = self.merge_lanes(x, lane1)
-        return self.predict(x, targets, banks, hooks)
+        return predict(x, lane, targets, hooks.at())
 
-    def embed(self, ids: Tensor, starts: Tensor, banks: dict, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
+    def slice_layer(self, slices: dict[str, tuple[Tensor, ...]], layer: int, visit: int, step: int) -> Layer:
+        """This layer's share of parameters that are cut along their first dimension; `step`: of the decoder, or -1."""
+        n, late = self.cfg.num_layers, layer - self.cfg.parallel_start_layer
+
+        def of(name: str, i: int = layer) -> Tensor | None:
+            return slices[name][i] if name in slices and i >= 0 else None
+
+        weights = {"q": of("qo_bank"), "k": of("kv_bank"), "v": of("kv_bank", n + layer), "o": of("qo_bank", n + layer),
+                   "up": of("mlp_up_bank"), "down": of("mlp_down_bank")}
+        blend = of("recur_blend", visit - 1)
+        return Layer(
+            weights, of("resid_mix"), of("attn_scale"), of("mlp_scale"), of("q_gain"), of("norm_scale"), of("attn_gate"),
+            self.ve_layer_scale[self.ve_layers.index(layer)] if layer in self.ve_layers else None,
+            of("skip_weight", step), of("skip_gate", step),
+            None if blend is None else blend[layer - self.cfg.loop_start],
+            of("lane_keep", late), of("lane_write", late), layer >= n - self.cfg.xsa_last_n, late >= 0)
+
+    def embed(self, ids: Tensor, bounds: Bounds | None, here: Hooks) -> tuple[Tensor, Tensor | None]:
         """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
-        cfg = self.cfg
-        x = lookup(self.tok_emb, ids, Site("emb"), hooks, self.dtype)
+        cfg, starts = self.cfg, document_starts(ids, bounds, self.bos)
+        x = lookup(self.tok_emb, ids, "emb", here, self.dtype)
         if cfg.embedding_dim:
-            x = linear(x, banks["embed_in_bank"][0], Site("embed_in"), hooks)
+            x = linear(x, self.embed_in_bank[0], "embed_in", here)
         if cfg.bigram_vocab_size:  # PR 162
             buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
-            y = lookup(self.bigram_table, buckets, Site("bigram_table"), hooks, self.dtype)
-            x = x + self.bigram_scale.to(x.dtype) * linear(y, banks["bigram_bank"][0], Site("bigram"), hooks)
+            y = lookup(self.bigram_table, buckets, "bigram_table", here, self.dtype)
+            x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", here)
         smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
         if smear == "input":  # PR 1667
-            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, Site("smear"), hooks))
+            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, "smear", here))
             x = x + self.smear_scale.to(x.dtype) * gate * previous(x, starts)
         x = rms_norm(x)
         if smear == "vector":  # PR 65
             x = torch.lerp(x, previous(x, starts), torch.sigmoid(self.smear_theta).to(x.dtype))
         if not cfg.ve_enabled:
             return x, None
-        values = lookup(self.ve_table, ids, Site("ve_table"), hooks, self.dtype)
-        return x, self.ve_scale.to(x.dtype) * linear(values, banks["ve_bank"][0], Site("ve"), hooks)
+        values = lookup(self.ve_table, ids, "ve_table", here, self.dtype)
+        return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", here)
 
-    def predict(self, x: Tensor, targets: Tensor | None, banks: dict, hooks: Hooks) -> Tensor:
-        """Losses, or logits without targets, from the last residual stream x (B, T, d)."""
+    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, here: Hooks) -> Tensor:
+        """Losses, or logits without targets, from the last residual stream x (B, T, d) and its other lane, if any."""
+        if lane is not None and self.cfg.parallel_mode == "lanes":
+            x = torch.lerp(lane, x, self.lane_mix.to(x.dtype))
+        elif lane is not None:
+            x = {"mean": 0.5 * (x + lane), "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
         x = rms_norm(x)
         if self.cfg.embedding_dim:
-            x = linear(x, banks["embed_out_bank"][0], Site("embed_out"), hooks)
-        if hooks.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
-            capture(x, Site("head"), hooks)
+            x = linear(x, self.embed_out_bank[0], "embed_out", here)
+        if here.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
+            capture(x, "head", here)
             return x
         weight, cap = self.tok_emb if self.cfg.tie_embeddings else self.head, self.cfg.logit_softcap
-        if self.ops.head_losses and targets is not None and not any(hooks):
+        if self.ops.head_losses and targets is not None and not any(here):
             return self.ops.head_losses(x, weight.to(x.dtype), targets, cap)
-        logits = linear(x, weight, Site("head"), hooks)
+        logits = linear(x, weight, "head", here)
         return softcap(logits, cap) if targets is None else cross_entropy(logits, targets, cap)
 
-    def join_skip(self, x: Tensor, skip: Tensor, i: int) -> Tensor:
-        """U-Net skip (PR 289) into decoder step i."""
-        skip = self.skip_weight[i].to(x.dtype) * skip
-        if self.cfg.skip_gates_enabled:
-            return torch.lerp(skip, x, torch.sigmoid(self.skip_gate[i]).to(x.dtype))
-        return x + skip
+    def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, own: Layer,
+              shared: Shared, here: Hooks) -> tuple[Tensor, Tensor | None]:
+        """One virtual layer on the residual stream x (B, T, d), and on the other lane if there are two.
 
-    def blend(self, x: Tensor, y: Tensor, before: Tensor, layer: int, visit: int) -> Tensor:
-        """What a revisited layer passes on: its input x, its output y, its output `before` at the visit before."""
-        weight = self.recur_blend[visit - 1, layer - self.cfg.loop_start].to(x.dtype)
+        Into x first comes the U-Net skip (PR 289) that ends here, if one does; into the output of a revisited layer, by
+        RECUR_BLEND, `last`, its output at the visit before.
+        """
+        before = x
+        if skip is not None:
+            skip = own.skip.to(x.dtype) * skip
+            x = x + skip if own.skip_gate is None else torch.lerp(skip, x, torch.sigmoid(own.skip_gate).to(x.dtype))
+        if own.parallel and self.cfg.parallel_mode != "gptj":
+            if lane is None:  # crossed: no skip reaches lane 1
+                lane = x if self.cfg.parallel_mode == "lanes" else before
+            return self.lanes(x, lane, own, shared, here)
+        u = mix(x, shared.x0, *own.mix)
+        n = self.norm(u, own)
+        y = mix(u, self.attention_half(n, own, shared, here), None, own.attn_scale)
+        if not own.parallel:  # else the MLP reads what attention reads (GPT-J; PR 1412)
+            n = self.norm(y, own)
+        y = mix(y, self.mlp_half(n, own, here), None, own.mlp_scale)
+        if own.blend is None:
+            return y, None
+        weight = own.blend.to(x.dtype)
         if self.cfg.recur_blend == "ab":  # PR 1894
-            return weight[0] * y + weight[1] * before
-        return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0]))
+            return weight[0] * y + weight[1] * last, None
+        return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0])), None
 
-    def join(self, x: Tensor, z: Tensor, a: Tensor | None, b: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The stream a x + b z, None is 1, and what a half of this layer reads of it: x, z (B, T, d); a, b (d,)."""
-        y = (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
-        return y, self.norm(y, layer)
-
-    def block(self, x: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
-        """One virtual layer on the residual stream x (B, T, d): mix in x0, then add attention and MLP."""
-        u, n = self.join(x, shared.x0, *self.resid_mix[layer], layer)
-        a = self.attention_half(n, layer, visit, shared)
-        if layer >= self.cfg.parallel_start_layer:  # the MLP reads what attention reads (GPT-J; PR 1412)
-            y = u + self.attn_scale[layer].to(a.dtype) * a
-        else:
-            y, n = self.join(u, a, None, self.attn_scale[layer], layer)
-        return y + self.mlp_scale[layer].to(y.dtype) * self.mlp_half(n, layer, visit, shared)
-
-    def lanes(self, lane0: Tensor, lane1: Tensor, layer: int, shared: Shared) -> tuple[Tensor, Tensor]:
+    def lanes(self, lane0: Tensor, lane1: Tensor, own: Layer, shared: Shared, here: Hooks
+              ) -> tuple[Tensor, Tensor]:
         """One parallel layer on two streams: attention reads lane 0, the MLP lane 1 (PR 1523; crossed: PR 1529)."""
-        u, n = self.join(lane0, shared.x0, *self.resid_mix[layer], layer)
-        a = self.attn_scale[layer].to(u.dtype) * self.attention_half(n, layer, 0, shared)
-        m = self.mlp_scale[layer].to(u.dtype) * self.mlp_half(self.norm(lane1, layer), layer, 0, shared)
+        u = mix(lane0, shared.x0, *own.mix)
+        a = own.attn_scale.to(u.dtype) * self.attention_half(self.norm(u, own), own, shared, here)
+        m = own.mlp_scale.to(u.dtype) * self.mlp_half(self.norm(lane1, own), own, here)
         if self.cfg.parallel_mode == "lanes":
             return u + a, lane1 + m
-        keep = self.lane_keep[layer - self.cfg.parallel_start_layer].to(a.dtype)
-        write = self.lane_write[layer - self.cfg.parallel_start_layer].to(a.dtype)
+        keep, write = own.keep.to(a.dtype), own.write.to(a.dtype)
         return (keep[0] * lane0 + write[0, 0] * a + write[1, 0] * m,
                 keep[1] * lane1 + write[0, 1] * a + write[1, 1] * m)
 
-    def merge_lanes(self, lane0: Tensor, lane1: Tensor) -> Tensor:
-        if self.cfg.parallel_mode == "lanes":
-            return torch.lerp(lane1, lane0, self.lane_mix.to(lane0.dtype))
-        return {"mean": 0.5 * (lane0 + lane1), "attn": lane0, "mlp": lane1}[self.cfg.parallel_final_lane]
-
-    def attention_half(self, n: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+    def attention_half(self, n: Tensor, own: Layer, shared: Shared, here: Hooks) -> Tensor:
         """Attention on the normed stream n (B, T, d)."""
-        cfg, layers, hooks = self.cfg, self.cfg.num_layers, shared.hooks
-        qo, kv = shared.banks["qo_bank"], shared.banks["kv_bank"]
-
-        def project(weight: Tensor, role: str) -> Tensor:
-            return linear(n, weight, Site(role, layer, visit), hooks)
-
-        q, k, v = project(qo[layer], "q"), project(kv[layer], "k"), project(kv[layers + layer], "v")
-        if layer in self.ve_layers:  # PR 374
-            v = v + self.ve_layer_scale[self.ve_layers.index(layer)].to(v.dtype) * shared.values
+        cfg = self.cfg
+        q, k, v = (linear(n, own.weights[role], role, here) for role in "qkv")
+        if own.value_scale is not None:  # PR 374
+            v = v + own.value_scale.to(v.dtype) * shared.values
         q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
-        q = norm_rotate(q, self.q_gain[layer].to(q.dtype), *shared.rope)
+        q = norm_rotate(q, own.q_gain.to(q.dtype), *shared.rope)
         k = norm_rotate(k, None, *shared.rope)
         y, gate = self.attend(q, k, v, shared.bounds), None
-        if hasattr(self, "attn_gate"):
-            window = n if cfg.gated_attn_enabled else n[..., : cfg.gate_window]
-            gate = linear(window, self.attn_gate[layer], Site("gate", layer, visit), hooks)
+        if own.gate is not None:
+            gate = linear(n if cfg.gated_attn_enabled else n[..., : cfg.gate_window], own.gate, "gate", here)
             if cfg.sparse_attn_gate_enabled:  # PR 1787
                 gate = cfg.sparse_attn_gate_scale * gate
             gate = torch.sigmoid(gate) * (2.0 if cfg.attn_out_gate_enabled else 1.0)  # PR 1667; arXiv 2505.06708
-        if layer >= layers - cfg.xsa_last_n:
-            y = self.ops.exclude_self(y, v, gate)
+        if own.excludes:
+            y = exclude_self(y, v, gate)
         elif gate is not None:
             y = y * gate[..., None]
-        return linear(y.flatten(2), qo[layers + layer], Site("o", layer, visit), hooks)
+        return linear(y.flatten(2), own.weights["o"], "o", here)
 
-    def mlp_half(self, n: Tensor, layer: int, visit: int, shared: Shared) -> Tensor:
+    def mlp_half(self, n: Tensor, own: Layer, here: Hooks) -> Tensor:
         """The MLP on the normed stream n (B, T, d)."""
-        up, down = shared.banks["mlp_up_bank"][layer], shared.banks["mlp_down_bank"][layer]
-        if self.ops.mlp and not any(shared.hooks):
+        up, down = own.weights["up"], own.weights["down"]
+        if self.ops.mlp and not any(here):
             return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype))
-        h = linear(n, up, Site("up", layer, visit), shared.hooks)
-        y = linear(squared_leaky_relu(h), down, Site("down", layer, visit), shared.hooks)
-        return adapt(y, n, Site("mlp", layer, visit), shared.hooks)
+        y = linear(squared_leaky_relu(linear(n, up, "up", here)), down, "down", here)
+        return adapt(y, n, "mlp", here)
 
-    def norm(self, u: Tensor, layer: int) -> Tensor:
-        return rms_norm(u) * (layer + 1) ** -0.5 if self.cfg.ln_scale else rms_norm(u)
+    def norm(self, u: Tensor, own: Layer) -> Tensor:
+        """What a half of this layer reads of the stream u."""
+        return rms_norm(u) if own.norm_scale is None else rms_norm(u) * own.norm_scale.to(u.dtype)
 
     def banks(self) -> dict[str, nn.Parameter]:
         """The matrices that Muon trains."""
@@ -1728,6 +1748,11 @@ class GPT(nn.Module):
         """Everything small: scales, gains, mixes, gates."""
         large = self.banks() | self.tables()
         return {name: p for name, p in self.named_parameters() if name not in large}
+
+
+def mix(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
+    """The stream a x + b z, None is 1: x, z (B, T, d); a, b (d,)."""
+    return (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
 
 
 def document_starts(ids: Tensor, bounds: Bounds | None, bos: int) -> Tensor:
@@ -1765,6 +1790,18 @@ def build_model(cfg: Settings, rt: Runtime, attend: Callable, bos: int, ops: Ops
         for p in model.parameters():
             dist.broadcast(p.detach(), 0)
     return model
+
+
+def compile_model(model: GPT, backend: str = "inductor") -> tuple[Callable, Callable]:
+    """The model's forward pass compiled whole, and the same by its parts, where layers of a kind share a graph.
+
+    Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many,
+    on the evaluation's clock. Parts are soon compiled, and from the second width on for any.
+    """
+    torch._dynamo.config.recompile_limit = 256  # one function, many graphs: loops, QAT, widths, kinds of layers
+    whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    parts = [torch.compile(part, fullgraph=True, backend=backend) for part in (model.embed, model.layer, model.predict)]
+    return whole, lambda *inputs, **options: model(*inputs, parts=parts, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1866,14 +1903,11 @@ class Optimizer:
     def __init__(self, model: GPT, cfg: Settings, rt: Runtime):
         self.cfg, self.rt = cfg, rt
         self.muon = Muon(list(model.banks().values()), cfg, rt)
-        groups = [
-            {"params": [p for n, p in model.tables().items() if n != "head"], "lr": cfg.tied_embed_lr,
-             "weight_decay": cfg.embed_wd},
-            {"params": [p for n, p in model.tables().items() if n == "head"], "lr": cfg.head_lr,
-             "weight_decay": cfg.embed_wd},
-            {"params": list(model.vectors().values()), "lr": cfg.scalar_lr, "weight_decay": cfg.adam_wd},
-        ]
-        groups = [g for g in groups if g["params"]]
+        tables = model.tables()
+        head = [tables.pop("head")] if "head" in tables else []
+        groups = [{"params": [*params], "lr": lr, "weight_decay": decay} for params, lr, decay in (
+            (tables.values(), cfg.tied_embed_lr, cfg.embed_wd), (head, cfg.head_lr, cfg.embed_wd),
+            (model.vectors().values(), cfg.scalar_lr, cfg.adam_wd)) if params]
         self.small = [p for g in groups for p in g["params"]]
         self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                        fused=rt.device.type == "cuda")
@@ -1973,7 +2007,8 @@ class Trainer:
 
     def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
         self.cfg, self.rt, self.model, self.forward = cfg, rt, model, forward
-        self.plan, self.qat_hooks = StepPlan.of(cfg, rt.world), Hooks(fake_quant=fake_quantizer(cfg))
+        self.plan, self.hooks = StepPlan.of(cfg, rt.world), Hooks(fp8=cfg.fp8)
+        self.qat_hooks = self.hooks._replace(fake_quant=fake_quantizer(cfg))
         self.reset()
 
     def reset(self) -> None:
@@ -1986,7 +2021,7 @@ class Trainer:
     def step(self, batches: list[Batch], phase: Phase) -> Tensor:
         """Forward, backward and update over one global batch; returns this rank's share of the mean loss, 0-dim."""
         total = torch.zeros((), device=self.rt.device)
-        hooks = self.qat_hooks if phase.qat else NO_HOOKS
+        hooks = self.qat_hooks if phase.qat else self.hooks
         for ids, targets, bounds in batches:
             loss = self.forward(ids, targets, bounds=bounds, hooks=hooks, loops=phase.loops).sum()
             loss = loss / self.cfg.train_batch_tokens
@@ -2059,8 +2094,6 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
     rank's batches), and the seconds of the last step.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
-    if trainer.forward is not trainer.model:
-        torch._dynamo.config.recompile_limit = 64  # one forward, many graphs: loops, QAT, validation
 
     def random_batch(rows: int, length: int, max_len: int) -> Batch:
         ids, targets = torch.randint(cfg.vocab_size, (2, rows, length), generator=generator)
@@ -2979,9 +3012,12 @@ def free_parameters(nodes: list[ast.AST]) -> None:
 def shorten_names(nodes: list[ast.AST]) -> None:
     """Rename what the minifier leaves alone, as it cannot know what has an attribute of that name."""
     names = ("case_markers space_after_boundary check_contradictions ve_layer_list loop_stages open_logs forget_after "
-             "share_bytes peak_memory throttle allows_step join_skip merge_lanes attention_half mlp_half start_reduce "
-             "finish_reduce reduce_gradients use_average must_match qat_hooks real_forward target_bytes window_stage "
-             "metrics_file")  # of our methods and fields: nothing else has one of these
+             "share_bytes peak_memory throttle allows_step attention_half mlp_half start_reduce finish_reduce "
+             "reduce_gradients use_average must_match qat_hooks real_forward target_bytes window_stage metrics_file "
+             "fake_quant hessians moments predictions cu_seqlens watched segment max_len explicit per_rank head_losses "
+             "snapshots progress leaves turns faults adapters local_rank began vectors largest attend reserve "
+             "attn_scale mlp_scale q_gain norm_scale skip_gate value_scale excludes parallel boundary final_forward"
+             )  # of our methods and fields: nothing else has one of these
     short = {name: f"{chr(ord('a') + i % 26)}{i // 26}" for i, name in enumerate(names.split())}
     for node in nodes:
         for field in ("attr", "name", "id", "arg"):
@@ -3329,8 +3365,7 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
     """
     longest, size, device = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device
     chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
-    ends = torch.tensor([b for _, b in batch] + [0] * (size - len(batch)), device=device)[:, None]
-    starts = torch.tensor([a for a, _ in batch] + [0] * (size - len(batch)), device=device)[:, None]
+    starts, ends = torch.tensor(batch + [(0, 0)] * (size - len(batch)), device=device).mT[:, :, None]
     if adapters:
         adapters.reset()
     for low in range(0, longest, chunk):
@@ -3430,8 +3465,7 @@ class Witness(Scorer):
 
     def forward(self, ids: Tensor, targets: Tensor, **options) -> Tensor:
         self.call = ids, targets, options
-        training = torch.is_grad_enabled() and "hooks" not in options  # SGD, of fewer tokens than it is compiled for
-        return (self.model if training else self.real_forward)(ids, targets, **options)
+        return self.real_forward(ids, targets, **options)
 
     @torch.no_grad()
     def add(self, positions: Tensor, losses: Tensor) -> None:
@@ -3556,8 +3590,7 @@ def document_leak(cfg: Settings, model: GPT, ids: Tensor, start: int, bos: int) 
     ids = ids.long()
     ids[1, start:] = ids[0, start:]
     bounds = Bounds.find(ids, bos, ids.size(1)) if cfg.varlen_enabled else None
-    banks = {name: bank.unbind(0) for name, bank in model.banks().items()}
-    x = model.embed(ids, document_starts(ids, bounds, bos), banks, NO_HOOKS)[0].float()
+    x = model.embed(ids, bounds, NO_HOOKS.at())[0].float()
     return float((x[0, start:] - x[1, start:]).abs().max())
 
 
@@ -3653,6 +3686,8 @@ def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:
     """Resolve the `auto` values that depend on the device."""
     most = 8192
     if rt.device.type == "cuda":
+        if cfg.fp8 != "none" and (rt.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rt.device)[0] < 9):
+            raise RunError(f"FP8={cfg.fp8}: needs a Hopper GPU and bf16; takes none here")
         most = int(98304 * min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9))
     micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, most)
     return dataclasses.replace(cfg, micro_batch_tokens=micro,
@@ -3689,7 +3724,8 @@ class Run:
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
         self.model = build_model(cfg, rt, attend, self.val.bos, ops)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
-        self.forward = torch.compile(self.model, fullgraph=True, dynamic=False) if compiled else self.model
+        self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
+        self.final_forward = self.forward if cfg.ttt_mode == "none" else parts
 
     def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
         """Run an evaluation with a scorer, log its score and return it."""
@@ -3765,12 +3801,12 @@ class Run:
             self.stages["sliding"] = self.window_stage("sliding", self.cfg.eval_stride)
         if self.cfg.ttt_mode != "none":
             if self.forward is not self.model:
-                warm_up_ttt(self.cfg, self.rt, self.model, self.forward, self.val)
+                warm_up_ttt(self.cfg, self.rt, self.model, self.final_forward, self.val)
             if self.cfg.ttt_mode != "chunk":
                 size = sum(t.numel() for t in DocumentAdapters(self.cfg, self.model, torch.device("meta")).leaves)
                 self.rt.log(f"adapters: {16 * size / 1e6:.1f} MB with their gradients and AdamW's moments")
             self.stages["ttt"] = self.stage("ttt", lambda scorer: final_stage(
-                self.cfg, self.rt, self.model, self.forward, self.val, scorer))
+                self.cfg, self.rt, self.model, self.final_forward, self.val, scorer))
         return time.perf_counter() - start
 
     def audit(self, artifact: bytes, name: str, eval_seconds: float) -> dict[str, Any] | None:
@@ -3779,7 +3815,8 @@ class Run:
             return None
         start = time.perf_counter()
         load_weights(self.model, self.cfg, read_artifact(artifact, name)[1], name)
-        checks = run_audit(self.cfg, self.rt, self.model, self.forward, self.val, self.stages, self.scorer, self.faults)
+        checks = run_audit(self.cfg, self.rt, self.model, self.final_forward, self.val, self.stages, self.scorer,
+                           self.faults)
         for what, check in checks.items():
             self.rt.log(f"audit {what}: {check or 'nothing to compare with'}")
         seconds = time.perf_counter() - start

@@ -9,11 +9,11 @@ Settings come from the environment; the default is one GPU's share of the 8-GPU 
 and looped as 17. The optimizer is not shared with other GPUs here: its time is that of all banks. Without a GPU the
 same code runs at tiny sizes, as a check that it works, and the Triton kernels in Triton's interpreter.
 
-Kernels: `kernels` checks train_gpt.py's three against their plain forms, `compiled` is the step with plain forms,
-`fused` that with all three (FUSED=1), and `each` that with one of them alone. A kernel that is right, and with which
-the step takes fewer ms than `compiled`, is worth having. `curve` trains from the initial weights, plain, fused, and
-plain from another seed to show how much losses differ by chance; on the benchmark's own tokens, or those of DATA_PATH
-where it is set, which must be of this VOCAB_SIZE.
+Kernels: `kernels` checks train_gpt.py's two against their plain forms, `compiled` is the step with plain forms, `fused`
+that with both (FUSED=1), `each` that with one of them alone, and `fp8` that with FP8=mlp and FP8=head. What is right, and
+with which the step takes fewer ms than `compiled`, is worth having. `curve` trains from the initial weights, plain,
+fused, with FP8=both, and plain from another seed to show how much losses differ by chance; on the benchmark's own
+tokens, or those of DATA_PATH where it is set, which must be of this VOCAB_SIZE.
 
 MFU is count.py's model FLOPs (scores and logits once, no optimizer) over the maker's dense bf16 peak. Times of kernel
 families are GPU time as torch.profiler has it, sorted by the operation that launched a kernel, the shapes it was given
@@ -86,7 +86,7 @@ class Bench:
         with torch.no_grad():
             for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient
                 bank.normal_(std=bank.size(2) ** -0.5)
-        self.compiled = self.compile()
+        self.compiled, self.learner = self.compile()
         self.fused = tg.fused_ops() if kernel_check.can_run(rt.device) else None
         name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
         self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
@@ -143,17 +143,26 @@ class Bench:
                 rows[name] = {"error": describe(error)}
         return rows or self.no_kernels()
 
+    def fp8_steps(self) -> dict:
+        """The compiled step at the most virtual layers with products of the MLP, or of the head, in FP8."""
+        most, rows = max(self.work), {}
+        for which in ("mlp", "head"):
+            rows |= {f"{layers} layers, {which}": row
+                     for layers, row in self.step_speed(self.compiled, [most], fp8=which).items()}
+        return rows
+
     def curve(self) -> dict:
-        """Mean loss over the last steps of a short training, plain from two seeds and with train_gpt.py's kernels."""
+        """Mean loss over the last steps of a short training: plain from two seeds, with kernels, and in FP8."""
         (steps, last), seed = (300, 50) if self.gpu else (3, 2), self.cfg.seed
         before = [p.detach().clone() for p in self.model.parameters()]
         found = {"steps": steps, "mean_of_last": last, "tokens_of": "DATA_PATH" if self.train_path else "the benchmark"}
         try:
-            for ops, seeds in ((tg.PLAIN, {"plain": seed, "plain_next_seed": seed + 1}), (self.fused, {"fused": seed})):
+            for ops, runs in ((tg.PLAIN, {"plain": {}, "plain_next_seed": {"seed": seed + 1}, "fp8": {"fp8": "both"}}),
+                              (self.fused, {"fused": {}})):
                 if ops:
                     with self.using(ops) as forward:
-                        for name, which in seeds.items():
-                            found[f"{name}_loss"] = self.train(forward, which, steps, last)
+                        for name, changes in runs.items():
+                            found[f"{name}_loss"] = self.train(forward, steps, last, changes)
         except OutOfTime:
             found["error"] = "out of time"
         finally:
@@ -161,9 +170,9 @@ class Bench:
                 p.detach().copy_(value)
         return found
 
-    def train(self, forward: Callable, seed: int, steps: int, last: int) -> float:
-        """Mean loss over the `last` of `steps` training steps with all loops, from the initial weights of a seed."""
-        cfg = dataclasses.replace(self.cfg, seed=seed, data_path=self.train_path or self.cfg.data_path)
+    def train(self, forward: Callable, steps: int, last: int, changes: dict) -> float:
+        """Mean loss over the `last` of `steps` training steps with all loops, from the initial weights of SEED."""
+        cfg = dataclasses.replace(self.cfg, data_path=self.train_path or self.cfg.data_path, **changes)
         for p, value in zip(self.model.parameters(), tg.build_model(cfg, self.rt, self.attend, BOS).parameters()):
             p.detach().copy_(value)
         trainer, losses = tg.Trainer(cfg, self.rt, self.model, forward), []
@@ -177,15 +186,15 @@ class Bench:
             feeder.close()
         return torch.stack(losses[-last:]).mean().item()
 
-    def step_speed(self, forward: Callable, which: Iterable[int] = ()) -> dict:
+    def step_speed(self, forward: Callable, which: Iterable[int] = (), **changes) -> dict:
         """Training steps with their data, by number of virtual layers; memory is the most that was allocated."""
-        rows = {}
+        rows, cfg = {}, dataclasses.replace(self.cfg, **changes)
         for loops in which or self.work:
             if self.gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
-                seconds = self.time_steps(tg.Trainer(self.cfg, self.rt, self.model, forward), loops)
+                seconds = self.time_steps(tg.Trainer(cfg, self.rt, self.model, forward), loops)
                 rows[self.layers(loops)] = self.speed(seconds, loops)
             except torch.cuda.OutOfMemoryError:
                 rows[self.layers(loops)] = {"error": "out of memory"}
@@ -281,10 +290,13 @@ class Bench:
         return self.lora(self.model)
 
     def lora_compiled(self) -> dict:
-        return self.lora(self.compiled)
+        return self.lora(self.learner)
 
     def lora(self, forward: Callable) -> dict:
-        """LoRA test-time training over the validation documents, after a batch of them to warm up or compile."""
+        """LoRA test-time training over the validation documents, after a batch of them to warm up or compile.
+
+        Compiled it goes by parts: `cold_seconds` are those of all its widths.
+        """
         cfg = dataclasses.replace(self.cfg, ttt_mode="lora", eval_budget_seconds=0.0)
         first, start = self.val.tokens[: cfg.ttt_batch_size * self.document + 1], time.perf_counter()
         short = self.val._replace(tokens=first, bytes=self.val.bytes[: len(first)])
@@ -301,8 +313,8 @@ class Bench:
 
     # ----- what they share
 
-    def compile(self) -> Callable:
-        return torch.compile(self.model, fullgraph=True, dynamic=False, backend="inductor" if self.gpu else "eager")
+    def compile(self) -> tuple[Callable, Callable]:
+        return tg.compile_model(self.model, "inductor" if self.gpu else "eager")
 
     @contextlib.contextmanager
     def using(self, ops: tg.Ops) -> Iterator[Callable]:
@@ -310,7 +322,7 @@ class Bench:
         torch._dynamo.reset()
         self.model.ops = ops
         try:
-            yield self.compile()
+            yield self.compile()[0]
         finally:
             self.model.ops = tg.PLAIN
             torch._dynamo.reset()
@@ -357,8 +369,8 @@ class Bench:
 
 # in the order they run: what is wanted most first, as the time may end
 PARTS = {"kernels": Bench.check_kernels, "warm_up": Bench.warm_up, "compiled": Bench.compiled_steps,
-         "families": Bench.families, "fused": Bench.fused_steps, "each": Bench.each_kernel, "curve": Bench.curve,
-         "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps,
+         "families": Bench.families, "fused": Bench.fused_steps, "each": Bench.each_kernel, "fp8": Bench.fp8_steps,
+         "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps,
          "lora_eager": Bench.lora_eager, "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
 
 
@@ -501,7 +513,7 @@ def read_config(folder: str) -> tuple[tg.Settings, bool]:
     gpu = torch.cuda.is_available() and chosen.get("device") != "cpu"
     ours = {"artifact_dir": folder, "data_path": os.path.join(folder, "data"), "gptq_reserve_seconds": 0.0,
             "warmup_steps": 1, "quant_allocation": "auto", "gptq_calibration": "train", "max_wallclock_seconds": 0.0,
-            "caseops_enabled": False, "qat_enabled": False, "bos_id": None, "fused": False}
+            "caseops_enabled": False, "qat_enabled": False, "bos_id": None, "fused": False, "fp8": "none"}
     return tg.Settings(**(FULL if gpu else TINY) | chosen | ours), gpu
 
 

@@ -1,4 +1,4 @@
-"""The check of train_gpt.py's three kernels against their plain forms, which gpu.py runs on a GPU.
+"""The check of train_gpt.py's kernels against their plain forms, which gpu.py runs on a GPU.
 
 Not called kernels.py: beside a script that runs, that would hide the package from which FlashAttention 3 comes.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
-NAMES = ("exclude_self", "mlp", "head_losses")
+NAMES = ("mlp", "head_losses")
 
 
 def plain_mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -34,17 +34,13 @@ class Sizes(NamedTuple):
     rows: int = 3
     length: int = 7
     width: int = 300
-    heads: int = 6
-    kv_heads: int = 2
-    head_dim: int = 20
     hidden: int = 70
     vocab: int = 8209  # more than the 8,192 columns that the loss takes at a time
 
     @classmethod
     def of(cls, cfg: tg.Settings) -> "Sizes":
         """One training window of this model."""
-        return cls(1, cfg.train_seq_len, cfg.model_dim, cfg.num_heads, cfg.num_kv_heads, cfg.model_dim // cfg.num_heads,
-                   int(cfg.mlp_mult * cfg.model_dim), cfg.vocab_size)
+        return cls(1, cfg.train_seq_len, cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim), cfg.vocab_size)
 
 
 class Case(NamedTuple):
@@ -61,26 +57,19 @@ class Case(NamedTuple):
 
 def cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     """Every form that has a kernel, on random inputs of `dtype` of the kind that a model has."""
-    draw, (rows, length, d, heads, kv_heads, dh, hidden, vocab) = torch.Generator().manual_seed(0), sizes
+    draw, (rows, length, d, hidden, vocab) = torch.Generator().manual_seed(0), sizes
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(shape, generator=draw)).to(device, dtype)
 
-    def wide(*shape: int) -> Tensor:
-        return normal(rows, length, *shape)
-
     targets = torch.randint(vocab, (rows, length), generator=draw)
     targets[:, ::4] = tg.IGNORE
-    scale = torch.rand(rows, length, heads, generator=draw)
     return {
-        "exclude_self": Case(lambda ops, *inputs: [ops.exclude_self(*inputs)], {
-            "y": wide(heads, dh), "v": wide(kv_heads, dh), "gate": scale.to(device, dtype)}, ("out",),
-            ("y", "v", "gate")),
         "mlp": Case(lambda ops, *inputs: [(ops.mlp or plain_mlp)(*inputs)], {
-            "x": wide(d), "up": normal(hidden, d, scale=d**-0.5), "down": normal(d, hidden, scale=hidden**-0.5)},
+            "x": normal(rows, length, d), "up": normal(hidden, d, scale=d**-0.5), "down": normal(d, hidden, scale=hidden**-0.5)},
             ("out",), ("x", "up", "down")),
         "head_losses": Case(lambda ops, *inputs: [(ops.head_losses or plain_head)(*inputs, 15.0)], {
-            "x": wide(d), "weight": normal(vocab, d, scale=4 * d**-0.5), "targets": targets.to(device)}, ("losses",),
+            "x": normal(rows, length, d), "weight": normal(vocab, d, scale=4 * d**-0.5), "targets": targets.to(device)}, ("losses",),
             ("x", "weight")),
     }
 

@@ -46,7 +46,7 @@ def inside(cfg: tg.Settings, tokens: int, name: str, backward: bool) -> int:
     """Bytes that an operator of FUSED=1 moves beyond what goes in and out once, as run_mlp() and the others do it.
 
     mlp, with n = 2 * tokens * hidden: forward writes act and reads it, 2 n; backward writes dh and act, reads dh for
-    two products and act for one, 5 n, and the gradient, as wide as the model, a second time. exclude_self is one pass.
+    two products and act for one, 5 n, and the gradient, as wide as the model, a second time.
     head_losses: nothing, as HEAD_CHUNK's logits stay in L2; it is taken that so does the weight's gradient, to which
     each chunk is added.
     """

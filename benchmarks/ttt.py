@@ -63,9 +63,10 @@ def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.N
         cfg = dataclasses.replace(run.cfg, **changes)
         tg.load_weights(run.model, cfg, tensors, "the artifact")
         if run.forward is not run.model and cfg.ttt_mode != "none":
-            tg.warm_up_ttt(cfg, rt, run.model, run.forward, run.val)
+            tg.warm_up_ttt(cfg, rt, run.model, run.final_forward, run.val)
         scorer = tg.Scorer(rt, run.val.bytes)
-        scores[name] = tg.final_stage(cfg, rt, run.model, run.forward, run.val, scorer)
+        forward = run.forward if cfg.ttt_mode == "none" else run.final_forward
+        scores[name] = tg.final_stage(cfg, rt, run.model, forward, run.val, scorer)
         losses[name] = scorer.losses
     rt.close()
     print(f"\n{run.device}, {torch.get_num_threads()} threads; rank {cfg.ttt_lora_rank}, chunk {cfg.ttt_chunk_size}, "

@@ -41,9 +41,6 @@ def values_and_gradients(form, inputs: list) -> list[torch.Tensor]:
 
 
 CASES = {  # odd sizes: rows that fill no tile, widths that are no power of two
-    "exclude_self": [lambda: [random(2, 37, 6, 24), random(2, 37, 2, 24, seed=1), random(2, 37, 6, seed=2)],
-                     lambda: [random(1, 9, 4, 64), random(1, 9, 4, 64, seed=1), None],
-                     lambda: [random(2, 300, 8, 16), random(2, 300, 1, 16, seed=1), random(2, 300, 8, seed=2)]],
     "mlp": [lambda: [random(2, 37, 40), random(72, 40), random(40, 72)],
             lambda: [random(1, 3, 7), random(5, 7), random(7, 5)],
             lambda: [random(3, 45, 64), random(200, 64), random(64, 200)]],
@@ -58,7 +55,7 @@ def targets_of(rows: int, length: int, vocab: int) -> torch.Tensor:
     return targets
 
 
-PLAIN = {"exclude_self": tg.exclude_self, "mlp": plain_mlp, "head_losses": plain_head}
+PLAIN = {"mlp": plain_mlp, "head_losses": plain_head}
 
 
 @pytest.mark.parametrize("name, case", [(name, i) for name, cases in CASES.items() for i in range(len(cases))])
@@ -75,7 +72,7 @@ def test_kernels_equal_their_plain_forms(ops, name, case):
         assert (have - want).abs().max() <= 2e-5 * want.abs().max()
 
 
-@pytest.mark.parametrize("name", ["exclude_self", "head_losses"])  # the interpreter's tl.dot is wrong in bf16
+@pytest.mark.parametrize("name", ["head_losses"])  # the interpreter's tl.dot is wrong in bf16
 def test_kernels_in_bf16_are_near_the_truth(ops, name):
     """As near as the plain forms are, but that Triton's interpreter cuts numbers off to bf16 where a GPU rounds."""
     inputs = [t.bfloat16() if torch.is_tensor(t) and t.is_floating_point() else t for t in CASES[name][0]()]
@@ -170,7 +167,7 @@ def test_hooks_ride_on_the_same_products_with_kernels(ops):
 
 def test_kernels_go_through_torch_compile_whole(ops):
     """One graph, forward and backward, by way of AOTAutograd, and the shapes it was told hold."""
-    cfg = tiny(sparse_attn_gate_enabled=True)
+    cfg = tiny()
     plain, fused = random_model(cfg), random_model(cfg)
     fused.ops = ops
     ids, targets = packed_text(cfg)
@@ -188,23 +185,17 @@ def test_kernels_go_through_torch_compile_whole(ops):
 @pytest.mark.parametrize("name", list(CASES))
 def test_operators_pass_torchs_own_checks(ops, name):
     """Schema, fake shapes, and what autograd registers, as torch.library.opcheck has them."""
-    *tensors, number = [*CASES[name][0](), 0.0] if name != "head_losses" else CASES[name][0]()
-    inputs = [t.requires_grad_(t.is_floating_point()) for t in tensors]
-    torch.library.opcheck(getattr(torch.ops.train_gpt, name).default, (number, inputs, []),
+    inputs = CASES[name][0]()
+    for t in inputs[: 3 if name == "mlp" else 2]:
+        t.requires_grad_()
+    inputs = [t if torch.is_tensor(t) else torch.tensor(t) for t in inputs]
+    torch.library.opcheck(getattr(torch.ops.train_gpt, name).default, (inputs, []),
                           test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
-
-
-def test_a_value_of_zeros_is_left_alone(ops):
-    """As F.normalize leaves it: no division by its length."""
-    y, v = random(1, 3, 4, 8), random(1, 3, 2, 8, seed=1)
-    v[:, 1] = 0
-    out, gy, gv = values_and_gradients(ops.exclude_self, [y, v, None])
-    assert torch.equal(out[:, 1], y[:, 1]) and gy.isfinite().all() and gv.isfinite().all()
 
 
 def test_frozen_weights_and_adapters_go_with_kernels(ops):
     """LoRA test-time training: gradients for the adapters alone, through the kernels that no hook replaces."""
-    cfg = tiny(ttt_mode="lora", ttt_lora_rank=3, ttt_batch_size=2, ttt_chunk_size=5, sparse_attn_gate_enabled=True)
+    cfg = tiny(ttt_mode="lora", ttt_lora_rank=3, ttt_batch_size=2, ttt_chunk_size=5, ttt_head_lora=False)
     (ids, targets), found = packed_text(cfg), []
     for form in (tg.PLAIN, ops):
         model = random_model(cfg)
@@ -216,6 +207,7 @@ def test_frozen_weights_and_adapters_go_with_kernels(ops):
         for p in model.parameters():
             p.requires_grad_(False)
         losses = model(ids, targets, hooks=adapters.hooks)
+        assert (form is tg.PLAIN) == (type(losses.grad_fn).__name__ == "ViewBackward0")  # the head's kernel ran
         found.append([losses, *torch.autograd.grad(losses.sum(), adapters.leaves)])
     for want, have in zip(*found):
         assert want.abs().max() > 0 and (have - want).abs().max() <= 1e-4 * want.abs().max()
@@ -226,7 +218,7 @@ def test_frozen_weights_and_adapters_go_with_kernels(ops):
 
 def test_fused_is_refused_where_nothing_can_run_it(monkeypatch):
     cfg = tg.Settings(fused=True)
-    assert tg.pick_ops(cfg, torch.device("cpu")).exclude_self is not tg.exclude_self
+    assert all(tg.pick_ops(cfg, torch.device("cpu")))
     assert tg.pick_ops(tg.Settings(), torch.device("cpu")) is tg.PLAIN
     monkeypatch.setattr(tg, "read", triton.JITFunction(tg.read.fn))  # as without TRITON_INTERPRET=1
     with pytest.raises(tg.RunError, match="FUSED=1: needs a GPU and Triton; takes 0 here"):
@@ -262,9 +254,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 half, full = "*bf16", "*fp32"
-kinds = {6: ([half] * 7 + ["i32"], [2, 2, 64, 64, 32]),  # by how many constants they take
-         4: ([half] * 5 + ["i32"] * 5, [128, 128, 64]),
-         2: ([half, "*i64", full, full, "i32", "fp32"], [8192])}
+kinds = {4: ([half] * 5 + ["i32"] * 5, [128, 128, 64]),  # by how many constants they take
+         2: ([half, "*i64", full, full, "i32", full], [8192])}
 done = 0
 for kernel in [v for v in vars(module).values() if isinstance(v, triton.runtime.jit.JITFunction)]:
     names = list(inspect.signature(kernel.fn).parameters)
@@ -275,7 +266,7 @@ for kernel in [v for v in vars(module).values() if isinstance(v, triton.runtime.
         constants = {(len(types_) + i,): value for i, value in enumerate([*sizes, grad])}
         signature = dict(zip(names, types_ + ["constexpr"] * len(constants)))
         made = triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32),
-                              options={"num_warps": 8 if len(constants) < 6 else 4})
+                              options={"num_warps": 8})
         assert len(made.asm["cubin"]) > 1000
         done += 1
 print("compiled", done)
@@ -300,7 +291,7 @@ def test_kernels_compile_for_hopper(tmp_path, monkeypatch, packed):
     path.write_text(minified(monkeypatch) if packed else SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
     done = subprocess.run([sys.executable, "-c", COMPILE, str(path)], capture_output=True, text=True, check=False,
                           env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")})
-    assert done.stdout.strip() == "compiled 6", done.stderr[-2000:]
+    assert done.stdout.strip() == "compiled 4", done.stderr[-2000:]
 
 
 def test_the_packed_scripts_kernels_run(tmp_path, monkeypatch, ops):

@@ -213,12 +213,12 @@ def test_attention_alone_equals_the_reference(layer):
     seen = []
     original = model.attention_half
 
-    def spy(normed, which, *rest):
-        if which == layer:
+    def spy(normed, own, *rest):
+        if torch.equal(own.mix, model.resid_mix[layer]):
             normed = n
-            seen.append(original(normed, which, *rest))
+            seen.append(original(normed, own, *rest))
             return seen[-1]
-        return original(normed, which, *rest)
+        return original(normed, own, *rest)
 
     model.attention_half = spy
     model(random_text(cfg, 1, 11)[0])
@@ -424,7 +424,7 @@ def test_every_matrix_product_is_a_hooked_linear():
 def test_adapter_equals_a_changed_weight(role):
     cfg = tiny()
     model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 8)
-    site = tg.Site(role, 0 if role == "head" else 3)
+    site = tg.Site(role) if role == "head" else tg.Site(role, 3)
     seen = []
     model(ids, hooks=tg.Hooks(fake_quant=lambda w, s: seen.append(w) or w if s == site else w))
     generator = torch.Generator().manual_seed(9)
