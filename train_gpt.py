@@ -1501,7 +1501,7 @@ class Layer(NamedTuple):
     attn_scale: Tensor  # (d,)
     mlp_scale: Tensor  # (d,)
     q_gain: Tensor  # (heads,)
-    norm_scale: Tensor | None  # (1,)
+    norm_scale: Tensor | None  # 0-dim
     gate: Tensor | None  # (heads, inputs)
     value_scale: Tensor | None  # 0-dim
     skip: Tensor | None  # (d,), of the skip that ends here
@@ -1578,7 +1578,7 @@ class GPT(nn.Module):
         elif cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
             new("attn_gate", torch.zeros(layers, heads, cfg.gate_window))
         if cfg.ln_scale:  # a tensor: of numbers, torch.compile would make a graph for each layer
-            self.register_buffer("norm_scale", torch.arange(1, layers + 1)[:, None] ** -0.5, persistent=False)
+            self.register_buffer("norm_scale", torch.arange(1, layers + 1) ** -0.5, persistent=False)
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
                 hooks: Hooks = NO_HOOKS, loops: int | None = None, parts: list[Callable] | None = None) -> Tensor:
@@ -1590,35 +1590,34 @@ class GPT(nn.Module):
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
         rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
         x, values = embed(ids, bounds, hooks.at())
-        shared = Shared(x, values, [t.to(x.dtype) for t in rope], bounds)
+        shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds)
         order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
         half, skips, lane, outputs = len(order) // 2, [], None, {}
-        tables = self.tables()
-        slices = {name: p.unbind(0) for name, p in (*self.named_parameters(), *self.named_buffers())
-                  if p.ndim > 1 and name not in tables}
+        stacks = dict([*self.named_parameters(), *self.named_buffers()])
+        stacks |= {name: bank.unbind(0) for name, bank in self.banks().items()}  # their gradients come in one piece
         for n, (layer, visit) in enumerate(order):
             skip = skips.pop() if n >= half and skips else None
-            own = self.slice_layer(slices, layer, visit, -1 if skip is None else n - half)
+            own = self.slice_layer(stacks, layer, visit, -1 if skip is None else n - half)
             last = None if own.blend is None else outputs[layer]
             x, lane = run_layer(x, lane, skip, last, own, shared, hooks.at(layer, visit))
             outputs[layer] = x
-            if n < half:
-                skips.append(x)
+            if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
+                skips.append(x.view_as(x))
         return predict(x, lane, targets, hooks.at())
 
-    def slice_layer(self, slices: dict[str, tuple[Tensor, ...]], layer: int, visit: int, step: int) -> Layer:
+    def slice_layer(self, stacks: dict[str, Any], layer: int, visit: int, step: int) -> Layer:
         """This layer's share of parameters that are cut along their first dimension; `step`: of the decoder, or -1."""
         n, late = self.cfg.num_layers, layer - self.cfg.parallel_start_layer
 
         def of(name: str, i: int = layer) -> Tensor | None:
-            return slices[name][i] if name in slices and i >= 0 else None
+            return stacks[name][i] if name in stacks and i >= 0 else None
 
         weights = {"q": of("qo_bank"), "k": of("kv_bank"), "v": of("kv_bank", n + layer), "o": of("qo_bank", n + layer),
                    "up": of("mlp_up_bank"), "down": of("mlp_down_bank")}
         blend = of("recur_blend", visit - 1)
         return Layer(
             weights, of("resid_mix"), of("attn_scale"), of("mlp_scale"), of("q_gain"), of("norm_scale"), of("attn_gate"),
-            self.ve_layer_scale[self.ve_layers.index(layer)] if layer in self.ve_layers else None,
+            of("ve_layer_scale", self.ve_layers.index(layer) if layer in self.ve_layers else -1),
             of("skip_weight", step), of("skip_gate", step),
             None if blend is None else blend[layer - self.cfg.loop_start],
             of("lane_keep", late), of("lane_write", late), layer >= n - self.cfg.xsa_last_n, late >= 0)
@@ -1792,7 +1791,7 @@ def build_model(cfg: Settings, rt: Runtime, attend: Callable, bos: int, ops: Ops
     return model
 
 
-def compile_model(model: GPT, backend: str = "inductor") -> tuple[Callable, Callable]:
+def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Callable, Callable]:
     """The model's forward pass compiled whole, and the same by its parts, where layers of a kind share a graph.
 
     Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many,

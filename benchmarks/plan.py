@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """What torch.compile plans for a training step on an H100: bytes by kind of kernel, of plain forms and of FUSED=1.
 
-    NUM_LOOPS=2 python benchmarks/plan.py              plain forms, each kernel of FUSED=1 alone, all of them
+    NUM_LOOPS=2 python benchmarks/plan.py              plain forms, whole and by parts, each kernel of FUSED=1, all
     NUM_LOOPS=2 python benchmarks/plan.py plain mlp --list
+    FP8=both python benchmarks/plan.py plain
 
 Needs a CUDA build of torch, but no GPU: Inductor's passes and its scheduler run on fake tensors under an H100's
 properties up to the list of kernels to make, and stop there. Nothing is compiled further, run or timed: this says how
@@ -13,6 +14,10 @@ step is cut into forward and backward as for a CPU and its tensors are moved to 
 without documents stands in as one operator that is not looked into: q, k, v in and y out; backward q, k, v, y and y's
 gradient in, three gradients out. So do the operators of FUSED=1, to whose bytes is added what inside() says. Each such
 operator is one kernel here, whatever it launches. Optimizer and EMA are outside: count.py has them.
+
+`parts` is the forward pass compiled by its parts, as test-time training has it: each graph is planned once and counts as
+often as it is called; what joins their gradients is outside. Seconds are those of planning, on this machine's one
+thread: tracing and Inductor's own work, most of what a first step waits for.
 """
 
 import argparse
@@ -20,6 +25,7 @@ import copy
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,7 +40,7 @@ import train_gpt as tg
 
 PRODUCTS, ATTENTION, REDUCTIONS, POINTWISE, FUSED, OTHER = KINDS = (
     "matrix products", "attention", "reductions", "pointwise", "kernels of FUSED=1", "other")
-FORMS = ("plain", *tg.Ops._fields, "fused")
+FORMS = ("plain", "parts", *tg.Ops._fields, "fused")
 H100 = SimpleNamespace(
     name="NVIDIA H100", major=9, minor=0, total_memory=80 * 2**30, multi_processor_count=132, warp_size=32,
     max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, shared_memory_per_block=49152,
@@ -120,7 +126,7 @@ def schedule(graph: torch.fx.GraphModule, inputs: list) -> list[Planned]:
             parts, size, name = node.get_nodes(), node.get_read_write_buffers_sizes(), ""
             if node.is_extern():
                 name = str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None))
-                starts = {"aten.mm": PRODUCTS, "aten.bmm": PRODUCTS, "plan.": ATTENTION, "train_gpt.": FUSED}
+                starts = {"aten.mm": PRODUCTS, "aten.bmm": PRODUCTS, "aten._scaled_mm": PRODUCTS, "plan.": ATTENTION, "train_gpt.": FUSED}
                 kind = next((k for start, k in starts.items() if name.startswith(start)), OTHER)
             else:
                 kind = REDUCTIONS if any(part.is_reduction() for part in parts) else POINTWISE
@@ -131,20 +137,38 @@ def schedule(graph: torch.fx.GraphModule, inputs: list) -> list[Planned]:
     return rows
 
 
-def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable) -> list[list[Planned]]:
-    """The kernels of forward and those of backward, with what operators of FUSED=1 move inside."""
+class Plan(NamedTuple):
+    """All kernels of a step, those of a graph as often as it is called."""
+
+    forward: list[Planned]
+    backward: list[Planned]
+    graphs: int
+    seconds: float
+
+
+def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable) -> Plan:
+    """The kernels of a training step, with what operators of FUSED=1 move inside."""
     from torch._inductor import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    ops, graphs = tg.fused_ops() if form == "fused" else tg.PLAIN, []
+    ops, found, made = tg.fused_ops() if form == "fused" else tg.PLAIN, ([], []), []
     if form in tg.Ops._fields:
         ops = ops._replace(**{form: getattr(tg.fused_ops(), form)})
 
-    def keep(graph: torch.fx.GraphModule, inputs: list, **_):
-        rows = schedule(graph, inputs)
-        more = [inside(cfg, tokens, row.name.split(".")[1], bool(graphs)) if row.kind == FUSED else 0 for row in rows]
-        graphs.append([row._replace(size=row.size + size) for row, size in zip(rows, more)])
-        return compile_fx.make_boxed_func(graph.forward)
+    def keep(graph: torch.fx.GraphModule, inputs: list, is_backward: bool = False, **_) -> Callable:
+        rows, run = schedule(graph, inputs), compile_fx.make_boxed_func(graph.forward)
+        more = [inside(cfg, tokens, row.name.split(".")[1], is_backward) if row.kind == FUSED else 0 for row in rows]
+        made.append([row._replace(size=row.size + size) for row, size in zip(rows, more)])
+
+        def called(inputs: list, rows: list[Planned] = made[-1]) -> list:
+            found[is_backward].extend(rows)
+            return run(inputs)
+
+        called._boxed_call = True
+        return called
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        return compile_fx.compile_fx(graph, inputs, inner_compile=keep)
 
     torch._dynamo.reset()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -152,12 +176,12 @@ def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable)
         for name, p in list(model.named_parameters()):
             setattr(model, name, torch.nn.Parameter(torch.empty(p.shape)))
         ids, targets = (torch.zeros(tokens // cfg.train_seq_len, cfg.train_seq_len, dtype=torch.long) for _ in "it")
-        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=lambda graph, inputs: (
-            compile_fx.compile_fx(graph, inputs, inner_compile=keep)))
-        compiled(ids, targets, loops=loops).sum().backward()
-    if len(graphs) != 2:
-        raise RuntimeError(f"{len(graphs)} graphs instead of one forward and one backward")
-    return graphs
+        forward, start = tg.compile_model(model, backend)[form == "parts"], time.perf_counter()
+        forward(ids, targets, hooks=tg.Hooks(fp8=cfg.fp8), loops=loops).sum().backward()
+        seconds = time.perf_counter() - start
+    if form != "parts" and len(made) != 2:
+        raise RuntimeError(f"{len(made)} graphs instead of one forward and one backward")
+    return Plan(*found, len(made), seconds)
 
 
 def main(arguments: list[str]) -> int:
@@ -193,25 +217,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def report(found: dict[str, list[list[Planned]]], args: argparse.Namespace, number: int, layers: int) -> None:
+def report(found: dict[str, Plan], args: argparse.Namespace, number: int, layers: int) -> None:
     """`number`: bytes of one bf16 number a token and channel."""
-    for form, graphs in found.items() if args.list else ():
-        for label, rows in zip(("forward", "backward"), graphs):
+    for form, planned in found.items() if args.list else ():
+        for label, rows in zip(("forward", "backward"), planned):
             print(f"{form}, {label}: numbers a token and channel, kind, operations; those under 0.02 are left out")
             for row in rows:
                 if row.size >= 0.02 * number:
                     print(f"{row.size / number:8.2f}  {row.kind:18}  {(row.name or row.operations)[:90]}")
-    kinds = [kind for kind in KINDS if kind != OTHER or any(row.kind == kind for graphs in found.values()
-                                                            for rows in graphs for row in rows)]
+    kinds = [kind for kind in KINDS if kind != OTHER or any(row.kind == kind for planned in found.values()
+                                                            for rows in planned[:2] for row in rows)]
     print(f"{layers} layers, {args.tokens:,} tokens, torch {torch.__version__}: planned for an H100, not run; "
-          f"GB forward + backward\n\n| form | {' | '.join(kinds)} | all | kernels |\n|---|{'---|' * (len(kinds) + 2)}")
+          f"GB forward + backward\n\n| form | {' | '.join(kinds)} | all | kernels | graphs | seconds |\n"
+          f"|---|{'---|' * (len(kinds) + 4)}")
     figures = {}
-    for form, graphs in found.items():
-        gb = {kind: [sum(row.size for row in rows if row.kind == kind) / 1e9 for rows in graphs] for kind in kinds}
-        gb["all"] = [sum(row.size for row in rows) / 1e9 for rows in graphs]
-        figures[form] = gb | {"kernels": [len(rows) for rows in graphs]}
+    for form, (*steps, graphs, seconds) in found.items():
+        gb = {kind: [sum(row.size for row in rows if row.kind == kind) / 1e9 for rows in steps] for kind in kinds}
+        gb["all"] = [sum(row.size for row in rows) / 1e9 for rows in steps]
+        figures[form] = gb | {"kernels": [len(rows) for rows in steps], "graphs": graphs, "seconds": seconds}
         cells = [f"{forward:.2f} + {backward:.2f}" for forward, backward in gb.values()]
-        print(f"| {form} | {' | '.join(cells)} | {' + '.join(map(str, figures[form]['kernels']))} |")
+        print(f"| {form} | {' | '.join(cells)} | {' + '.join(map(str, figures[form]['kernels']))} | {graphs} | {seconds:.1f} |")
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "layers": layers, "tokens": args.tokens,
                                          "planned_for": H100.name, "forms": figures}, indent=1) + "\n")

@@ -464,6 +464,66 @@ def test_forward_is_one_graph(packed):
     torch._dynamo.reset()
 
 
+def counting(graphs: list) -> object:
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return backend
+
+
+@pytest.mark.parametrize("layers", [6, 12])
+def test_layers_of_a_kind_share_a_graph(layers):
+    """By parts: the embedding, layers with and without a skip that ends there, and the head, however many there are."""
+    cfg = tiny(num_layers=layers, xsa_last_n=layers)
+    model, (ids, targets), graphs = random_model(cfg), random_text(cfg, 2, 8), []
+    torch._dynamo.reset()
+    _, parts = tg.compile_model(model, counting(graphs))
+    assert torch.equal(parts(ids, targets), model(ids, targets)) and len(graphs) == 4
+    assert torch.equal(parts(ids), model(ids)) and len(graphs) == 5  # logits
+    torch._dynamo.reset()
+
+
+def test_the_width_of_adapted_batches_makes_no_new_graph():
+    """From the second width on, with adapters of all layers and without; each graph is that of one layer's kind."""
+    cfg = tiny(num_layers=6, xsa_last_n=6, ttt_mode="lora", ttt_batch_size=3, ttt_lora_rank=2, ttt_chunk_size=4)
+    model, graphs = random_model(cfg).requires_grad_(False), []
+    adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
+    adapters.reset()
+    torch._dynamo.reset()
+    _, parts = tg.compile_model(model, counting(graphs))
+    for hooks in (adapters.hooks, tg.NO_HOOKS):
+        made = []
+        for width in (4, 7, 8, 16, 20):
+            ids, targets = random_text(cfg, 3, width)
+            with torch.set_grad_enabled(hooks is not tg.NO_HOOKS):
+                assert torch.equal(parts(ids, targets, hooks=hooks), model(ids, targets, hooks=hooks))
+            made.append(len(graphs))
+        assert made[1] == made[-1]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("changes", [{}, {"xsa_last_n": 2, "parallel_start_layer": 3, "num_loops": 1, "loop_start": 1,
+                                          "loop_end": 2, "recur_blend": "gate"}])
+def test_parts_compiled_for_training_equal_the_model(changes):
+    """By way of AOTAutograd, gradients of all parameters too; in a second shape as well, which is a graph of any."""
+    cfg = tiny(**changes)
+    model = random_model(cfg)
+    torch._dynamo.reset()
+    _, parts = tg.compile_model(model, "aot_eager")
+    for length in (6, 9):
+        ids, targets = random_text(cfg, 2, length)
+        found = []
+        for forward in (model, parts):
+            model.zero_grad()
+            losses = forward(ids, targets)
+            losses.sum().backward()
+            found.append([losses.detach(), *(p.grad.clone() for p in model.parameters())])
+        for want, got in zip(*found):
+            assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+    torch._dynamo.reset()
+
+
 # ----- initial weights
 
 

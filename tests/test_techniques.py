@@ -371,7 +371,8 @@ def test_encoder_and_decoder_of_the_looped_order():
     model.layer = spy
     model(packed_text(cfg)[0])
     outputs = [y for kind, _, y in events if kind == "block"]
-    joined = [(next(n for n, y in enumerate(outputs) if y is skip), i) for kind, i, skip in events if kind == "join"]
+    joined = [(next(n for n, y in enumerate(outputs) if torch.equal(y, skip)), i) for kind, i, skip in events
+              if kind == "join"]
     assert joined == [(7 - i, i) for i in range(8)]
     assert [(kind, which) for kind, which, _ in events] == [
         *(("block", layer) for layer in (0, 1, 2, 3, 4, 5, 3, 4)),

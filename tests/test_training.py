@@ -648,7 +648,7 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
         torch._dynamo.reset()
         calls.clear()
         model = random_model(cfg)
-        compiled = torch.compile(model, backend=backend, fullgraph=True, dynamic=False)
+        compiled, _ = tg.compile_model(model, backend)
 
         def forward(*arguments, compiled=compiled, **options):
             if torch.is_grad_enabled():
