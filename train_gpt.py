@@ -7,7 +7,7 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   runtime       device, processes, log files, the training clock
   data          token shards, the tokenizer's byte counts, shuffled windows or packed documents
   kernels       causal attention, dense or inside documents, behind one signature with four backends; what lies between
-                matrix products in plain forms, and some of it as Triton kernels (FUSED=1)
+                matrix products in plain forms, some of it as Triton kernels (FUSED=1); products in FP8
   model         one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
   optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
   training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
@@ -161,7 +161,8 @@ class Settings:
     iterations: int = setting(20000, "train", "most optimizer steps; schedules follow the nearer limit; 0: the clock")
     max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
     warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
-    fp8: str = setting("none", "train", "products in fp8, but for gradients of weights", choices="none mlp head both")
+    fp8: str = setting("none", "train", "training's products of these in fp8; not measured yet",
+                       choices="none mlp head both")
     warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
     warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
     min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0)
@@ -1173,12 +1174,11 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
 
 
 def product_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times weight (out, in), both rounded to e4m3 under a scale a row by which its largest becomes 448, the
-    largest there is.
+    """x (..., in) times weight (out, in), rows of both scaled to reach 448, e4m3's largest number, and rounded to e4m3.
     """
-    scales = [m.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448 for m in (x, weight)]
-    a, b = ((m / scale).to(torch.float8_e4m3fn) for m, scale in zip((x, weight), scales))
-    y = torch._scaled_mm(a.flatten(0, -2), b.contiguous().mT, scales[0].flatten(0, -2), scales[1].mT, out_dtype=x.dtype,
+    rows, cols = (m.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448 for m in (x, weight))
+    a, b = ((m / scale).to(torch.float8_e4m3fn) for m, scale in ((x, rows), (weight, cols)))
+    y = torch._scaled_mm(a.flatten(0, -2), b.contiguous().mT, rows.flatten(0, -2), cols.mT, out_dtype=x.dtype,
                          use_fast_accum=True)
     return y.unflatten(0, x.shape[:-1])
 
@@ -1616,8 +1616,8 @@ class GPT(nn.Module):
                    "up": of("mlp_up_bank"), "down": of("mlp_down_bank")}
         blend = of("recur_blend", visit - 1)
         return Layer(
-            weights, of("resid_mix"), of("attn_scale"), of("mlp_scale"), of("q_gain"), of("norm_scale"), of("attn_gate"),
-            of("ve_layer_scale", self.ve_layers.index(layer) if layer in self.ve_layers else -1),
+            weights, of("resid_mix"), of("attn_scale"), of("mlp_scale"), of("q_gain"), of("norm_scale"),
+            of("attn_gate"), of("ve_layer_scale", self.ve_layers.index(layer) if layer in self.ve_layers else -1),
             of("skip_weight", step), of("skip_gate", step),
             None if blend is None else blend[layer - self.cfg.loop_start],
             of("lane_keep", late), of("lane_write", late), layer >= n - self.cfg.xsa_last_n, late >= 0)
@@ -2846,7 +2846,7 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
         shapes = {n: shape for n, shape, _ in header["codes"]}
         dtypes = {n: {1: torch.int8, 2: torch.int16}[size] for n, _, size in header["codes"]}
         if sum(map(math.prod, shapes.values())) > MOST_CODES:
-            raise ValueError("more codes than any model of the challenge has")
+            raise ValueError("too many codes")
         with ThreadPoolExecutor() as pool:
             plain = packed[:1] if compressor == "ans" else packed
             half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
@@ -3248,6 +3248,13 @@ class Budget:
         return not self.late
 
 
+def finish_ttt(cfg: Settings, rt: Runtime, scorer: Scorer, plain: int) -> Score:
+    """The score, of which `plain` tokens were not adapted to for lack of time."""
+    if plain:
+        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
+    return scorer.finish()
+
+
 def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
     """Sliding evaluation in chunks, each trained on after it is scored, but for the last (PR 549, 1413, 1493).
 
@@ -3270,9 +3277,7 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
                 sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(int(chunk[0, 0]), len(val.tokens)))
             trained = scored
         plain += 0 if adapt else min(scored, len(val.tokens) - 1) - int(chunk[0, 1])
-    if plain:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
-    return scorer.finish()
+    return finish_ttt(cfg, rt, scorer, plain)
 
 
 def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
@@ -3391,7 +3396,10 @@ def warm_up_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     for p in model.parameters():
         p.requires_grad_(False)
     if cfg.ttt_mode in ("lora", "phased"):
-        for adapters in (DocumentAdapters(cfg, model, rt.device), None):
+        learning = DocumentAdapters(cfg, model, rt.device)
+        size = 16 * sum(t.numel() for t in learning.leaves)
+        rt.log(f"adapters: {size / 1e6:.1f} MB with gradients and moments")
+        for adapters in (learning, None):
             scorer = Scorer(rt, torch.ones(length + 1, dtype=torch.int32))
             score_documents(cfg, forward, tokens, scorer, [(0, length)], adapters)
     if cfg.ttt_mode in ("chunk", "phased"):
@@ -3429,10 +3437,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
             for first in range(0, end, size):  # all of it has been scored, on whatever rank
                 stop = min(first + size, end)
                 sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
-    plain = int(rt.sum_(torch.tensor(plain, device=rt.device)))
-    if plain:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
-    return scorer.finish()
+    return finish_ttt(cfg, rt, scorer, int(rt.sum_(torch.tensor(plain, device=rt.device))))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3571,7 +3576,7 @@ def audit_model(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     causal = Check(
         not unseen and noise < 1e-3 and worst[0] <= CAUSAL_TOLERANCE + 4 * noise,
         f"{f'targets {unseen} were never predicted; ' if unseen else ''}{len(watched)} cuts in {len(tokens)} tokens of "
-        f"{len(starts)} documents: replacing a target and all after it changes what is before by {worst[0]:.1e}"
+        f"{len(starts)} documents: what follows a cut changes what is before it by {worst[0]:.1e}"
         f"{f' ({worst[1]})' if worst[0] else ''}; equal runs differ by {noise:.1e}")
     gaps = torch.cat(witness.gaps)
     total = rt.sum_(torch.stack((gaps.sum(), torch.tensor(float(len(gaps) - 1), device=rt.device)))).tolist()
@@ -3665,7 +3670,7 @@ def audit_overlap(cfg: Settings, rt: Runtime, val: Validation) -> Check | None:
     mine = rt.progress(range(rt.rank, len(paths), rt.world), "audit no_overlap")
     found = find_overlap(val.tokens.cpu().numpy().astype(np.uint16), paths, mine, val.bos)
     numbers = rt.sum_(torch.from_numpy(found).int().to(rt.device)).nonzero().flatten().tolist()
-    listed = f": numbers {', '.join(map(str, numbers[:20]))}{', ...' if len(numbers) > 20 else ''}" if numbers else ""
+    listed = f", the first of them {numbers[:20]}" if numbers else ""
     return Check(len(numbers) <= OVERLAP_TOLERANCE * val.docs, f"{len(numbers)} of {val.docs} validation documents "
                  f"also start one in {len(paths)} training shards{listed}")
 
@@ -3801,9 +3806,6 @@ class Run:
         if self.cfg.ttt_mode != "none":
             if self.forward is not self.model:
                 warm_up_ttt(self.cfg, self.rt, self.model, self.final_forward, self.val)
-            if self.cfg.ttt_mode != "chunk":
-                size = sum(t.numel() for t in DocumentAdapters(self.cfg, self.model, torch.device("meta")).leaves)
-                self.rt.log(f"adapters: {16 * size / 1e6:.1f} MB with their gradients and AdamW's moments")
             self.stages["ttt"] = self.stage("ttt", lambda scorer: final_stage(
                 self.cfg, self.rt, self.model, self.final_forward, self.val, scorer))
         return time.perf_counter() - start

@@ -10,8 +10,8 @@ and looped as 17. The optimizer is not shared with other GPUs here: its time is 
 same code runs at tiny sizes, as a check that it works, and the Triton kernels in Triton's interpreter.
 
 Kernels: `kernels` checks train_gpt.py's two against their plain forms, `compiled` is the step with plain forms, `fused`
-that with both (FUSED=1), `each` that with one of them alone, and `fp8` that with FP8=mlp and FP8=head. What is right, and
-with which the step takes fewer ms than `compiled`, is worth having. `curve` trains from the initial weights, plain,
+that with both (FUSED=1), `each` that with one of them alone, `fp8` that with FP8=mlp and with FP8=head. What is right
+and makes the step take fewer ms than `compiled` is worth having. `curve` trains from the initial weights, plain,
 fused, with FP8=both, and plain from another seed to show how much losses differ by chance; on the benchmark's own
 tokens, or those of DATA_PATH where it is set, which must be of this VOCAB_SIZE.
 
@@ -370,7 +370,8 @@ class Bench:
 # in the order they run: what is wanted most first, as the time may end
 PARTS = {"kernels": Bench.check_kernels, "warm_up": Bench.warm_up, "compiled": Bench.compiled_steps,
          "families": Bench.families, "fused": Bench.fused_steps, "each": Bench.each_kernel, "fp8": Bench.fp8_steps,
-         "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps,
+         "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding,
+         "eager": Bench.eager_steps,
          "lora_eager": Bench.lora_eager, "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
 
 

@@ -66,11 +66,11 @@ def cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, C
     targets[:, ::4] = tg.IGNORE
     return {
         "mlp": Case(lambda ops, *inputs: [(ops.mlp or plain_mlp)(*inputs)], {
-            "x": normal(rows, length, d), "up": normal(hidden, d, scale=d**-0.5), "down": normal(d, hidden, scale=hidden**-0.5)},
-            ("out",), ("x", "up", "down")),
+            "x": normal(rows, length, d), "up": normal(hidden, d, scale=d**-0.5),
+            "down": normal(d, hidden, scale=hidden**-0.5)}, ("out",), ("x", "up", "down")),
         "head_losses": Case(lambda ops, *inputs: [(ops.head_losses or plain_head)(*inputs, 15.0)], {
-            "x": normal(rows, length, d), "weight": normal(vocab, d, scale=4 * d**-0.5), "targets": targets.to(device)}, ("losses",),
-            ("x", "weight")),
+            "x": normal(rows, length, d), "weight": normal(vocab, d, scale=4 * d**-0.5),
+            "targets": targets.to(device)}, ("losses",), ("x", "weight")),
     }
 
 

@@ -15,9 +15,9 @@ without documents stands in as one operator that is not looked into: q, k, v in 
 gradient in, three gradients out. So do the operators of FUSED=1, to whose bytes is added what inside() says. Each such
 operator is one kernel here, whatever it launches. Optimizer and EMA are outside: count.py has them.
 
-`parts` is the forward pass compiled by its parts, as test-time training has it: each graph is planned once and counts as
-often as it is called; what joins their gradients is outside. Seconds are those of planning, on this machine's one
-thread: tracing and Inductor's own work, most of what a first step waits for.
+`parts` is the forward pass compiled by its parts, as test-time training has it: each graph is planned once and counts
+as often as it is called; what joins their gradients is outside. Seconds are those of planning, on one thread of this
+machine: tracing and Inductor's own work, without Triton's.
 """
 
 import argparse
@@ -126,7 +126,8 @@ def schedule(graph: torch.fx.GraphModule, inputs: list) -> list[Planned]:
             parts, size, name = node.get_nodes(), node.get_read_write_buffers_sizes(), ""
             if node.is_extern():
                 name = str(getattr(node.node, "op_overload", None) or getattr(node.node, "python_kernel_name", None))
-                starts = {"aten.mm": PRODUCTS, "aten.bmm": PRODUCTS, "aten._scaled_mm": PRODUCTS, "plan.": ATTENTION, "train_gpt.": FUSED}
+                starts = dict.fromkeys(("aten.mm", "aten.bmm", "aten._scaled_mm"), PRODUCTS)
+                starts |= {"plan.": ATTENTION, "train_gpt.": FUSED}
                 kind = next((k for start, k in starts.items() if name.startswith(start)), OTHER)
             else:
                 kind = REDUCTIONS if any(part.is_reduction() for part in parts) else POINTWISE
@@ -236,7 +237,8 @@ def report(found: dict[str, Plan], args: argparse.Namespace, number: int, layers
         gb["all"] = [sum(row.size for row in rows) / 1e9 for rows in steps]
         figures[form] = gb | {"kernels": [len(rows) for rows in steps], "graphs": graphs, "seconds": seconds}
         cells = [f"{forward:.2f} + {backward:.2f}" for forward, backward in gb.values()]
-        print(f"| {form} | {' | '.join(cells)} | {' + '.join(map(str, figures[form]['kernels']))} | {graphs} | {seconds:.1f} |")
+        cells += [" + ".join(map(str, figures[form]["kernels"])), str(graphs), f"{seconds:.1f}"]
+        print(f"| {form} | {' | '.join(cells)} |")
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "layers": layers, "tokens": args.tokens,
                                          "planned_for": H100.name, "forms": figures}, indent=1) + "\n")

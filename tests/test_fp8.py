@@ -1,13 +1,18 @@
-"""FP8: products of rounded rows by hand, the gradients of both inputs, what goes through it, and its absence when off."""
+"""FP8: products of rounded rows by hand, gradients of both inputs, what goes through it, and its absence when off."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from test_techniques import packed_text, random_model, tiny
 from test_training import random_batches, rt  # noqa: F401
 from test_training import tiny as training
+
+sys.path.append(str(ROOT / "benchmarks"))
+from kernel_check import plain_head, plain_mlp
 
 import train_gpt as tg
 
@@ -107,8 +112,8 @@ def test_kernels_stay_where_fp8_is_not():
     """FP8=mlp leaves the head to FUSED=1's kernel, and the other way round."""
     used, cfg = [], tiny()
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
-    model.ops = tg.Ops(mlp=lambda x, up, down: used.append("mlp") or F.linear(tg.squared_leaky_relu(F.linear(x, up)), down),
-                       head_losses=lambda x, w, t, cap: used.append("head") or tg.cross_entropy(F.linear(x, w), t, cap))
+    model.ops = tg.Ops(mlp=lambda *inputs: used.append("mlp") or plain_mlp(*inputs),
+                       head_losses=lambda *inputs: used.append("head") or plain_head(*inputs))
     for which, expected in (("none", {"mlp", "head"}), ("mlp", {"head"}), ("head", {"mlp"}), ("both", set())):
         used.clear()
         model(ids, targets, hooks=tg.Hooks(fp8=which))
