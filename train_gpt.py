@@ -94,7 +94,8 @@ class Settings:
     seed: int = setting(1337, "run", "seed of initial weights and of the data order", high=2**63 - 1)
     device: str = setting("auto", "run", "where to run", choices="auto cpu cuda")
     dtype: str = setting("auto", "run", "of matrix products; auto: bf16 where it is fast", choices="auto bf16 fp32")
-    compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
+    compile: str = setting("auto", "run", "torch.compile the model, whole or by parts, which starts sooner and runs "
+                           "slower; auto: 1 on GPUs", choices="auto 0 1 parts")
     attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
     fused: bool = setting(False, "run", "Triton kernels for MLP and loss; not measured yet")
     eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
@@ -3025,12 +3026,16 @@ def shorten_names(nodes: list[ast.AST]) -> None:
 
 
 def strip(tree: ast.Module) -> None:
-    """Take from the script what a packed one has no use for: annotations that nothing reads, help, and the packer."""
+    """Take from the script what a packed one has no use for: annotations that nothing reads, causes of errors that
+    become one line, help, and the packer.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.AnnAssign) and name_of(getattr(node.value, "func", None)) != "setting":
             node.annotation = ast.Constant(0)
         elif isinstance(node, ast.arg) and name_of(node.annotation) != "constexpr":  # which Triton reads
             node.annotation = None
+        elif isinstance(node, ast.Raise):
+            node.cause = None
         elif isinstance(node, ast.Call) and name_of(node.func) == "setting" and len(node.args) == 3:
             node.args.pop()
         elif isinstance(node, ast.FunctionDef):
@@ -3713,7 +3718,7 @@ class Run:
             self.code = pack_code(file.read()) if rt.rank == 0 else b""
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
-        compiled = cfg.compile == "1" or (cfg.compile == "auto" and rt.device.type == "cuda")
+        compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile != "0"
         rt.log(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
         for given, meant in notes.aliases.items():
             rt.log(f"alias: {given} taken as {meant}")
@@ -3728,7 +3733,8 @@ class Run:
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
         self.model = build_model(cfg, rt, attend, self.val.bos, ops)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
-        self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
+        whole, parts = compile_model(self.model) if compiled else (self.model, self.model)
+        self.forward = parts if cfg.compile == "parts" else whole
         self.final_forward = self.forward if cfg.ttt_mode == "none" else parts
 
     def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
