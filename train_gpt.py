@@ -2968,9 +2968,8 @@ def prune(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str,
 
 
 PACKED_START = b"""#coding:l1
-try:import pyppmd
-except ImportError:raise SystemExit("error: no package pyppmd: pip install pyppmd")
-import linecache
+try:import linecache as l,pyppmd as p
+except ImportError:exit("error: no package pyppmd: pip install pyppmd")
 """
 
 
@@ -3080,8 +3079,8 @@ def pack_code(source: bytes) -> bytes:
         data = pyppmd.compress(small.encode(), max_order=order).decode("latin1")
         literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.replace("\\", r"\\"))
         literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
-        packed.append(f"s=pyppmd.decompress('''{literal}'''.encode('l1'),max_order={order}).decode()\n"
-                      "n='train_gpt';linecache.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
+        packed.append(f"s=p.decompress('''{literal}'''.encode('l1'),max_order={order}).decode()\n"
+                      "n='train_gpt';l.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
     return PACKED_START + min(packed, key=len).encode("latin1")
 
 
@@ -3695,8 +3694,10 @@ def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:
     """Resolve the `auto` values that depend on the device."""
     most = 8192
     if rt.device.type == "cuda":
-        if cfg.fp8 != "none" and (rt.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rt.device)[0] < 9):
-            raise RunError(f"FP8={cfg.fp8}: needs a Hopper GPU and bf16; takes none here")
+        if cfg.fp8 != "none" and (
+                math.gcd(16, cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim), cfg.vocab_size, cfg.embedding_dim) < 16
+                or rt.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rt.device)[0] < 9):
+            raise RunError(f"FP8={cfg.fp8}: needs a Hopper GPU, bf16 and widths in sixteens; takes none here")
         most = int(98304 * min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9))
     micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, most)
     return dataclasses.replace(cfg, micro_batch_tokens=micro,

@@ -134,15 +134,18 @@ def test_it_goes_through_torch_compile_whole():
         assert (got - want).abs().max() <= 1e-3 * want.abs().max()  # a last bit may turn a rounding
 
 
-@pytest.mark.parametrize("dtype, capability, fits", [(torch.bfloat16, (9, 0), True), (torch.bfloat16, (8, 9), False),
-                                                     (torch.float32, (9, 0), False)])
-def test_it_is_refused_where_it_cannot_run(monkeypatch, dtype, capability, fits):
+@pytest.mark.parametrize("dtype, capability, changes, fits", [
+    (torch.bfloat16, (9, 0), {}, True), (torch.bfloat16, (9, 0), {"embedding_dim": 128}, True),
+    (torch.bfloat16, (8, 9), {}, False), (torch.float32, (9, 0), {}, False),
+    *((torch.bfloat16, (9, 0), {name: value}, False) for name, value in (
+        ("vocab_size", 1000), ("mlp_mult", 3.01), ("embedding_dim", 100), ("model_dim", 520)))])
+def test_it_is_refused_where_it_cannot_run(monkeypatch, dtype, capability, changes, fits):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80e9))
     rt = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)  # noqa: F811
-    assert tg.fit_to_device(tg.Settings(), rt).micro_batch_tokens == 98304
+    assert tg.fit_to_device(tg.Settings(**changes), rt).micro_batch_tokens == 98304
     if fits:
-        assert tg.fit_to_device(tg.Settings(fp8="mlp"), rt).fp8 == "mlp"
+        assert tg.fit_to_device(tg.Settings(fp8="mlp", **changes), rt).fp8 == "mlp"
         return
-    with pytest.raises(tg.RunError, match="FP8=mlp: needs a Hopper GPU and bf16; takes none here"):
-        tg.fit_to_device(tg.Settings(fp8="mlp"), rt)
+    with pytest.raises(tg.RunError, match="FP8=mlp: needs a Hopper GPU, bf16 and widths in sixteens; takes none here"):
+        tg.fit_to_device(tg.Settings(fp8="mlp", **changes), rt)

@@ -258,7 +258,8 @@ def test_weighted_steps_fill_the_budget_and_never_exceed_it(tiny, tmp_path):
                                   "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024"})
         assert done.returncode == 0, done.stderr
         result = read_result(tmp_path)
-        assert result["fits"] and 0.999 * budget <= result["bytes_total"] <= budget
+        # of so small a model one step of one row can change what a table's rows share, and with it 150 bytes
+        assert result["fits"] and budget - 200 <= result["bytes_total"] <= budget
         sizes.append(result["stages"]["quantized"]["val_loss"] - result["stages"]["pre_quant"]["val_loss"])
     assert sizes[1] < sizes[0]  # more bytes, less loss
 

@@ -184,7 +184,7 @@ class Adapted(Reference):
         self.visits = {}
 
     def delta(self, role: str, layer: int = 0):
-        pair = self.pairs.get((role, layer, self.visits.get(layer, 0) if role != "head" else 0))
+        pair = self.pairs.get((role, layer, self.visits.get(layer, 0)) if role != "head" else ("head", -1, 0))
         return self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank * pair[1] @ pair[0] if pair else 0.0
 
     def attention(self, u, layer, ids):
@@ -272,7 +272,7 @@ def test_adapters_start_as_specified():
     made = tg.DocumentAdapters(cfg, random_model(cfg), torch.device("cpu"))
     made.reset()
     roles = [(role, layer, visit) for layer, visit in [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)] for role in ROLES[:-1]]
-    assert sorted(map(tuple, made.hooks.adapters)) == sorted([*roles, ("head", 0, 0)])
+    assert sorted(map(tuple, made.hooks.adapters)) == sorted([*roles, ("head", -1, 0)])
     for site, (a, b, scale) in made.hooks.adapters.items():
         a, b = a.detach(), b.detach()
         width, out = (8, 23) if site.role == "head" else (16, 8 if site.role in "kv" else 16)
