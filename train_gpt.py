@@ -94,8 +94,7 @@ class Settings:
     seed: int = setting(1337, "run", "seed of initial weights and of the data order", high=2**63 - 1)
     device: str = setting("auto", "run", "where to run", choices="auto cpu cuda")
     dtype: str = setting("auto", "run", "of matrix products; auto: bf16 where it is fast", choices="auto bf16 fp32")
-    compile: str = setting("auto", "run", "torch.compile the model, whole or by parts, which starts sooner and runs "
-                           "slower; auto: 1 on GPUs", choices="auto 0 1 parts")
+    compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
     attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
     fused: bool = setting(False, "run", "Triton kernels for MLP and loss; not measured yet")
     eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
@@ -1185,7 +1184,7 @@ def product_fp8(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class LinearFp8(torch.autograd.Function):
-    """F.linear with FP8: the product and the gradient of x in e4m3 (arXiv 2209.05433), that of the weight as it is."""
+    """F.linear by products of e4m3 (the format: arXiv 2209.05433), but for the weight's gradient."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
@@ -1601,7 +1600,8 @@ class GPT(nn.Module):
             own = self.slice_layer(stacks, layer, visit, -1 if skip is None else n - half)
             last = None if own.blend is None else outputs[layer]
             x, lane = run_layer(x, lane, skip, last, own, shared, hooks.at(layer, visit))
-            outputs[layer] = x
+            if self.cfg.recur_blend != "none":
+                outputs[layer] = x
             if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
                 skips.append(x.view_as(x))
         return predict(x, lane, targets, hooks.at())
@@ -2074,8 +2074,8 @@ class Trainer:
         try:
             saved = torch.load(path, map_location=self.rt.device, weights_only=True)
             for name, value in self.must_match().items():
-                if saved["settings"][name] != value:
-                    raise RunError(f"{path}: made with {name.upper()}={saved['settings'][name]}, this run has {value}")
+                if (was := saved["settings"].get(name)) != value:
+                    raise RunError(f"{path}: made with {name.upper()}={was}, this run has {value}")
             torch._foreach_copy_([p.detach() for p in self.params], saved["params"])
             self.optimizer.muon.load(saved["muon"])
             self.optimizer.adamw.load_state_dict(saved["adamw"])
@@ -3017,7 +3017,7 @@ def shorten_names(nodes: list[ast.AST]) -> None:
              "snapshots progress leaves turns faults adapters local_rank began vectors largest attend reserve "
              "attn_scale mlp_scale q_gain norm_scale skip_gate value_scale excludes parallel boundary final_forward"
              )  # of our methods and fields: nothing else has one of these
-    short = {name: f"{chr(ord('a') + i % 26)}{i // 26}" for i, name in enumerate(names.split())}
+    short = {name: f"{chr(ord('a') + i % 26)}{i // 26 + 1}" for i, name in enumerate(names.split())}
     for node in nodes:
         for field in ("attr", "name", "id", "arg"):
             if getattr(node, field, None) in short:
@@ -3396,19 +3396,22 @@ def warm_up_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
     """Compile the graphs of test-time training on random tokens: one long document, and a step that changes nothing."""
     length = cfg.ttt_eval_seq_len + 2 * cfg.ttt_chunk_size
     tokens = torch.randint(cfg.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(cfg.seed))
-    tokens = tokens.to(val.tokens)
+    tokens, scorer = tokens.to(val.tokens), Scorer(rt, torch.ones(length + 1, dtype=torch.int32))
     for p in model.parameters():
         p.requires_grad_(False)
-    if cfg.ttt_mode in ("lora", "phased"):
+    if cfg.ttt_mode != "chunk":
         learning = DocumentAdapters(cfg, model, rt.device)
         size = 16 * sum(t.numel() for t in learning.leaves)
         rt.log(f"adapters: {size / 1e6:.1f} MB with gradients and moments")
         for adapters in (learning, None):
-            scorer = Scorer(rt, torch.ones(length + 1, dtype=torch.int32))
             score_documents(cfg, forward, tokens, scorer, [(0, length)], adapters)
-    if cfg.ttt_mode in ("chunk", "phased"):
+    else:
+        windows = torch.zeros(rt.world * (cfg.eval_batch_tokens // cfg.eval_seq_len), 2, dtype=torch.long)
+        score_windows(cfg, rt, forward, val._replace(tokens=tokens), scorer, windows.to(rt.device), "warm-up")
+    if cfg.ttt_mode != "lora":
         size = cfg.ttt_chunk_tokens if cfg.ttt_mode == "chunk" else cfg.global_ttt_chunk_tokens
-        Sgd(cfg, rt, model, forward, 0.0, 0.0, size).step(tokens, val.bos, 1.0)
+        sgd = Sgd(cfg, rt, model, forward, 0.0, 0.0, size)
+        sgd.step(tokens.repeat(rt.world * sgd.rows), val.bos, 1.0)  # something for each rank
 
 
 def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
@@ -3719,7 +3722,7 @@ class Run:
             self.code = pack_code(file.read()) if rt.rank == 0 else b""
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
-        compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile != "0"
+        compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"
         rt.log(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
         for given, meant in notes.aliases.items():
             rt.log(f"alias: {given} taken as {meant}")
@@ -3734,8 +3737,7 @@ class Run:
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
         self.model = build_model(cfg, rt, attend, self.val.bos, ops)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
-        whole, parts = compile_model(self.model) if compiled else (self.model, self.model)
-        self.forward = parts if cfg.compile == "parts" else whole
+        self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
         self.final_forward = self.forward if cfg.ttt_mode == "none" else parts
 
     def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:

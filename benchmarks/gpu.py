@@ -157,14 +157,16 @@ class Bench:
         before = [p.detach().clone() for p in self.model.parameters()]
         found = {"steps": steps, "mean_of_last": last, "tokens_of": "DATA_PATH" if self.train_path else "the benchmark"}
         try:
-            for ops, runs in ((tg.PLAIN, {"plain": {}, "plain_next_seed": {"seed": seed + 1}, "fp8": {"fp8": "both"}}),
-                              (self.fused, {"fused": {}})):
+            for ops, runs in ((tg.PLAIN, {"plain": {}, "plain_next_seed": {"seed": seed + 1}}),
+                              (self.fused, {"fused": {}}), (tg.PLAIN, {"fp8": {"fp8": "both"}})):
                 if ops:
                     with self.using(ops) as forward:
                         for name, changes in runs.items():
                             found[f"{name}_loss"] = self.train(forward, steps, last, changes)
         except OutOfTime:
             found["error"] = "out of time"
+        except Exception as error:  # what has been measured is worth having
+            found["error"] = describe(error)
         finally:
             for p, value in zip(self.model.parameters(), before):
                 p.detach().copy_(value)

@@ -631,25 +631,48 @@ def test_no_phase_adapts_again_once_the_budget_is_spent(monkeypatch, budget):
 # ----- compile warm-up
 
 
-def test_warm_up_meets_every_shape_and_reads_no_validation_token(monkeypatch):
-    cfg = config(ttt_eval_seq_len=12, ttt_chunk_size=3, ttt_batch_size=2, eval_budget_seconds=1e-9)
+@pytest.mark.parametrize("mode", ["lora", "phased", "chunk"])
+def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
+    """Shapes, and whether adapters, weights or nothing learns: what would make another graph."""
+    cfg = config(ttt_eval_seq_len=12, ttt_chunk_size=3, ttt_batch_size=2, ttt_mode=mode, eval_budget_seconds=1e-9)
     model, seen, read = random_model(cfg), set(), []
 
     def forward(ids, targets, hooks=tg.NO_HOOKS, **options):
         read.append(ids)
-        seen.add((tuple(ids.shape), hooks.adapters is not None, torch.is_grad_enabled()))
+        seen.add((tuple(ids.shape), hooks.adapters is not None, torch.is_grad_enabled(), model.tok_emb.requires_grad))
         return model(ids, targets, hooks=hooks, **options)
 
-    val = validation(torch.full((60,), 22, dtype=torch.int32))
+    val, before = validation(torch.full((60,), 22, dtype=torch.int32)), copy.deepcopy(model)
     tg.warm_up_ttt(cfg, Rank(), model, forward, val)
     assert read and all(int((ids == 22).sum()) < ids.numel() for ids in read)
-    assert all(p.grad is None for p in model.parameters())
-    warm, seen = seen.copy(), seen
+    assert all(p.grad is None and torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
+    warm = seen.copy()
     seen.clear()
     for budget in (0.0, 1e-9):
         adapt_to(dataclasses.replace(cfg, eval_budget_seconds=budget), model, stream([2, 5, 9, 30, 14, 7, 1]),
                  forward=forward)
     assert seen and seen <= warm, seen - warm
+    assert any(adapted for _, adapted, _, _ in seen) == (mode != "chunk")
+    assert any(learning for *_, learning in seen) == (mode != "lora")
+
+
+@pytest.mark.parametrize("mode", ["phased", "chunk"])
+def test_every_rank_warms_up(mode):
+    """With something to do in each kind of pass."""
+    def work(fake: FakeRuntime) -> set:
+        rank = Rank(fake.rank, fake.world, fake.meeting)
+        cfg = config(ttt_mode=mode, ttt_batch_size=2)
+        model, seen = random_model(cfg), set()
+
+        def forward(ids, targets, hooks=tg.NO_HOOKS, **options):
+            seen.add((hooks.adapters is not None, torch.is_grad_enabled()))
+            return model(ids, targets, hooks=hooks, **options)
+
+        tg.warm_up_ttt(cfg, rank, model, forward, validation(torch.full((60,), 22, dtype=torch.int32)))
+        return seen
+
+    expected = {"chunk": {(False, False), (False, True)}, "phased": {(False, False), (False, True), (True, True)}}
+    assert on_ranks(3, work) == [expected[mode]] * 3
 
 
 # ----- the whole script
