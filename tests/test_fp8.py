@@ -126,7 +126,7 @@ def test_kernels_stay_where_fp8_is_not():
 
 
 def test_it_goes_through_torch_compile_whole():
-    cfg = tiny()
+    cfg = tiny(num_layers=2)
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
     compiled, hooks, found = tg.compile_model(model, "aot_eager")[0], tg.Hooks(fp8="both"), []
     for forward in (model, compiled):

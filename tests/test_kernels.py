@@ -167,7 +167,7 @@ def test_hooks_ride_on_the_same_products_with_kernels(ops):
 
 def test_kernels_go_through_torch_compile_whole(ops):
     """One graph, forward and backward, by way of AOTAutograd, and the shapes it was told hold."""
-    cfg = tiny()
+    cfg = tiny(num_layers=2)
     plain, fused = random_model(cfg), random_model(cfg)
     fused.ops = ops
     ids, targets = packed_text(cfg)
