@@ -86,7 +86,7 @@ class Bench:
         with torch.no_grad():
             for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient
                 bank.normal_(std=bank.size(2) ** -0.5)
-        self.compiled, self.learner = self.compile()
+        self.compiled, self.by_parts = self.compile()
         self.fused = tg.fused_ops() if kernel_check.can_run(rt.device) else None
         name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
         self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
@@ -292,7 +292,7 @@ class Bench:
         return self.lora(self.model)
 
     def lora_compiled(self) -> dict:
-        return self.lora(self.learner)
+        return self.lora(self.by_parts)
 
     def lora(self, forward: Callable) -> dict:
         """LoRA test-time training over the validation documents, after a batch of them to warm up or compile.
@@ -373,8 +373,8 @@ class Bench:
 PARTS = {"kernels": Bench.check_kernels, "warm_up": Bench.warm_up, "compiled": Bench.compiled_steps,
          "families": Bench.families, "fused": Bench.fused_steps, "each": Bench.each_kernel, "fp8": Bench.fp8_steps,
          "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding,
-         "eager": Bench.eager_steps,
-         "lora_eager": Bench.lora_eager, "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
+         "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager, "quantization": Bench.quantization,
+         "lora_compiled": Bench.lora_compiled}
 
 
 def is_device(name: str, kind: str) -> bool:

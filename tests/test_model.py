@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
@@ -464,41 +465,33 @@ def test_forward_is_one_graph(packed):
     torch._dynamo.reset()
 
 
-def counting(graphs: list) -> object:
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    return backend
-
-
 @pytest.mark.parametrize("layers", [6, 12])
 def test_layers_of_a_kind_share_a_graph(layers):
     """By parts: the embedding, layers with and without a skip that ends there, and the head, however many there are."""
     cfg = tiny(num_layers=layers, xsa_last_n=layers)
-    model, (ids, targets), graphs = random_model(cfg), random_text(cfg, 2, 8), []
+    model, (ids, targets), graphs = random_model(cfg), random_text(cfg, 2, 8), CompileCounter()
     torch._dynamo.reset()
-    _, parts = tg.compile_model(model, counting(graphs))
-    assert torch.equal(parts(ids, targets), model(ids, targets)) and len(graphs) == 4
-    assert torch.equal(parts(ids), model(ids)) and len(graphs) == 5  # logits
+    _, parts = tg.compile_model(model, graphs)
+    assert torch.equal(parts(ids, targets), model(ids, targets)) and graphs.frame_count == 4
+    assert torch.equal(parts(ids), model(ids)) and graphs.frame_count == 5  # logits
     torch._dynamo.reset()
 
 
 def test_the_width_of_adapted_batches_makes_no_new_graph():
     """From the second width on, with adapters of all layers and without; each graph is that of one layer's kind."""
     cfg = tiny(num_layers=6, xsa_last_n=6, ttt_mode="lora", ttt_batch_size=3, ttt_lora_rank=2, ttt_chunk_size=4)
-    model, graphs = random_model(cfg).requires_grad_(False), []
+    model, graphs = random_model(cfg).requires_grad_(False), CompileCounter()
     adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
     adapters.reset()
     torch._dynamo.reset()
-    _, parts = tg.compile_model(model, counting(graphs))
+    _, parts = tg.compile_model(model, graphs)
     for hooks in (adapters.hooks, tg.NO_HOOKS):
         made = []
         for width in (4, 7, 8, 16, 20):
             ids, targets = random_text(cfg, 3, width)
             with torch.set_grad_enabled(hooks is not tg.NO_HOOKS):
                 assert torch.equal(parts(ids, targets, hooks=hooks), model(ids, targets, hooks=hooks))
-            made.append(len(graphs))
+            made.append(graphs.frame_count)
         assert made[1] == made[-1]
     torch._dynamo.reset()
 
