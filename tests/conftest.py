@@ -22,6 +22,20 @@ TINY = {
 }
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed-shift", default=os.environ.get("TEST_SEED_SHIFT", "0"), metavar="N", type=int,
+                     help="draw every random input of the tests from other seeds: N-th set, 0 is the usual one")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    os.environ["TEST_SEED_SHIFT"] = str(config.getoption("--seed-shift"))  # before any test module is imported
+
+
+def shifted(seed: int) -> int:
+    """The seed that a test draws from: `seed` itself, or with --seed-shift another one."""
+    return seed + 100_003 * int(os.environ.get("TEST_SEED_SHIFT", "0"))
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, str]:
     """Settings, as environment variables, of a model that trains in seconds on Python's own help topics."""

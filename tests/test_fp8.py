@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, shifted
 from test_techniques import packed_text, random_model, tiny
 from test_training import random_batches, rt  # noqa: F401
 from test_training import tiny as training
@@ -35,7 +35,7 @@ def rounded(x: torch.Tensor) -> torch.Tensor:
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     """Rows of very different sizes."""
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(shifted(seed))
     return torch.randn(shape, generator=draw) * 10 ** (4 * torch.rand((*shape[:-1], 1), generator=draw) - 2)
 
 
@@ -98,7 +98,7 @@ def test_training_uses_it_and_nothing_else_does(rt, tmp_path):  # noqa: F811
         model = tg.GPT(cfg, bos=1)
         with torch.no_grad():
             for p in model.parameters():
-                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.3)
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(shifted(p.numel()))) * 0.3)
         trainer, batches = tg.Trainer(cfg, rt, model, model), random_batches(cfg)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tg, "product_fp8", lambda x, w: calls.append(w.detach().clone()) or real(x, w))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, shifted
 from test_techniques import ALL, BOS, packed_text, random_model, tiny
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -27,7 +27,7 @@ def ops() -> tg.Ops:
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + 31 * sum(shape)))
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shifted(seed + 31 * sum(shape))))
 
 
 def values_and_gradients(form, inputs: list) -> list[torch.Tensor]:
@@ -50,7 +50,7 @@ CASES = {  # odd sizes: rows that fill no tile, widths that are no power of two
 
 
 def targets_of(rows: int, length: int, vocab: int) -> torch.Tensor:
-    targets = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(0, vocab, (rows, length), generator=torch.Generator().manual_seed(shifted(0)))
     targets[0, 0], targets[0, 1], targets[-1, -1] = tg.IGNORE, 0, vocab - 1
     return targets
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shifted
 from torch._dynamo.testing import CompileCounter
 from torch.overrides import TorchFunctionMode
 
@@ -24,7 +25,7 @@ def tiny(**changes) -> tg.Settings:
 
 def random_model(cfg: tg.Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:
     """A model none of whose parameters is 0, 1 or constant."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     model = tg.GPT(cfg, dtype=dtype)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -39,7 +40,7 @@ def random_model(cfg: tg.Settings, seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def random_text(cfg: tg.Settings, rows: int, length: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     ids = torch.randint(2, cfg.vocab_size, (rows, length), generator=generator)
     return ids, torch.randint(0, cfg.vocab_size, (rows, length), generator=generator)
 
@@ -210,7 +211,7 @@ def test_logits_equal_the_reference():
 def test_attention_alone_equals_the_reference(layer):
     cfg = tiny()
     model = random_model(cfg)
-    n = torch.randn(1, 11, cfg.model_dim, generator=torch.Generator().manual_seed(3))
+    n = torch.randn(1, 11, cfg.model_dim, generator=torch.Generator().manual_seed(shifted(3)))
     seen = []
     original = model.attention_half
 
@@ -233,7 +234,7 @@ def test_gradients_equal_the_reference(changes):
     cfg = tiny(**changes)
     model, (ids, targets) = random_model(cfg), random_text(cfg, 2, 7)
     targets[1, 2] = tg.IGNORE
-    share = torch.rand(targets.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    share = torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)), dtype=torch.float64)
     (model(ids, targets) * share).sum().backward()
     p = doubles(model)
     (reference_losses(cfg, p, ids, targets) * share).sum().backward()
@@ -278,7 +279,7 @@ def test_an_earlier_token_reaches_every_later_loss():
 @pytest.mark.parametrize("max_len", [1, 3, 6, 14, 23, 100])
 def test_bounds_find_the_documents(max_len):
     for seed in range(20):
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(shifted(seed))
         ids = torch.randint(0, 6, (3, 17), generator=generator)
         spans = document_spans(ids, max_len)
         bounds = tg.Bounds.find(ids, BOS, max_len)
@@ -300,7 +301,7 @@ def test_packed_documents_equal_documents_alone(max_len):
     cfg = tiny()
     packed, alone = random_model(cfg), random_model(cfg)
     ids, targets = packed_text(cfg)
-    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(5))
+    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
     for row, a, b in document_spans(ids, max_len):
@@ -428,7 +429,7 @@ def test_adapter_equals_a_changed_weight(role):
     site = tg.Site(role) if role == "head" else tg.Site(role, 3)
     seen = []
     model(ids, hooks=tg.Hooks(fake_quant=lambda w, s: seen.append(w) or w if s == site else w))
-    generator = torch.Generator().manual_seed(9)
+    generator = torch.Generator().manual_seed(shifted(9))
     a = torch.randn(1, 2, seen[0].size(1), generator=generator)
     b = torch.randn(1, seen[0].size(0), 2, generator=generator)
     adapter = tg.Adapter(a, b, 0.07)
@@ -442,7 +443,7 @@ def test_adapter_equals_a_changed_weight(role):
 def test_adapters_act_row_by_row():
     cfg = tiny()
     model, (ids, targets) = random_model(cfg), random_text(cfg, 3, 8)
-    site, generator = tg.Site("up", 2), torch.Generator().manual_seed(9)
+    site, generator = tg.Site("up", 2), torch.Generator().manual_seed(shifted(9))
     a, b = torch.randn(3, 2, 32, generator=generator), torch.randn(3, 48, 2, generator=generator)
     together = model(ids, targets, hooks=tg.Hooks(adapters={site: tg.Adapter(a, b, 0.3)}))
     for row in range(3):

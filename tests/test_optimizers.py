@@ -8,6 +8,7 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import shifted
 
 import train_gpt as tg
 
@@ -23,7 +24,7 @@ def tiny(folder, **changes) -> tg.Settings:
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     model = tg.GPT(cfg)
     with torch.no_grad():
         for p in model.parameters():
@@ -32,7 +33,7 @@ def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
 
 
 def random_gradients(model: tg.GPT, step: int, rank: int = 0, size: float = 1.0) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
+    generator = torch.Generator().manual_seed(shifted(1000 * step + rank))
     return [size * torch.randn(p.shape, generator=generator) for p in model.parameters()]
 
 
@@ -116,7 +117,7 @@ def rt(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 12, 12), (4, 9, 20), (3, 20, 9), (2, 1, 6), (2, 6, 1)])
 def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
-    matrices = 3.0 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrices = 3.0 * torch.randn(shape, generator=torch.Generator().manual_seed(shifted(0)))
     got = tg.newton_schulz(matrices, 5, torch.float32)
     expected = torch.stack([five_quintic_steps(matrix.double()) for matrix in matrices])
     assert got.shape == shape and got.dtype == torch.float32
@@ -124,13 +125,13 @@ def test_newton_schulz_is_the_polynomial_of_the_singular_values(shape):
 
 
 def test_newton_schulz_brings_singular_values_near_one():
-    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(shifted(0)))
     values = torch.linalg.svdvals(tg.newton_schulz(matrices, 5, torch.float32))
     assert 0.65 < values.min() and values.max() < 1.25
 
 
 def test_newton_schulz_in_bf16_stays_near():
-    matrices = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(shifted(0)))
     exact, low = (tg.newton_schulz(matrices, 5, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert low.dtype == torch.float32
     assert 0 < (low - exact).norm() < 0.1 * exact.norm()
@@ -287,7 +288,7 @@ def test_momentum_without_warm_up(tmp_path):
 
 def global_batch(windows: int, size: int, seed: int = 0) -> list[tg.Batch]:
     """`windows` rows of random tokens in passes of `size`, the last one padded with rows that are not scored."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     tokens = torch.randint(0, 19, (windows, 9), generator=generator)
     pad = -windows % size
     tokens = torch.cat((tokens, torch.zeros(pad, 9, dtype=torch.int64)))

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import shifted
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -32,17 +33,17 @@ def tiny(**changes) -> tg.Settings:
 
 
 def codes(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(seed), dtype=torch.int8)
+    return torch.randint(-128, 128, shape, generator=torch.Generator().manual_seed(shifted(seed)), dtype=torch.int8)
 
 
 def wide_codes(*shape: int, seed: int = 0) -> torch.Tensor:
     """int16, rows from ones within ±1 to ones that fill the type."""
-    size = torch.linspace(0, 15, shape[-2])[:, None]
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2**size).clamp(-32768, 32767).short()
+    size, generator = torch.linspace(0, 15, shape[-2])[:, None], torch.Generator().manual_seed(shifted(seed))
+    return (torch.randn(shape, generator=generator) * 2**size).clamp(-32768, 32767).short()
 
 
 def halves(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).half()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(shifted(seed))).half()
 
 
 def sample_tensors() -> dict[str, torch.Tensor]:
@@ -159,13 +160,13 @@ def test_bytes_at_the_end_are_noticed():
 
 
 def test_garbage_is_refused():
-    rng = random.Random(0)
+    rng = random.Random(shifted(0))
     for i in range(2000):
         assert_refused(b"PGLF" * (i % 2) + rng.randbytes(rng.randrange(80)))
 
 
 def test_random_corruptions_are_refused():
-    rng, data = random.Random(0), pack()
+    rng, data = random.Random(shifted(0)), pack()
     for _ in range(2000):
         damaged = bytearray(data)
         for _ in range(rng.randint(2, 12)):
@@ -175,7 +176,7 @@ def test_random_corruptions_are_refused():
 
 
 def test_damage_under_a_right_checksum_is_an_artifact_or_refused():
-    rng, body = random.Random(1), pack()[20:]
+    rng, body = random.Random(shifted(1)), pack()[20:]
     for _ in range(400):
         damaged = bytearray(body)
         damaged[rng.randrange(len(body))] ^= rng.randrange(1, 256)
@@ -188,7 +189,7 @@ def test_damage_under_a_right_checksum_is_an_artifact_or_refused():
 @pytest.mark.parametrize("streams", [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(4, 5)])
 def test_damaged_ans_streams_under_a_right_checksum(streams):
     """Ten thousand times in all: an artifact or refused, whatever the coder under it makes of that."""
-    rng, body = random.Random(streams.start), pack("ans")[20:]
+    rng, body = random.Random(shifted(streams.start)), pack("ans")[20:]
     size = int.from_bytes(body[2:6], "little")
     header = json.loads(tg.decompress(body[6 : 6 + size], "ans"))
     ends = [6 + size + sum(header["bytes"][:i]) for i in range(6)]
@@ -217,7 +218,7 @@ def test_integers_round_trip(pairs, shift):
 
 def weights_like(n: int, rows: int, cols: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Codes of heavy-tailed weights whose rows and columns differ in size, and the exponents of their steps."""
-    chance = np.random.default_rng(seed)
+    chance = np.random.default_rng(shifted(seed))
     row, col = chance.integers(-60, -40, (n, rows)), chance.integers(-9, 9, (n, cols))
     weights = chance.standard_t(6, (n, rows, cols)) * np.exp(0.2 * chance.standard_normal((n, rows, 1)))
     weights *= 2.0 ** (chance.integers(-53, -48, (n, 1, cols)) / 4)
@@ -246,7 +247,7 @@ def test_ans_takes_what_its_tables_say_and_less_than_the_others():
 
 def test_what_rows_of_a_table_share_is_coded_once():
     """Rows along two directions cost less than the same rows coded as several matrices; noise costs no more for it."""
-    generator, sizes = torch.Generator().manual_seed(3), {}
+    generator, sizes = torch.Generator().manual_seed(shifted(3)), {}
     noise = 3 * torch.randn(1, 4000, 40, generator=generator)
     shared = noise + 9 * torch.randn(1, 4000, 2, generator=generator) @ torch.randn(1, 2, 40, generator=generator)
     for name, table in (("noise", noise), ("shared", shared)):
@@ -264,7 +265,7 @@ def test_what_rows_of_a_table_share_is_coded_once():
 def test_wide_codes_take_little_more_than_their_entropy():
     """Rows of Gaussian codes of size 2^0 to 2^13: their lowest bits need no tables."""
     size = 2.0 ** torch.linspace(0, 13, 300)[None, :, None]
-    codes = (torch.randn(1, 300, 512, generator=torch.Generator().manual_seed(2)) * size).round().short()
+    codes = (torch.randn(1, 300, 512, generator=torch.Generator().manual_seed(shifted(2))) * size).round().short()
     tensors = {"w.row": torch.zeros(1, 300).char(), "w.col": torch.zeros(1, 512).char(), "w.codes": codes}
     least = float((0.5 * math.log2(2 * math.pi * math.e) + size.log2()).sum()) * 512 / 8
     assert least * 0.99 < len(tg.write_artifact({}, tensors, "ans")) < 1.03 * least
@@ -456,7 +457,7 @@ def test_loaded_weights_are_the_dequantized_ones(tmp_path):
     source, target = tg.GPT(cfg), tg.GPT(cfg)
     with torch.no_grad():
         for p in source.parameters():
-            p.normal_(generator=torch.Generator().manual_seed(0))
+            p.normal_(generator=torch.Generator().manual_seed(shifted(0)))
         for p in target.parameters():
             p.fill_(float("nan"))
     stored = stored_weights(cfg, source, tmp_path)
@@ -510,7 +511,7 @@ def test_packing_is_deterministic_and_idempotent(packed):
 
 def test_any_bytes_survive_the_literal():
     """Zeros, quotes, line ends and backslashes of the compressed bytes, wherever they fall."""
-    chance, seen = random.Random(0), b""
+    chance, seen = random.Random(shifted(0)), b""
     for _ in range(60):
         text = "".join(chance.choice("0123456789abcdef") for _ in range(2000))
         code = tg.pack_code(f"TEXT = {text!r}".encode())

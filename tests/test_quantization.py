@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import shifted
 from test_scorer import FakeRuntime, on_ranks
 from torch.overrides import TorchFunctionMode
 
@@ -21,7 +22,7 @@ def tiny(folder, **changes) -> tg.Settings:
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     model = tg.GPT(cfg)
     with torch.no_grad():
         for p in model.parameters():
@@ -40,7 +41,7 @@ def weighted_steps(cfg: tg.Settings, state, stats: tg.Statistics, finest: float)
 
 def problem(rows: int, cols: int, count: int = 1, seed: int = 0, correlated: bool = True):
     """Weights (count, rows, cols), Hessians of correlated inputs, and 4-bit scales that clip a few weights."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(shifted(seed))
     weight = torch.randn(count, rows, cols, generator=generator)
     x = torch.randn(count, 5 * cols, cols, generator=generator, dtype=torch.float64)
     if correlated:
@@ -114,7 +115,7 @@ def test_codes_stay_within_the_levels():
 
 def test_diagonal_hessian_is_round_to_nearest():
     weight, _, scale = problem(7, 30, 2)
-    hessian = torch.diag_embed(0.1 + torch.rand(2, 30, generator=torch.Generator().manual_seed(4)))
+    hessian = torch.diag_embed(0.1 + torch.rand(2, 30, generator=torch.Generator().manual_seed(shifted(4))))
     assert torch.equal(gptq(weight, hessian, scale, 4), nearest(weight, scale, 4))
 
 
@@ -159,7 +160,7 @@ def test_no_input_at_all_is_round_to_nearest():
 
 def test_rank_deficient_hessian():
     weight, _, scale = problem(5, 24)
-    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(shifted(0)))
     hessian = (x.T @ x)[None]
     assert torch.equal(gptq(weight, hessian, scale, 6)[0], textbook(weight[0], hessian[0], scale[0], 6))
 
@@ -191,7 +192,7 @@ def test_inputs_are_left_alone():
 
 @pytest.mark.parametrize("bits, sigmas", [(6, 12.85), (8, 20.0), (4, 3.0), (2, 1.5)])
 def test_scale_is_sigmas_of_the_row_over_the_levels(bits, sigmas):
-    weight = torch.randn(2, 3, 4096, generator=torch.Generator().manual_seed(0)) + 0.3
+    weight = torch.randn(2, 3, 4096, generator=torch.Generator().manual_seed(shifted(0))) + 0.3
     weight[0, 1] *= 50
     scale = tg.clip_scales(weight, bits, sigmas)
     assert scale.dtype == torch.float16 and scale.shape == (2, 3)
@@ -227,7 +228,7 @@ def test_groups_take_bits_and_sigmas_of_their_kind(tmp_path):
 def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
     cfg = tiny(tmp_path)
     model = random_model(cfg)
-    ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(shifted(0)))
     inputs = []
 
     class Linears(TorchFunctionMode):
@@ -249,7 +250,7 @@ def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
 
 
 def diagonal_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
-    hessians, generator = tg.empty_hessians(cfg, torch.device("cpu")), torch.Generator().manual_seed(3)
+    hessians, generator = tg.empty_hessians(cfg, torch.device("cpu")), torch.Generator().manual_seed(shifted(3))
     for hessian in hessians.values():
         hessian.diagonal(dim1=1, dim2=2).add_(1 + torch.rand(hessian.shape[:2], generator=generator))
     return hessians
@@ -300,7 +301,7 @@ def test_quantizing_twice_gives_the_same(rt, tmp_path):
     cfg = tiny(tmp_path)
     model = random_model(cfg)
     hessians = tg.empty_hessians(cfg, torch.device("cpu"))
-    ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(shifted(2)))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}
     first, second = (tg.quantize(cfg, rt, state, tg.factorize_all(hessians)) for _ in range(2))
@@ -312,7 +313,7 @@ def test_gptq_on_the_model_uses_the_hessians(rt, tmp_path):
     cfg = tiny(tmp_path, matrix_bits=3, matrix_clip_sigmas=3.0)
     model = random_model(cfg)
     hessians = tg.empty_hessians(cfg, torch.device("cpu"))
-    ids = torch.randint(0, 41, (40, 8), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(0, 41, (40, 8), generator=torch.Generator().manual_seed(shifted(2)))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}
     full, plain = (tg.dequantize(cfg, tg.quantize(cfg, rt, state, tg.factorize_all(h)))
@@ -328,7 +329,8 @@ def test_gptq_on_the_model_uses_the_hessians(rt, tmp_path):
 @pytest.mark.parametrize("calibration", ["random", "train"])
 def test_calibration_sums_all_batches_whatever_the_number_of_ranks(rt, tmp_path, monkeypatch, calibration):
     cfg = tiny(tmp_path, gptq_calibration=calibration, gptq_calibration_batches=5, max_wallclock_seconds=0.0)
-    model, tokens = random_model(cfg), torch.randint(0, 41, (99, 9), generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(shifted(1))
+    model, tokens = random_model(cfg), torch.randint(0, 41, (99, 9), generator=generator)
     asked = []
 
     class FakeWindows:
@@ -379,7 +381,7 @@ def test_calibration_stops_with_the_clock(rt, tmp_path, monkeypatch):
 
 def statistics(cfg: tg.Settings, model: tg.GPT, rows: int = 40) -> tuple[tg.Statistics, torch.Tensor]:
     """Of random tokens (rows, 9), and those."""
-    tokens = torch.randint(0, cfg.vocab_size, (rows, 9), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(0, cfg.vocab_size, (rows, 9), generator=torch.Generator().manual_seed(shifted(2)))
     stats = tg.Statistics(tg.empty_hessians(cfg, torch.device("cpu")),
                           tg.empty_moments(cfg, model, torch.device("cpu")), rows * 8)
     tg.add_statistics(model, stats, tg.Batch(tokens[:, :-1], tokens[:, 1:]))
@@ -391,7 +393,7 @@ def test_statistics_do_not_depend_on_how_a_batch_is_cut(tmp_path, monkeypatch, v
     cfg = tiny(tmp_path, varlen_enabled=varlen)
     model = random_model(cfg)
     model.bos = 3
-    tokens = torch.randint(0, 41, (6, 17), generator=torch.Generator().manual_seed(2))
+    tokens = torch.randint(0, 41, (6, 17), generator=torch.Generator().manual_seed(shifted(2)))
     tokens[:, ::5] = 3
     batch = tg.Batch(tokens[:, :-1], tokens[:, 1:], tg.Bounds.find(tokens[:, :-1], 3, 8) if varlen else None)
     found = []
@@ -482,7 +484,7 @@ def test_steps_make_errors_cost_the_same_and_keep_codes_in_range(rt, tmp_path):
 
 def test_what_rows_of_a_table_share_is_found_where_it_pays():
     """Rows along two directions and noise: the directions are found, and nothing in noise alone."""
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator().manual_seed(shifted(3))
     noise = torch.randn(4000, 40, generator=generator)
     shared = 9 * torch.randn(4000, 2, generator=generator) @ torch.randn(2, 40, generator=generator)
     for table, found in ((noise + shared, True), (noise, False)):
@@ -500,7 +502,7 @@ def test_rows_alike_do_not_err_alike(rt, tmp_path):
     """Rare tokens' rows, all near one vector that is no multiple of the steps: their mean error is small."""
     cfg = tiny(tmp_path, vocab_size=2000)
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
-    generator = torch.Generator().manual_seed(4)
+    generator = torch.Generator().manual_seed(shifted(4))
     table = torch.randn(32, generator=generator) + 0.05 * torch.randn(2000, 32, generator=generator)
     state["tok_emb"] = table
     steps = {g.name: (torch.zeros(w.shape[:2], dtype=torch.int8), torch.zeros(w.size(0), w.size(2), dtype=torch.int8))
@@ -552,7 +554,7 @@ def test_octaves_are_powers_and_exact_on_whole_octaves():
 
 def test_weighted_steps_cost_less_than_sdclip_at_the_same_bits():
     """Rows and columns that matter unequally: the quadratic cost under GPTQ, entropy with all its side counted."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(shifted(5))
     weight, hessian, _ = problem(512, 96, seed=7)
     felt = torch.exp(1.5 * torch.randn(512, generator=generator, dtype=torch.float64))
 
@@ -591,9 +593,9 @@ def test_drawn_text_is_what_the_prefixes_say(tmp_path):
     cfg = tiny(tmp_path, micro_batch_tokens=80)
     model = random_model(cfg)
     model.bos = 3
-    ids = tg.sample_text(cfg, model, 3, 70, torch.Generator().manual_seed(4))
+    ids = tg.sample_text(cfg, model, 3, 70, torch.Generator().manual_seed(shifted(4)))
     assert ids.shape == (3, 70) and ids.dtype == torch.int64
-    documents, generator = torch.full((3, 70), 3), torch.Generator().manual_seed(4)
+    documents, generator = torch.full((3, 70), 3), torch.Generator().manual_seed(shifted(4))
     for part in documents.split(1):
         for t in range(1, 70):
             odds = torch.softmax(model(part[:, :t]).detach()[:, -1].double() / 0.8, -1).float()
@@ -652,7 +654,7 @@ def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
 
 @pytest.mark.parametrize("bits, group", [(4, 64), (2, 64), (4, 7), (7, 1000)])
 def test_even_grids_reach_both_ends_of_each_lot(bits, group):
-    factor = torch.randn(3, 100, generator=torch.Generator().manual_seed(0))
+    factor = torch.randn(3, 100, generator=torch.Generator().manual_seed(shifted(0)))
     codes, grid = tg.even_grid(factor, bits, group)
     back = tg.from_even_grid(codes, grid, group)
     assert codes.shape == back.shape == factor.shape and codes.min() == 0 and codes.max() == 2**bits - 1

@@ -9,6 +9,7 @@ import math
 
 import pytest
 import torch
+from conftest import shifted
 
 import train_gpt as tg
 
@@ -32,7 +33,7 @@ def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
     model = tg.GPT(cfg, bos=BOS)
     with torch.no_grad():
         for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + sum(name.encode())))
+            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(shifted(seed + sum(name.encode()))))
             if name.endswith("_bank"):
                 p.copy_(noise * 1.5 * p.size(-1) ** -0.5)
             elif name.endswith("_table") or name in ("tok_emb", "head", "skip_gate", "attn_gate", "smear_weight"):
@@ -44,7 +45,7 @@ def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
 
 def packed_text(cfg: tg.Settings, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of 23 tokens: documents of 1 to 14 tokens, the second row not starting with BOS."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(shifted(1))
     ids = torch.randint(2, cfg.vocab_size, (rows, 23), generator=generator)
     targets = torch.randint(0, cfg.vocab_size, (rows, 23), generator=generator)
     ids[0, [0, 3, 4, 18]] = BOS
@@ -247,7 +248,7 @@ def assert_equals_reference(cfg: tg.Settings, max_len: int | None, loops: int) -
     """Losses and all gradients, packed in pieces of max_len or (None) by rows."""
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
     bounds = tg.Bounds.find(ids, BOS, max_len) if max_len else None
-    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(5))
+    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
     losses = model(ids, targets, bounds, loops=loops)
     (losses * share).sum().backward()
     reference = Reference(cfg, model, loops, max_len or ids.size(1))
@@ -623,7 +624,7 @@ def test_packed_documents_equal_documents_alone(changes, max_len):
     cfg = tiny(**PACKED | changes)
     packed, alone = random_model(cfg), random_model(cfg)
     ids, targets = packed_text(cfg)
-    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(5))
+    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
     for row, a, b in spans(ids, max_len):

@@ -21,6 +21,7 @@ import pytest
 import sentencepiece as spm
 import shards
 import tokenize_docs
+from conftest import shifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,7 +33,7 @@ UNUSUAL = [
 
 def make_documents(count: int, seed: int) -> list[str]:
     """English-like documents of a few hundred chars, with line breaks and digits."""
-    rng = random.Random(seed)
+    rng = random.Random(shifted(seed))
     syllables = ["ka", "to", "mi", "ren", "sol", "the", "ing", "er", "a", "un", "pre", "st", "or", "ly"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(800)]
     return [
@@ -333,7 +334,7 @@ def test_unusable_tokenizers():
     without_bos = train_model(bos_id=-1)
     with pytest.raises(ValueError, match="name: expected a BOS piece"):
         tokenize_docs.load_tokenizer(without_bos, "name")
-    letters = ["".join(random.Random(i).choices("abcdefgh", k=200)) for i in range(50)]
+    letters = ["".join(random.Random(shifted(i)).choices("abcdefgh", k=200)) for i in range(50)]
     without_space = train_model(sentences=letters, add_dummy_prefix=False)
     with pytest.raises(ValueError, match='name: expected a stand-alone "▁" piece'):
         tokenize_docs.load_tokenizer(without_space, "name")

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_environment, read_losses, run_script
+from conftest import ROOT, clean_environment, read_losses, run_script, shifted
 
 import train_gpt as tg
 
@@ -43,7 +43,7 @@ EVERYTHING = {"num_loops": 1, "recur_blend": "ab", "parallel_mode": "lanes", "pa
 
 def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
     """Shards of documents of 1 to 30 tokens; a document runs on into the next shard."""
-    rng, stream = np.random.default_rng(0), []
+    rng, stream = np.random.default_rng(shifted(0)), []
     while len(stream) < sum(sizes):
         stream += [BOS, *rng.integers(2, 29, rng.integers(0, 30))]
     (folder / "data").mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    generator, model = torch.Generator().manual_seed(seed), tg.GPT(cfg, bos=1)
+    generator, model = torch.Generator().manual_seed(shifted(seed)), tg.GPT(cfg, bos=1)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (0.5 if p.ndim < 3 else 0.0))
@@ -64,7 +64,7 @@ def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
 
 def random_batches(cfg: tg.Settings, seed: int = 0) -> list[tg.Batch]:
     """One step's batches of random tokens."""
-    generator, batches = torch.Generator().manual_seed(seed), []
+    generator, batches = torch.Generator().manual_seed(shifted(seed)), []
     for _ in range(3):
         tokens = torch.randint(0, 29, (2, T + 1), generator=generator)
         ids, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
@@ -170,7 +170,7 @@ def test_muon_equals_singular_values_by_hand(rt, tmp_path, kind, rows, steps):
     cfg = tiny(tmp_path, muon_ns=kind, muon_row_normalize=rows, muon_backend_steps=steps, muon_wd=0.4, matrix_lr=0.3,
                grad_clip_norm=0.0, ve_enabled=True, ve_dim=20, ve_layers="1", embedding_dim=6)
     model = random_model(cfg)
-    optimizer, generator = tg.Optimizer(model, cfg, rt), torch.Generator().manual_seed(3)
+    optimizer, generator = tg.Optimizer(model, cfg, rt), torch.Generator().manual_seed(shifted(3))
     weights = {n: p.detach().double().clone() for n, p in model.banks().items()}
     m = {n: torch.zeros_like(w) for n, w in weights.items()}
     triples = QUINTIC if kind == "quintic" else POLAR
@@ -203,7 +203,7 @@ def test_muon_equals_singular_values_by_hand(rt, tmp_path, kind, rows, steps):
 
 
 def test_polar_brings_singular_values_nearer_to_one():
-    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    matrices = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(shifted(0)))
     spread = [(torch.linalg.svdvals(tg.newton_schulz(matrices, 5, torch.float32, kind)) - 1).abs().max()
               for kind in ("polar", "quintic")]
     assert spread[0] < 0.2 < spread[1]
@@ -658,7 +658,7 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
         tg.warm_up(cfg, rt, tg.Trainer(cfg, rt, model, compiled))
         before = len(calls)
         run(cfg, rt, model, forward=forward)
-        tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+        tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(shifted(0)), dtype=torch.int32)
         tokens[::11] = BOS
         val = tg.Validation(tokens, torch.ones(50, dtype=torch.int32), 5, None, BOS)
         tg.evaluate(cfg, rt, compiled, val, tg.Scorer(rt, val.bytes), 4, "test")

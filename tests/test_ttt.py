@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_script, shifted
 from test_scorer import FakeRuntime, on_ranks
 from test_techniques import Reference, random_model, rms
 from test_techniques import tiny as model_settings
@@ -36,7 +36,7 @@ def config(**changes) -> tg.Settings:
 
 def stream(lengths: list[int], headless: bool = True, tail: bool = True, seed: int = 0) -> torch.Tensor:
     """Documents of so many tokens; the first without a BOS if `headless`, a last BOS without text if `tail`."""
-    chance = random.Random(seed)
+    chance = random.Random(shifted(seed))
     tokens = [t for n in lengths for t in (BOS, *(chance.randrange(2, 23) for _ in range(n - 1)))]
     if headless:
         tokens[0] = 7
@@ -107,7 +107,7 @@ def test_documents_hold_every_target_once(tokens):
 
 def test_documents_of_random_streams_are_never_cut():
     for seed in range(200):
-        chance = random.Random(seed)
+        chance = random.Random(shifted(seed))
         tokens = torch.tensor([chance.choice([1, 1, 2, 3, 4]) for _ in range(chance.randrange(2, 20))])
         documents = tg.find_documents(tokens, BOS)
         assert documents[0][0] == 0 and documents[-1][1] == len(tokens) - 1
@@ -131,7 +131,7 @@ def test_a_bos_that_never_occurs_is_refused(tmp_path, changes):
 
 
 def spans(count: int, seed: int) -> list[tuple[int, int]]:
-    chance, cuts = random.Random(seed), [0]
+    chance, cuts = random.Random(shifted(seed)), [0]
     for _ in range(count):
         cuts.append(cuts[-1] + chance.choice([1, 2, 3, 5, 8, 13, 60]))
     return list(pairwise(cuts))
@@ -393,7 +393,7 @@ def test_later_tokens_change_no_loss(changes, shuffled):
     cfg, tokens = config(**changes), stream(LENGTHS)
     model = random_model(cfg)
     for t in (1, 12, 13, 33, 38, 61, len(tokens) - 2):
-        changed, chance = tokens.clone(), random.Random(t)
+        changed, chance = tokens.clone(), random.Random(shifted(t))
         for i in range(t + 1, len(tokens)):
             if shuffled:  # documents end elsewhere, or not at all
                 changed[i] = chance.choice([BOS, *range(1, 23)]) if t % 2 else chance.randrange(2, 23)
