@@ -70,6 +70,9 @@ except ImportError:  # not on every machine; the kernels' plain forms run instea
 # Settings
 
 
+MIN_ROWS = 64  # of a step, where rows longer than a window are chosen
+
+
 class RunError(Exception):
     """Something the user can mend: main() prints it as one line, `error: ...`, and exits with status 1."""
 
@@ -135,7 +138,7 @@ class Settings:
                                                aliases={"PARALLEL_RESIDUAL_START": {}})
     parallel_mode: str = setting("gptj", "model", "how they run in parallel", choices="gptj lanes crossed")
     parallel_final_lane: str = setting("mean", "model", "end of PARALLEL_MODE=crossed", choices="mean attn mlp")
-    varlen_enabled: bool = setting(False, "model", "attention stays inside documents, which are packed in order")
+    varlen_enabled: bool = setting(False, "model", "attention stays inside documents")
     bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: none")
     bigram_dim: int = setting(112, "model", "width of the bigram embedding", low=1)
     smear_gate_enabled: bool = setting(False, "model", "mix the previous token of the document into the input")
@@ -353,11 +356,16 @@ class Settings:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of one row of a batch: a training window, or with VARLEN up to 8 that documents are packed into."""
+        """Tokens of one row of a batch: a training window, or with VARLEN up to 8 in a row that hold documents.
+
+        Rows are drawn from all over the shards. Where windows are few a row is one of them: a step that reads fewer
+        than MIN_ROWS places sees too few documents (docs/log.md has what that costs).
+        """
         if not self.varlen_enabled:
             return self.train_seq_len
         windows, most = self.train_batch_tokens // self.train_seq_len, (self.micro_batch_tokens or self.train_seq_len)
-        return self.train_seq_len * max(n for n in range(1, 9) if windows % n == 0 and n * self.train_seq_len <= most)
+        longest = min(8, windows // MIN_ROWS, most // self.train_seq_len)
+        return self.train_seq_len * max((n for n in range(2, longest + 1) if windows % n == 0), default=1)
 
     @classmethod
     def group(cls, *names: str) -> list[str]:
@@ -479,24 +487,6 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-class Launch(NamedTuple):
-    """This process among the ones torchrun started."""
-
-    rank: int = 0
-    local_rank: int = 0
-    world: int = 1
-    store: tuple[str, str, str] = ("", "0", "0")  # torchrun's: host, port, and how often it restarted
-
-    @classmethod
-    def read(cls, environ: dict[str, str]) -> "Launch":
-        """From torchrun's variables; without the first three there is one process."""
-        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-        if not all(environ.get(n, "").isdigit() for n in names):
-            return cls()
-        places = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
-        return cls(*(int(environ[n]) for n in names), tuple(environ.get(n, "0") for n in places))
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Runtime
 
@@ -527,6 +517,69 @@ def save_tensors(path: str, content: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
+class Launch(NamedTuple):
+    """This process among the ones torchrun started."""
+
+    rank: int = 0
+    local_rank: int = 0
+    world: int = 1
+    store: tuple[str, str, str] = ("", "0", "0")  # torchrun's: host, port, and how often it restarted
+
+    @classmethod
+    def read(cls, environ: dict[str, str]) -> "Launch":
+        """From torchrun's variables; without the first three there is one process."""
+        names = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+        if not all(environ.get(n, "").isdigit() for n in names):
+            return cls()
+        places = ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")
+        return cls(*(int(environ[n]) for n in names), tuple(environ.get(n, "0") for n in places))
+
+
+def speaks_first(launch: Launch) -> bool:
+    """Whether this process is the first of the run to have an error to tell: all meet the same one, or its echo."""
+    if launch.world == 1:
+        return True
+    host, port, attempt = launch.store
+    try:  # torchrun's own store, which outlives its processes
+        return dist.TCPStore(host, int(port), timeout=timedelta(seconds=5)).add(f"error {attempt}", 1) == 1
+    except (RuntimeError, ValueError):  # then it is rank 0's to tell, unless that is what is missing
+        time.sleep(5 if launch.rank else 0)
+        return True
+
+
+def tell(launch: Launch, message: str) -> None:
+    """The one line on stderr, from one process of the run."""
+    if speaks_first(launch):
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+
+
+def leave(status: int) -> None:
+    """End this process of several at once: an orderly exit waits for the others, and Gloo's threads can abort it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def leave_when_told(launch: Launch) -> None:
+    """End on SIGTERM, which torchrun sends when one process is gone, even if the main thread waits for that one."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer)
+
+    def wait() -> None:
+        while os.read(reader, 1)[0] != signal.SIGTERM:
+            pass
+        tell(launch, "another process of this run has ended")
+        leave(143)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+NCCL_DTYPES = {torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16,
+               torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}
+
+
 class Runtime:
     """Device, processes and log of one run. Rank 0 speaks and writes; the others compute."""
 
@@ -547,7 +600,8 @@ class Runtime:
         if self.world > 1:  # CPU tensors always go by Gloo: the clock agrees without waiting for the GPU
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            with self.exchange("start"):
+                dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
     def open_logs(self, append: bool) -> None:
         """Start writing into the run's folder; only once its inputs are known to be good."""
@@ -604,18 +658,75 @@ class Runtime:
                     shown = time.perf_counter()
                     bar.set_postfix_str(running())
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    # Ranks talk to each other here and nowhere else. What NCCL refuses is refused on every device and for any number of
+    # processes, so that one process on a CPU sees what eight GPUs would.
+
+    @contextmanager
+    def exchange(self, what: str, *tensors: Tensor) -> Iterator[None]:
+        """Checks tensors on this rank's device before they are exchanged, and turns what goes wrong into one line."""
+        for t in tensors:
+            fault = (f"{t.dtype}" if t.dtype not in NCCL_DTYPES else f"strides {t.stride()}" if not t.is_contiguous()
+                     else f"on {t.device}, not {self.device}" if t.device != self.device else "")
+            if fault:
+                raise RunError(f"{what} over ranks: cannot exchange a tensor {tuple(t.shape)}, {fault}; a defect of "
+                               "this script")
+        try:
+            if tensors and self.world > 1 and self.device.type == "cpu":  # on GPUs ranks that disagree wait for ever
+                mine = [(t.dtype, t.shape) for t in tensors]
+                theirs = [None] * self.world
+                dist.all_gather_object(theirs, (what, mine))
+                if theirs != [(what, mine)] * self.world:
+                    raise RunError(f"{what} over ranks: not the same on each: {theirs}; a defect of this script")
+            yield
+        except RunError:
+            raise
+        except (RuntimeError, ValueError) as e:
+            gone = isinstance(e, dist.DistError) or "gloo" in str(e)
+            raise RunError("another process of this run has ended" if gone else f"{what} over ranks: {e}") from None
+
+    def sum_(self, tensor: Tensor, what: str = "sum") -> Tensor:
         """Sum over ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
+        with self.exchange(what, tensor):
+            if self.world > 1:
+                dist.all_reduce(tensor)
         return tensor
+
+    def share_(self, tensor: Tensor, what: str = "broadcast") -> Tensor:
+        """Rank 0's values on every rank, in place."""
+        with self.exchange(what, tensor):
+            if self.world > 1:
+                dist.broadcast(tensor, 0)
+        return tensor
+
+    def sum_shares(self, whole: Tensor, what: str = "sum of shares") -> tuple[Tensor, Callable[[], None]]:
+        """This rank's share (n, ...) of the sum over ranks of `whole` (world * n, ...), once the function is called."""
+        return self.exchange_shares(what, whole, whole.size(0) // self.world, dist.reduce_scatter_tensor)
+
+    def gather_shares(self, share: Tensor, what: str = "gathering") -> tuple[Tensor, Callable[[], None]]:
+        """The shares (n, ...) of all ranks, (world * n, ...), once the function is called."""
+        return self.exchange_shares(what, share, share.size(0) * self.world, dist.all_gather_into_tensor)
+
+    def exchange_shares(self, what: str, tensor: Tensor, count: int, run: Callable
+                        ) -> tuple[Tensor, Callable[[], None]]:
+        """Start `run` from `tensor` into a new tensor of `count` slices; also what waits for the end of it."""
+        with self.exchange(what, tensor):
+            if self.world == 1:
+                return tensor, lambda: None
+            out = tensor.new_empty(count, *tensor.shape[1:])
+            work = run(out, tensor, async_op=True)
+
+        def wait() -> None:
+            with self.exchange(what):
+                work.wait()
+
+        return out, wait
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values, the same float on every rank. Does not wait for the GPU."""
-        if self.world == 1:
-            return value
         tensor = torch.tensor([value], dtype=torch.float64)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        with self.exchange("the largest"):
+            if self.world > 1:
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor.item()
 
     def share_bytes(self, data: bytes | None) -> bytes:
@@ -625,7 +736,8 @@ class Runtime:
         size = int(self.largest(len(data) if self.rank == 0 else 0))
         tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 else torch.empty(
             size, dtype=torch.uint8)
-        dist.broadcast(tensor, 0)
+        with self.exchange("bytes"):
+            dist.broadcast(tensor, 0)
         return tensor.numpy().tobytes()
 
     def sync(self) -> None:
@@ -884,12 +996,17 @@ class Batch(NamedTuple):
     bounds: "Bounds | None" = None
 
 
+def filler(bos: int) -> int:
+    """The token of padding: one that starts no document."""
+    return 0 if bos else 1
+
+
 class Windows:
     """Rows of the training shards in one global order that no number of ranks changes.
 
-    Row g of the run is row g mod n of epoch g // n: shuffled windows of TRAIN_SEQ_LEN, an epoch being a permutation
-    drawn from (SEED, epoch); or with VARLEN longer rows of documents, in the order of the shards. A row holds one token
-    more than its length, the next one starts at that token. The position in the run is the one number g.
+    Row g of the run is row g mod n of epoch g // n, an epoch being a permutation of all rows drawn from (SEED, epoch).
+    A row is a window of TRAIN_SEQ_LEN, or with VARLEN one or several windows of documents side by side. It holds one
+    token more than its length, the next one starts at that token. The position in the run is the one number g.
     """
 
     def __init__(self, cfg: Settings, rt: Runtime, bos: int = -1):
@@ -908,8 +1025,7 @@ class Windows:
         """(length + 1,) uint16 tokens of the run's g-th row."""
         epoch, index = divmod(g, self.count)
         if epoch != self.epoch:
-            shuffle = np.random.default_rng([self.cfg.seed, epoch]).permutation
-            self.epoch, self.order = epoch, (np.arange if self.cfg.varlen_enabled else shuffle)(self.count)
+            self.epoch, self.order = epoch, np.random.default_rng([self.cfg.seed, epoch]).permutation(self.count)
         w = int(self.order[index])
         shard = int(np.searchsorted(self.first, w, side="right")) - 1
         start = (w - int(self.first[shard])) * self.length
@@ -919,7 +1035,7 @@ class Windows:
 
     def batch(self, first: int, real: int, size: int) -> Batch:
         """`size` rows: `real` ones from `first` on, then padding, which costs time but adds nothing to the loss."""
-        tokens = np.full((size, self.length + 1), 0 if self.bos else 1, dtype=np.int64)  # any token but BOS
+        tokens = np.full((size, self.length + 1), filler(self.bos), dtype=np.int64)
         for row in range(real):
             tokens[row] = self.window(first + row)
         # numpy's copy: torch takes one row of a wider array as contiguous, and its odd stride means compiling again
@@ -994,13 +1110,14 @@ class Bounds(NamedTuple):
         """Bounds of ids (B, T): a document starts at each `bos`, at each row, and after every `max_len` tokens.
 
         cu_seqlens is filled up with N, documents of no tokens, to a length that hardly ever changes: a compiled graph
-        is made for one length.
+        is made for one length. The room is twice what web text needs (a document of FineWeb has 960 tokens, windows cut
+        some more), not ten times: FlashAttention 3 makes room for a block of queries in every document that might be.
         """
         starts = ids == bos
         starts[:, 0] = True
         flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
         cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
-        room = max(64, ids.numel() // 64)
+        room = max(64, ids.numel() // 256)
         while room <= len(cuts):
             room *= 2
         cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
@@ -1786,9 +1903,8 @@ def build_model(cfg: Settings, rt: Runtime, attend: Callable, bos: int, ops: Ops
     """The model with its initial weights from SEED, drawn on the CPU so that they do not depend on the device."""
     torch.manual_seed(cfg.seed)
     model = GPT(cfg, attend, rt.dtype, bos, ops).to(rt.device)
-    if rt.world > 1:
-        for p in model.parameters():
-            dist.broadcast(p.detach(), 0)
+    for name, p in model.named_parameters():
+        rt.share_(p.detach(), name)
     return model
 
 
@@ -1825,7 +1941,7 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kind: str = 
         a, b, c = triples[min(step, len(triples) - 1)]
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return (x.mT if tall else x).to(matrices.dtype)
+    return (x.mT if tall else x).to(matrices.dtype).contiguous()  # as ranks exchange them
 
 
 class Muon:
@@ -1844,39 +1960,33 @@ class Muon:
         """Begin summing the gradients over ranks."""
         self.shards, self.waiting = [], []
         for p, share in zip(self.params, self.share):
-            if self.rt.world == 1:
-                self.shards.append(p.grad)
-                continue
-            grad = F.pad(p.grad, (0, 0, 0, 0, 0, share * self.rt.world - p.size(0)))
-            self.shards.append(torch.empty_like(grad[:share]))
-            self.waiting.append(dist.reduce_scatter_tensor(self.shards[-1], grad, async_op=True))
+            missing = share * self.rt.world - p.size(0)
+            grad = F.pad(p.grad, (0, 0, 0, 0, 0, missing)) if missing else p.grad
+            shard, wait = self.rt.sum_shares(grad, "gradients of a bank")
+            self.shards.append(shard)
+            self.waiting.append(wait)
 
     def finish_reduce(self) -> list[Tensor]:
         """This rank's shares of the summed gradients; a slice stands on exactly one rank."""
-        for work in self.waiting:
-            work.wait()
+        for wait in self.waiting:
+            wait()
         self.waiting = []
         return self.shards
 
     def step(self, lr_scale: float, momentum: float) -> None:
         """W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) NS(g + momentum m)."""
         gathered = []
-        for p, share, m, grad in zip(self.params, self.share, self.momentum, self.shards):
+        for p, m, grad in zip(self.params, self.momentum, self.shards):
             m.mul_(momentum).add_(grad)
             update = grad.add(m, alpha=momentum)
             if self.cfg.muon_row_normalize:  # MuonEq-R, arXiv 2603.28254
                 update = F.normalize(update, dim=-1)
             update = newton_schulz(update, self.cfg.muon_backend_steps, torch.bfloat16 if p.is_cuda else torch.float32,
                                    self.cfg.muon_ns)
-            work = None
-            if self.rt.world > 1:
-                mine, update = update, torch.empty(share * self.rt.world, *p.shape[1:], device=p.device)
-                work = dist.all_gather_into_tensor(update, mine, async_op=True)
-            gathered.append((update, work))
+            gathered.append(self.rt.gather_shares(update, "updates of a bank"))
         lr = self.cfg.matrix_lr * lr_scale
-        for p, (update, work) in zip(self.params, gathered):
-            if work:
-                work.wait()
+        for p, (update, wait) in zip(self.params, gathered):
+            wait()
             shape_scale = max(1.0, p.size(1) / p.size(2)) ** 0.5
             p.detach().mul_(1 - lr * self.cfg.muon_wd).add_(update[: p.size(0)], alpha=-lr * shape_scale)
 
@@ -1884,10 +1994,8 @@ class Muon:
         """Momentum of whole banks, gathered from all ranks, so that any number of ranks can go on with it."""
         whole = []
         for p, m in zip(self.params, self.momentum):
-            parts = m
-            if self.rt.world > 1:
-                parts = torch.empty(self.rt.world * len(m), *m.shape[1:], device=m.device)
-                dist.all_gather_into_tensor(parts, m)
+            parts, wait = self.rt.gather_shares(m, "momentum of a bank")
+            wait()
             whole.append(parts[: len(p)].cpu())
         return whole
 
@@ -2090,8 +2198,7 @@ class Trainer:
 def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]:
     """Compile every graph a run needs on random tokens, then put everything back.
 
-    Returns the seconds to keep for calibration, GPTQ_RESERVE_SECONDS or measured here (one batch's time over all of a
-    rank's batches), and the seconds of the last step.
+    Returns the seconds to keep for calibration, GPTQ_RESERVE_SECONDS or measured here, and those of the last step.
     """
     generator = torch.Generator().manual_seed(cfg.seed)
 
@@ -2115,23 +2222,30 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
             ids, targets, bounds = random_batch(rows, length, length)
             trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops)
-    reserve = cfg.gptq_reserve_seconds if cfg.gptq_calibration == "train" else 0.0
-    if reserve is None and cfg.max_wallclock_seconds:
-        stats = Statistics(empty_hessians(cfg, rt.device), empty_moments(cfg, trainer.model, rt.device))
-        batch = random_batch(cfg.micro_batch_tokens // cfg.row_tokens, *row[1:])
-        times = []
-        for _ in range(2):  # the first pays for allocation
-            rt.sync()
-            start = time.perf_counter()
-            add_statistics(trainer.model, stats, batch)
-            rt.sync()
-            times.append(time.perf_counter() - start)
-        reserve = rt.largest(1.2 * times[-1] * -(-cfg.gptq_calibration_batches // rt.world) + 0.2)
-        reserve = min(reserve, 0.5 * cfg.max_wallclock_seconds)
+    reserve = cfg.gptq_reserve_seconds
+    if cfg.gptq_calibration != "train" or not cfg.max_wallclock_seconds:
+        reserve = 0.0  # off the clock
+    elif cfg.warmup_steps or reserve is None:  # what its first pass costs must not fall on the clock
+        measured = calibration_seconds(cfg, rt, trainer.model, random_batch(
+            cfg.micro_batch_tokens // cfg.row_tokens, *row[1:]))
+        reserve = measured if reserve is None else reserve
     for p, value in zip(trainer.params, initial):
         p.detach().copy_(value)
     trainer.reset()
-    return reserve or 0.0, rt.largest(lap)
+    return reserve, rt.largest(lap)
+
+
+def calibration_seconds(cfg: Settings, rt: Runtime, model: GPT, batch: Batch) -> float:
+    """Seconds to keep for calibration, at most half of the clock: one batch's time over all that a rank reads."""
+    stats, times = Statistics(empty_hessians(cfg, rt.device), empty_moments(cfg, model, rt.device)), []
+    for _ in range(2):  # the first pays for allocation
+        rt.sync()
+        start = time.perf_counter()
+        add_statistics(model, stats, batch)
+        rt.sync()
+        times.append(time.perf_counter() - start)
+    return min(rt.largest(1.2 * times[-1] * -(-cfg.gptq_calibration_batches // rt.world) + 0.2),
+               0.5 * cfg.max_wallclock_seconds)
 
 
 def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: Clock, validate: Callable,
@@ -2499,7 +2613,7 @@ def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
     rest = table - left @ right.T / COMMON_UNIT
     saved = table.size(1) * torch.log2(size[:, 0].clamp(min=1e-9) / rest.norm(dim=1).clamp(min=1e-9)).sum()  # bits
     pays = float(saved) > 5 * COMMON_RANK * sum(table.shape)
-    return (pays * left.T).to(torch.int8), (pays * right.T).to(torch.int16)
+    return (pays * left.T).to(torch.int8).contiguous(), (pays * right.T).to(torch.int16).contiguous()
 
 
 def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
@@ -2562,12 +2676,12 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict
         codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
         if steps and is_table(group):
             parts = common_part(weight[0] / scales[0])
-            left, right = (rt.sum_(part.int() if rt.rank == 0 else 0 * part.int()) for part in parts)  # rank 0's
+            left, right = (rt.share_(part.int(), "common part") for part in parts)  # NCCL has no int16
             stored[f"{group.name}.left"], stored[f"{group.name}.right"] = left.to(torch.int8), right.to(torch.int16)
             weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
         if len(codes[share]):
             codes[share] = gptq(weight[share], (order[share], upper[share]), scales[share], bits)
-        stored[f"{group.name}.codes"] = rt.sum_(codes.int()).to(codes.dtype)  # NCCL has no int16
+        stored[f"{group.name}.codes"] = rt.sum_(codes.int(), "codes").to(codes.dtype)
     covered = {g.param for g in quant_groups(cfg)}
     for name, tensor in ((n, t) for n, t in state.items() if n not in covered):
         if name == "attn_gate":
@@ -2912,8 +3026,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     """
     factors, settings = factorize_all(stats.hessians), artifact_settings(cfg)
     curved = curvatures(cfg, state, stats, factors)
-    curved = {name: Curvature(*(rt.sum_(t if rt.rank == 0 else torch.zeros_like(t)) for t in curvature))
-              for name, curvature in curved.items()}  # rank 0's: a last bit could differ, and turn a step
+    for t in (t for curvature in curved.values() for t in curvature):
+        rt.share_(t, "curvatures")  # rank 0's: a last bit could differ, and turn a step
     views = {group.name: group.view(state[group.param]).float() for group in quant_groups(cfg)}
     count = sum(views[name].numel() for name in curved)
     octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
@@ -3145,11 +3259,15 @@ class Scorer:
                      time.perf_counter() - self.began)
 
 
-def gather(tokens: Tensor, place: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, int64, at `place` (rows, length) of a stream (N,); IGNORE where not `scored`."""
+def gather(tokens: Tensor, place: Tensor, scored: Tensor, bos: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, int64, at `place` (rows, length) of a stream (N,); IGNORE where not `scored`.
+
+    Where the stream has no target any more, inputs are padding that starts no document: every start has a place in
+    Bounds, whose size a compiled graph is made for.
+    """
     last = len(tokens) - 1
     targets = torch.where(scored, tokens[(place + 1).clamp(max=last)].long(), IGNORE)
-    return tokens[place.clamp(max=last)].long(), targets
+    return torch.where(place >= last, filler(bos), tokens[place.clamp(max=last)].long()), targets
 
 
 def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
@@ -3181,7 +3299,7 @@ def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation
         start, fresh = lot.unbind(1)
         place = start + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
         scored = (place >= fresh) & (place < n - 1)
-        ids, targets = gather(val.tokens, place, scored)
+        ids, targets = gather(val.tokens, place, scored, val.bos)
         bounds = Bounds.find(ids, val.bos, length) if cfg.varlen_enabled else None
         scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))
 
@@ -3211,7 +3329,7 @@ class Sgd:
         """One step on the mean loss of tokens (n,), in rows of EVAL_SEQ_LEN dealt to ranks; norm clipped to 1."""
         length, rows, count = self.cfg.eval_seq_len, self.rows, len(tokens) - 1
         place = torch.arange(-(-count // (rows * length)) * rows * length, device=tokens.device).view(-1, length)
-        ids, targets = gather(tokens, place, place < count)
+        ids, targets = gather(tokens, place, place < count, bos)
         for p in self.params:
             p.requires_grad_(True).grad = torch.zeros_like(p)
         for first in range(self.rt.rank * rows, len(ids), self.rt.world * rows):
@@ -3383,7 +3501,7 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
         width = min(width, cfg.ttt_eval_seq_len)
         place = starts + max(0, high - width) + torch.arange(width, device=device)
         scored = (place >= starts + low) & (place < starts + high) & (place < ends)
-        ids, targets = gather(tokens, place, scored)
+        ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
         goes_on = (starts + high < ends).float()  # (size, 1)
         with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
             losses = forward(ids, targets, hooks=adapters.hooks if adapters else NO_HOOKS, loops=cfg.num_loops)
@@ -3902,47 +4020,6 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     return status
 
 
-def speaks_first(launch: Launch) -> bool:
-    """Whether this process is the first of the run to have an error to tell: all meet the same one, or its echo."""
-    if launch.world == 1:
-        return True
-    host, port, attempt = launch.store
-    try:  # torchrun's own store, which outlives its processes
-        return dist.TCPStore(host, int(port), timeout=timedelta(seconds=5)).add(f"error {attempt}", 1) == 1
-    except (RuntimeError, ValueError):  # then it is rank 0's to tell, unless that is what is missing
-        time.sleep(5 if launch.rank else 0)
-        return True
-
-
-def tell(launch: Launch, message: str) -> None:
-    """The one line on stderr, from one process of the run."""
-    if speaks_first(launch):
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-
-
-def leave(status: int) -> None:
-    """End this process of several at once: an orderly exit waits for the others, and Gloo's threads can abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def leave_when_told(launch: Launch) -> None:
-    """End on SIGTERM, which torchrun sends when one process is gone, even if the main thread waits for that one."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(writer)
-
-    def wait() -> None:
-        while os.read(reader, 1)[0] != signal.SIGTERM:
-            pass
-        tell(launch, "another process of this run has ended")
-        leave(143)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
     launch, status, message = Launch.read(dict(os.environ)), 1, ""
@@ -3960,10 +4037,6 @@ def main() -> int:
         message = f"{e.filename}: {e.strerror}" if e.filename else f"reading or writing failed: {e.strerror or e}"
     except KeyboardInterrupt:
         message = "interrupted"
-    except RuntimeError as e:
-        if launch.world == 1 or not (isinstance(e, dist.DistError) or "gloo" in str(e)):
-            raise
-        message = "another process of this run has ended"
     if message:
         tell(launch, message)
     if launch.world > 1:

@@ -475,27 +475,37 @@ def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
 # ----- the packed loader
 
 
-def test_packed_rows_cover_the_shards_in_order(tmp_path):
+@pytest.fixture
+def few_rows(monkeypatch):
+    """Rows of several windows although a step of these tests has few of them."""
+    monkeypatch.setattr(tg, "MIN_ROWS", 1)
+
+
+def test_packed_rows_cover_the_shards_once_an_epoch(tmp_path, few_rows):
     shards = write_shards(tmp_path, [150, 40, 17, 16, 333])
     cfg = tiny(tmp_path, varlen_enabled=True)
     assert cfg.row_tokens == 16  # two windows: what a pass of 16 tokens holds, and six can be dealt into
     windows = tg.Windows(cfg, fake_rt(), BOS)
     expected = [shard[start : start + 17].tolist() for shard in shards for start in range(0, len(shard) - 16, 16)]
-    assert windows.count == len(expected) == 9 + 2 + 1 + 0 + 20
-    for g in [*range(3 * len(expected)), 5, 70, 0]:  # epoch after epoch, and back
-        assert windows.window(g).tolist() == expected[g % len(expected)]
+    n = windows.count
+    assert n == len(expected) == 9 + 2 + 1 + 0 + 20
+    epochs = [[windows.window(g).tolist() for g in range(e * n, (e + 1) * n)] for e in range(3)]
+    assert all(sorted(rows) == sorted(expected) for rows in epochs)
+    assert len({str(rows) for rows in [*epochs, expected]}) == 4  # in an order of its own each time
+    for g in (5, 70, 0):  # and back
+        assert windows.window(g).tolist() == epochs[g // n][g % n]
 
 
-@pytest.mark.parametrize("windows, micro, row", [(6, 1, 1), (6, 2, 2), (6, 5, 3), (6, 100, 6), (7, 5, 1), (64, 100, 8),
-                                                 (10, 8, 5), (9, 8, 3)])
-def test_packed_rows_are_long_and_fit(tmp_path, windows, micro, row):
+@pytest.mark.parametrize("windows, micro, row", [(6, 100, 1), (64, 100, 1), (127, 100, 1), (128, 1, 1), (128, 100, 2),
+                                                 (192, 2, 2), (192, 100, 3), (384, 100, 6), (512, 5, 4), (700, 100, 7)])
+def test_packed_rows_are_long_fit_and_are_many(tmp_path, windows, micro, row):
     cfg = tiny(tmp_path, varlen_enabled=True, train_batch_tokens=windows * T, micro_batch_tokens=micro * T + T - 1)
     assert cfg.row_tokens == row * T
     assert dict(vars(cfg)) and tiny(tmp_path, micro_batch_tokens=micro * T).row_tokens == T
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_packed_rows_are_the_same_for_any_number_of_ranks(tmp_path, world):
+def test_packed_rows_are_the_same_for_any_number_of_ranks(tmp_path, few_rows, world):
     write_shards(tmp_path, [150, 40, 17, 16, 333])
     cfg = tiny(tmp_path, varlen_enabled=True, train_batch_tokens=14 * T, micro_batch_tokens=2 * T)
     alone = tg.Windows(cfg, fake_rt(), BOS)
@@ -570,7 +580,7 @@ def spoilt(content: dict, name: str) -> dict:
     return {key: value for key, value in content.items() if key != name}
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(rt, tmp_path):
+def test_a_checkpoint_that_does_not_fit_is_refused(rt, tmp_path, few_rows):
     cfg = tiny(tmp_path, ema_decay=0.5, varlen_enabled=True)
     path = rt.path("checkpoint.pt")
 
