@@ -1,36 +1,36 @@
 #!/usr/bin/env python3
-"""English prose with no network: the documentation that a Python installation already carries.
+"""English prose with no network: the documentation inside the Python packages that requirements.txt pins.
 
 Notable features:
-- reads docstrings and long prose literals from the *source files* of the standard library and of a few packages;
-  none of them is imported or executed
+- reads docstrings and long prose literals from the *source files* of a few packages; none of them is imported or
+  executed
 - drops duplicates first by docstring, then by paragraph, so that validation text does not stand in training text
 - splits by source module: no module is in both sets
-- deterministic: the same installation gives the same bytes, whatever the file system order or the hash seed
+- the same package versions give the same bytes on every machine, whatever the Python, the platform, the build of
+  PyTorch, the file system's order or the hash seed; the SHA-256 of the text is printed to compare
 
     python data/local_corpus.py                   # -> data/local/docs_train.jsonl, data/local/docs_val.jsonl
 """
 
 import argparse
 import ast
+import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import re
 import sys
-import sysconfig
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from hashlib import blake2b
 from pathlib import Path
 
 from shards import atomic_write, one_line
 from tqdm import tqdm
 
-PACKAGES = ("numpy", "torch", "networkx", "sympy")  # torch itself requires the last two
+PACKAGES = ("networkx", "numpy", "scipy", "sympy")  # pure source in every wheel of a version; torch's builds differ
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "_vendor"}
+SKIPPED_FILES = {"__config__.py", "version.py", "_distributor_init.py"}  # written by a package's build
 DOCUMENT_CHARS = 8_000  # a document is cut at a paragraph end before it grows past this
 MIN_DOCUMENT_CHARS = 200
 MIN_LITERAL_CHARS = 200  # shorter literals that are not docstrings are messages, formats and keys
@@ -59,12 +59,13 @@ class Document:
 
 
 def find_roots(packages: Iterable[str] = PACKAGES) -> dict[str, Path]:
-    """Folders of the standard library ("python") and of those `packages` that are installed, without importing them."""
-    roots = {"python": Path(sysconfig.get_path("stdlib"))}
+    """Folders of `packages`, found without importing them; ValueError where one is not installed."""
+    roots = {}
     for name in packages:
         spec = importlib.util.find_spec(name)
-        if spec is not None and spec.submodule_search_locations:
-            roots[name] = Path(next(iter(spec.submodule_search_locations)))
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"package {name} is not installed; requirements.txt has it")
+        roots[name] = Path(next(iter(spec.submodule_search_locations)))
     return roots
 
 
@@ -73,8 +74,19 @@ def source_files(root: Path) -> list[str]:
     found = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
-        found += [Path(folder, name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+        found += [Path(folder, name).relative_to(root).as_posix() for name in files
+                  if name.endswith(".py") and name not in SKIPPED_FILES]
     return sorted(found)
+
+
+def dedent(text: str) -> str:
+    """A docstring without the indentation of its lines after the first, and without blank lines at its ends.
+
+    inspect.cleandoc() does the same, in ways that differ between versions of Python.
+    """
+    first, *rest = text.expandtabs().split("\n")
+    indent = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
+    return "\n".join([first.lstrip(" "), *(line[indent:] for line in rest)]).strip("\n")
 
 
 def literals(source: bytes) -> Iterator[str]:
@@ -92,14 +104,15 @@ def literals(source: bytes) -> Iterator[str]:
     shortest: dict[int, float] = {}  # by id of a string's node; MIN_LITERAL_CHARS where nothing else is said
     for node in ast.walk(tree):  # breadth first: a parent is seen before its children
         if isinstance(node, ast.JoinedStr):
-            shortest.update((id(part), float("inf")) for part in node.values)  # pieces of an f-string are fragments
+            # pieces of an f-string are fragments, and what stands inside one has no place in older Pythons
+            shortest.update((id(part), float("inf")) for part in ast.walk(node))
         elif isinstance(node, ast.Expr):
             shortest[id(node.value)] = MIN_DOCSTRING_CHARS  # a string that stands alone is documentation
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if len(node.value) >= shortest.get(id(node), MIN_LITERAL_CHARS) and not BAD_CHARS.search(node.value):
                 found.append((node.lineno, node.col_offset, node.value))
     for _, _, text in sorted(found):
-        yield inspect.cleandoc(text)
+        yield dedent(text)
 
 
 # ----- prose and duplicates
@@ -133,7 +146,7 @@ def squeeze(text: str) -> str:
 
 def fingerprint(text: str) -> bytes:
     """16-byte hash of `text`, the same in every run."""
-    return blake2b(text.encode(), digest_size=16).digest()
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def is_new(text: str, seen: set[bytes]) -> bool:
@@ -224,12 +237,12 @@ def split(documents: list[Document], val_percent: float) -> tuple[list[Document]
     return train, val
 
 
-def write_jsonl(path: Path, documents: list[Document]) -> int:
-    """Write {"text": ...} lines to `path` atomically; returns the UTF-8 bytes of the texts."""
+def write_jsonl(path: Path, documents: list[Document]) -> bytes:
+    """Write {"text": ...} lines to `path` atomically; returns what was written."""
+    lines = b"".join(json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n" for document in documents)
     with atomic_write(path) as file:
-        for document in documents:
-            file.write(json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n")
-    return sum(len(document.text.encode()) for document in documents)
+        file.write(lines)
+    return lines
 
 
 def build(out: Path, packages: Iterable[str], min_mb: float, val_percent: float) -> None:
@@ -245,22 +258,25 @@ def build(out: Path, packages: Iterable[str], min_mb: float, val_percent: float)
     if not train or not val:
         raise ValueError(f"{len(documents)} documents are too few for --val-percent {val_percent}")
     out.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
     for name, part in (("docs_train.jsonl", train), ("docs_val.jsonl", val)):
         # in the order of a hash: mixed like web text, since a short run reads only the first part of it
-        count = write_jsonl(out / name, sorted(part, key=lambda document: fingerprint(document.text)))
+        digest.update(write_jsonl(out / name, sorted(part, key=lambda document: fingerprint(document.text))))
+        count = sum(len(document.text.encode()) for document in part)
         print(f"{name}: {len(part):,} documents, {count:,} bytes of text ({count / total:.1%})")
     print(f"total: {len(documents):,} documents, {total:,} bytes from {', '.join(roots)} -> {out}")
+    print(f"sha256 of both files: {digest.hexdigest()}")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Build a corpus from the documentation of this Python installation.")
+    parser = argparse.ArgumentParser(description="Build a corpus from the documentation inside Python packages.")
     default_out = Path(__file__).resolve().parent / "local"
     parser.add_argument("--out", type=Path, default=default_out, help="folder to write to (default: data/local)")
     parser.add_argument("--packages", nargs="*", default=PACKAGES, metavar="NAME",
-                        help=f"packages to read beside the standard library (default: {' '.join(PACKAGES)})")
+                        help=f"packages to read (default: {' '.join(PACKAGES)})")
     parser.add_argument("--min-mb", type=float, default=8, help="fail below this many million bytes (default: 8)")
-    parser.add_argument("--val-percent", type=float, default=4, help="share of validation text (default: 4)")
+    parser.add_argument("--val-percent", type=float, default=5, help="share of validation text (default: 5)")
     args = parser.parse_args(argv)
     try:
         build(args.out, args.packages, args.min_mb, args.val_percent)
