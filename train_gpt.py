@@ -367,6 +367,18 @@ class Settings:
         longest = min(8, windows // MIN_ROWS, most // self.train_seq_len)
         return self.train_seq_len * max((n for n in range(2, longest + 1) if windows % n == 0), default=1)
 
+    def changes(self, chosen: Iterable[str] = ()) -> str:
+        """Settings that differ from their defaults, a line for each group; an `auto` one only where it was `chosen`."""
+        text = ""
+        for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(self)):
+            fields = [f for f in dataclasses.fields(self) if f.metadata["group"] == group]
+            changed = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+            shown = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
+                     for name, value in changed.items()
+                     if name in chosen or self.__dataclass_fields__[name].default is not None]
+            text += f"\n  {group:6}{' '.join(shown)}" if shown else ""
+        return text or " none"
+
     @classmethod
     def group(cls, *names: str) -> list[str]:
         """Names of the fields in these groups, in order."""
@@ -642,6 +654,11 @@ class Runtime:
         if self.rank == 0:
             tqdm.write(message, file=sys.stdout)
             sys.stdout.flush()
+            self.note(message)
+
+    def note(self, message: str) -> None:
+        """One line to train.log alone: what a reader of the console can do without."""
+        if self.rank == 0:
             print(message, file=self.log_file, flush=True)
 
     def metric(self, **values) -> None:
@@ -769,6 +786,30 @@ def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         choice = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
+
+
+class Bar:
+    """How far training is and how long it will take: a bar on rank 0's terminal; in a file a line every tenth."""
+
+    def __init__(self, rt: Runtime):
+        self.rt, self.told = rt, 0
+        self.bar = tqdm(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
+                        bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
+
+    def show(self, share: float, seconds: float, latest: str) -> None:
+        """The share of training that took so many seconds, and what was last logged."""
+        if not share or self.rt.rank:
+            return
+        state = f"{latest}, {seconds * (1 - share) / share:.0f} s left"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(state, refresh=False)
+            self.bar.update(share - self.bar.n)
+        elif int(10 * share) > self.told:
+            self.told = int(10 * share)
+            self.rt.log(f"training {self.told}0 %: {state}")
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 class Clock:
@@ -2251,15 +2292,14 @@ def calibration_seconds(cfg: Settings, rt: Runtime, model: GPT, batch: Batch) ->
 def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: Clock, validate: Callable,
           step: int = 0) -> int:
     """Train from `step` until the clock or ITERATIONS says stop; returns the number of steps. RunError on NaN."""
-    phase, pending, first = Phase(), [], step
+    phase, pending, first, bar, latest = Phase(), [], step, Bar(rt), ""
     clock.start()
     while True:
         now = clock.tick()
         last = (cfg.iterations and step >= cfg.iterations) or not clock.allows_step()
         save = step > first and cfg.checkpoint_every and step % cfg.checkpoint_every == 0
         if pending and (last or save or step <= 5 or step % cfg.train_log_every == 0):
-            log_losses(cfg, rt, pending, step, now, phase)
-            pending = []
+            latest, pending = log_losses(cfg, rt, pending, step, now, phase), []
         if save:  # after the losses are known to be numbers
             clock.stop()
             trainer.save(step, clock.spent)
@@ -2268,6 +2308,7 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
             raise RunError(f"MAX_WALLCLOCK_SECONDS={clock.limit:g}: too short for one step of {clock.lap:.1f}s and "
                            f"{clock.reserve:.1f}s of calibration")
         if last:
+            bar.close()
             return step
         if step > first and cfg.val_loss_every and step % cfg.val_loss_every == 0:
             clock.stop()
@@ -2276,14 +2317,16 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         frac = step / cfg.iterations if cfg.iterations else 0.0
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
+        bar.show(min(frac, 1.0), now, latest)
         phase = Phase.at(cfg, step, min(frac, 1.0))
         pending.append(trainer.step(feeder.next(), phase))
         rt.throttle()
         step += 1
 
 
-def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now: float, phase: Phase) -> None:
-    """Log the last of the steps whose `losses` (0-dim, this rank's share) end at `step`; RunError if one is not finite.
+def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now: float, phase: Phase) -> str:
+    """Log the last of the steps whose `losses` (0-dim, this rank's share) end at `step`, and return it in short;
+    RunError if one is not finite.
 
     This is the one place where a training step waits for the GPU.
     """
@@ -2295,11 +2338,12 @@ def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now:
                        f"{'the last good checkpoint is ' + rt.path('checkpoint.pt') if saved else 'no checkpoint'}; "
                        "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
     tokens = step * cfg.train_batch_tokens
-    rt.log(f"step:{step}/{cfg.iterations or '-'} train_loss:{values[-1]:.4f} train_time:{now * 1e3:.0f}ms "
-           f"step_avg:{now / step * 1e3:.2f}ms tok/s:{tokens / now:,.0f} lr:{phase.lr_scale:.3f}"
-           f"{f' loops:{phase.loops}' if phase.loops else ''}{' qat' if phase.qat else ''}")
+    rt.note(f"step:{step}/{cfg.iterations or '-'} train_loss:{values[-1]:.4f} train_time:{now * 1e3:.0f}ms "
+            f"step_avg:{now / step * 1e3:.2f}ms tok/s:{tokens / now:,.0f} lr:{phase.lr_scale:.3f}"
+            f"{f' loops:{phase.loops}' if phase.loops else ''}{' qat' if phase.qat else ''}")
     rt.metric(step=step, train_loss=values[-1], lr_scale=phase.lr_scale, tokens=tokens, seconds=now,
               tok_per_s=tokens / now)
+    return f"step {step}, train_loss {values[-1]:.4f}, {tokens / now:,.0f} tok/s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3841,7 +3885,8 @@ class Run:
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
         compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"
-        rt.log(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
+        rt.note(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
+        rt.log(f"settings, where not the default:{cfg.changes(notes.explicit)}")
         for given, meant in notes.aliases.items():
             rt.log(f"alias: {given} taken as {meant}")
         if notes.ignored:
