@@ -1231,34 +1231,52 @@ def attend_torch_varlen(varlen_attn: Callable) -> Callable:
     return attend
 
 
-def load_attention(name: str) -> Callable:
-    """One backend by name; ImportError when it is not installed."""
-    if name == "fa3":
+def load_flash(package: str, repository: str) -> tuple[Any, str]:
+    """A FlashAttention's Python module and where it comes from: the installed `package`, or else the newest version of
+    a prebuilt `repository` on the hub (from its cache once downloaded). ImportError when neither is to be had.
+
+    Since 2026-06 the builds on the hub are of PyTorch's stable ABI, one for all of torch from 2.9 on; `kernels` finds
+    them from its version 0.16 on (huggingface/kernels-community PR 975 and 997).
+    """
+    try:
+        return importlib.import_module(package), package
+    except ImportError:
+        from kernels import get_kernel
+    why = ""
+    for version in (3, 2, 1):
         try:
-            import flash_attn_interface as fa
-        except ImportError:
-            from kernels import get_kernel  # prebuilt; comes from the hub's cache once downloaded
+            return get_kernel(repository, version=version), f"{repository} version {version}"
+        except Exception as e:  # whatever the client raises: no network, no such version, no build for this machine
+            why = why if "not found, available" in str(e) and why else str(e)
+    raise ImportError(f"no prebuilt {repository}: {why}")
 
-            try:
-                fa = get_kernel("kernels-community/flash-attn3", version=1)
-            except Exception as e:  # whatever the hub client raises: no network, no build for this machine
-                raise ImportError(f"no prebuilt FlashAttention 3: {e}") from None
-        return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func)
-    if name == "fa2":
-        import flash_attn as fa
 
-        return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func)
+def load_attention(name: str) -> tuple[Callable, str]:
+    """One backend by name, and where it comes from; ImportError when it is not installed."""
+    if name in ("fa3", "fa2"):
+        fa, source = load_flash(*(("flash_attn_interface", "kernels-community/flash-attn3") if name == "fa3" else
+                                  ("flash_attn", "kernels-community/flash-attn2")))
+        return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func), source
     if name == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         if "window_size" not in inspect.signature(varlen_attn).parameters:
             raise ImportError("torch.nn.attention.varlen needs torch 2.11")
-        return attend_torch_varlen(varlen_attn)
-    return attend_sdpa
+        return attend_torch_varlen(varlen_attn), "PyTorch"
+    return attend_sdpa, "PyTorch"
 
 
-def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> tuple[str, Callable, list[str]]:
-    """Name and function of the backend, and why faster ones were passed over.
+class Attention(NamedTuple):
+    """The backend that a run uses."""
+
+    name: str
+    source: str  # the package, or the repository and its version
+    run: Callable  # as attend_sdpa
+    skipped: list[str]  # faster ones, and why they were passed over
+
+
+def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The first backend that works, or the one that ATTENTION asks for.
 
     All but SDPA need a GPU and bf16. Each is tried on a small input, forward and backward. RunError if the one that
     ATTENTION asks for does not work.
@@ -1267,18 +1285,18 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> t
     if device.type != "cuda" or dtype != torch.bfloat16:
         if choice not in ("auto", "sdpa"):
             raise RunError(f"ATTENTION={choice}: needs a GPU and bf16; takes sdpa or auto here")
-        return "sdpa", attend_sdpa, []
+        return Attention("sdpa", "PyTorch", attend_sdpa, [])
     for name in ("fa3", "fa2", *(["varlen"] if cfg.varlen_enabled else []), "sdpa") if choice == "auto" else (choice,):
         try:
             if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
                 raise ImportError("needs a Hopper GPU")
-            attend, width = load_attention(name), cfg.model_dim // cfg.num_heads
+            (attend, source), width = load_attention(name), cfg.model_dim // cfg.num_heads
             q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
                        for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
             bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long), 0, 16).to(device) if cfg.varlen_enabled else None
             probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
             probe(q, k, v, bounds).sum().backward()
-            return name, attend, skipped
+            return Attention(name, source, attend, skipped)
         except Exception as e:  # an extension that does not fit the machine can raise anything
             skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
     raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
@@ -3879,7 +3897,7 @@ class Run:
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
-        (self.attention, attend, skipped), ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
+        self.attention, ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
         with open(__file__, "rb") as file:
             self.code = pack_code(file.read()) if rt.rank == 0 else b""
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
@@ -3892,13 +3910,14 @@ class Run:
         if notes.ignored:
             rt.log(f"ignored, no such setting: {', '.join(notes.ignored)}")
         rt.log(f"environment: python {sys.version.split()[0]}, torch {torch.__version__}, {rt.world} x {self.device}, "
-               f"dtype {str(rt.dtype)[6:]}, attention {self.attention}, compiled {'yes' if compiled else 'no'}")
-        for why in skipped:
+               f"dtype {str(rt.dtype)[6:]}, attention {self.attention.name} of {self.attention.source}, "
+               f"compiled {'yes' if compiled else 'no'}")
+        for why in self.attention.skipped:
             rt.log(f"attention: not {why}")
         complete = {None: "unknown, no manifest", True: "yes", False: "NO, unlike the manifest"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
                f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
-        self.model = build_model(cfg, rt, attend, self.val.bos, ops)
+        self.model = build_model(cfg, rt, self.attention.run, self.val.bos, ops)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
         self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
         self.final_forward = self.forward if cfg.ttt_mode == "none" else parts
@@ -4020,8 +4039,8 @@ class Run:
             "model_sha256": hashlib.sha256(artifact).hexdigest(), "code_sha256": hashlib.sha256(self.code).hexdigest(),
             "budget_bytes": cfg.artifact_budget_bytes, "fits": fits, **trained, "eval_seconds": eval_seconds,
             "peak_memory_bytes": peak_memory, "seed": cfg.seed, "world_size": rt.world, "device": self.device,
-            "torch": torch.__version__, "attention": self.attention, "config": dataclasses.asdict(cfg), "audit": audit,
-            "started": self.started.isoformat(timespec="seconds"),
+            "torch": torch.__version__, "attention": self.attention.name, "config": dataclasses.asdict(cfg),
+            "audit": audit, "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         if rt.rank == 0:

@@ -81,7 +81,7 @@ class Bench:
         ids = torch.arange(cfg.vocab_size, dtype=torch.int32)
         table = tg.ByteTable(length=0 * ids + 4, space=0 * ids, boundary=ids == BOS, space_after_boundary=0, bos=BOS)
         self.val, self.windows = tg.Validation.load(cfg, table, rt.device), tg.Windows(cfg, rt, BOS)
-        self.attention, self.attend, self.skipped = tg.pick_attention(cfg, rt.device, rt.dtype)
+        self.attention, _, self.attend, self.skipped = tg.pick_attention(cfg, rt.device, rt.dtype)
         self.model = tg.build_model(cfg, rt, self.attend, BOS)
         with torch.no_grad():
             for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient

@@ -1,9 +1,12 @@
 """A run in a few lines for a person: score before and after compression, bytes, and what gzip and xz make of the text.
 
     python records/summary.py logs/<run>
+    python records/summary.py logs/<run> --compare                        and whether the score is the expected one
+    python records/summary.py logs/<run> --expect > records/smoke.json    from now on this run's score is expected
 """
 
 import gzip
+import hashlib
 import json
 import lzma
 import sys
@@ -13,6 +16,49 @@ import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
+
+EXPECTED = Path(__file__).resolve().parent / "smoke.json"
+TOLERANCE = 0.01  # bits per byte: machines round otherwise, and training makes more of it
+# settings that may differ from the expected run's: they say where things are, or do not change the score
+FREE = {"run_id", "artifact_dir", "data_dir", "data_path", "tokenizer_path", "device", "audit", "save_model", "resume",
+        "checkpoint_every", "train_log_every", "val_loss_every"}
+
+
+def data_sha256(config: dict) -> str:
+    """SHA-256 of all shards of a run, training before validation."""
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        for path in tg.find_shards(config["data_path"], split):
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def expectation(result: dict) -> dict:
+    """What records/smoke.json holds of a run: its score, and on what it depends."""
+    config = {name: value for name, value in result["config"].items() if name not in FREE}
+    return {"val_bpb": round(result["val_bpb"], 4), "steps": result["steps"],
+            "data_sha256": data_sha256(result["config"]), "config": config}
+
+
+def comparison(result: dict, expected: dict) -> str:
+    """One line: whether the score is the expected one, or why the two cannot be compared."""
+    config = result["config"]
+    changed = [f"{name.upper()}={config.get(name)}" for name, value in expected["config"].items()
+               if config.get(name) != value]
+    figure = f"the expected {expected['val_bpb']:.4f}"
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        return f"not compared with {figure}, which is of other settings: here {', '.join(changed[:3])}{more}"
+    if data_sha256(config) != expected["data_sha256"]:
+        return (f"not compared with {figure}: the text is another one, of other package versions or an older clone; "
+                "remove data/local and data/datasets to make it anew")
+    if result["steps"] != expected["steps"]:
+        return (f"not compared with {figure}: MAX_WALLCLOCK_SECONDS={config['max_wallclock_seconds']:g} ended training "
+                f"after {result['steps']} of {expected['steps']} steps")
+    off = result["val_bpb"] - expected["val_bpb"]
+    if abs(off) <= TOLERANCE:
+        return f"as expected: {expected['val_bpb']:.4f} to within {TOLERANCE}; this installation computes right"
+    return f"NOT AS EXPECTED: {off:+.4f} from {expected['val_bpb']:.4f}; more than {TOLERANCE} is no rounding"
 
 
 def validation_text(config: dict) -> bytes:
@@ -50,11 +96,18 @@ def summary(result: dict) -> str:
 
 
 def main() -> int:
-    path = Path(sys.argv[1], "result.json") if len(sys.argv) == 2 else None
+    folder, *options = sys.argv[1:] or [None]
+    path = Path(folder, "result.json") if folder and options in ([], ["--expect"], ["--compare"]) else None
     try:
         if path is None:
-            raise tg.RunError("usage: python records/summary.py <folder of a run>")
-        print(summary(json.loads(path.read_text())))
+            raise tg.RunError("usage: python records/summary.py <folder of a run> [--compare | --expect]")
+        result = json.loads(path.read_text())
+        if options == ["--expect"]:
+            print(json.dumps(expectation(result), indent=1))
+            return 0
+        print(summary(result))
+        if options == ["--compare"]:
+            print(comparison(result, json.loads(EXPECTED.read_text())))
     except (OSError, ValueError, KeyError, tg.RunError) as e:
         print(f"error: {path or ''}{': ' if path else ''}{e}", file=sys.stderr)
         return 1

@@ -1,0 +1,68 @@
+"""records/summary.py: what it says of a run's score beside the one that the smoke run gives everywhere."""
+
+import json
+
+import pytest
+import summary
+from conftest import ROOT
+from shards import write_shard
+
+import train_gpt as tg
+
+
+@pytest.fixture
+def result(tmp_path):
+    """result.json of a run on two small shards, and what is expected of it."""
+    for split, tokens in (("train", range(50)), ("val", range(9))):
+        write_shard(tmp_path / f"fineweb_{split}_000000.bin", summary.tg.np.array(tokens, dtype="<u2"))
+    config = tg.dataclasses.asdict(tg.Settings(data_path=str(tmp_path), vocab_size=64, max_wallclock_seconds=60.0))
+    return {"val_bpb": 1.76543, "steps": 490, "config": config}
+
+
+def changed(result: dict, **config) -> dict:
+    return result | {"config": result["config"] | config}
+
+
+def test_equal_to_a_hundredth_is_as_expected(result):
+    expected = summary.expectation(result)
+    assert expected["val_bpb"] == 1.7654 and expected["steps"] == 490 and json.dumps(expected)
+    for off in (0, 0.0099, -0.0099):
+        assert summary.comparison(result | {"val_bpb": 1.7654 + off}, expected).startswith("as expected: 1.7654")
+    for off, said in ((0.011, "+0.0110"), (-0.3, "-0.3000")):
+        said_now = summary.comparison(result | {"val_bpb": 1.7654 + off}, expected)
+        assert said_now.startswith(f"NOT AS EXPECTED: {said} from 1.7654")
+
+
+def test_where_things_lie_does_not_matter(result):
+    elsewhere = changed(result, artifact_dir="x", run_id="y", audit=True, train_log_every=3)
+    assert summary.comparison(elsewhere, summary.expectation(result)).startswith("as expected")
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"num_layers": 6}, "of other settings: here NUM_LAYERS=6"), ({"seed": 7}, "here SEED=7"),
+    ({"num_layers": 6, "seed": 7, "model_dim": 64, "num_heads": 2, "ema_decay": 0.0}, "and 2 more")])
+def test_settings_of_the_users_own_are_not_compared(result, change, said):
+    expected = summary.expectation(result)
+    assert said in summary.comparison(changed(result, **change) | {"val_bpb": 9.0}, expected)
+
+
+def test_another_text_is_not_compared(result, tmp_path):
+    expected = summary.expectation(result)
+    for split in ("train", "val"):
+        path = tmp_path / f"fineweb_{split}_000000.bin"
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + b"\1")
+        assert "the text is another one" in summary.comparison(result | {"val_bpb": 9.0}, expected)
+        path.write_bytes(good)
+    assert summary.comparison(result, expected).startswith("as expected")
+
+
+def test_a_run_that_the_clock_ended_is_not_compared(result):
+    said = summary.comparison(result | {"steps": 300, "val_bpb": 9.0}, summary.expectation(result))
+    assert "MAX_WALLCLOCK_SECONDS=60 ended training after 300 of 490 steps" in said
+
+
+def test_what_is_expected_names_only_settings_that_exist():
+    expected = json.loads((ROOT / "records/smoke.json").read_text())
+    assert set(expected["config"]) <= set(tg.Settings.__dataclass_fields__) - summary.FREE
+    assert 0 < expected["val_bpb"] < 2 and expected["steps"] == expected["config"]["iterations"]
