@@ -761,6 +761,21 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
+    @contextmanager
+    def host_waits(self) -> Iterator[Counter]:
+        """Counts, by line, how often the host waits for the GPU meanwhile, as PyTorch warns of; none on a CPU."""
+        found: Counter = Counter()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if self.device.type == "cuda":
+                torch.cuda.set_sync_debug_mode("warn")
+            try:
+                yield found
+            finally:
+                if self.device.type == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+        found.update(f"{os.path.basename(w.filename)}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+
     def throttle(self) -> None:
         """Let the host run at most two steps ahead of the GPU, so that the clock means what it says."""
         if self.device.type == "cuda":
@@ -2271,11 +2286,17 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
                 for loops in sorted({0, *(loops for _, loops in cfg.loop_stages())})]
     row = (trainer.plan.size, cfg.row_tokens, cfg.train_seq_len)
     lap = 0.0
-    for phase in rt.progress([v for v in variants for _ in range(cfg.warmup_steps)], "warm-up"):
-        start = time.perf_counter()
-        trainer.step([random_batch(*row) for _ in range(trainer.plan.micro)], phase)
-        rt.sync()
-        lap = time.perf_counter() - start if cfg.warmup_steps > 1 else 0.0  # a first step compiles
+    for phase in variants if cfg.warmup_steps else ():
+        laps = []
+        for _ in rt.progress(range(cfg.warmup_steps), f"warm-up, {phase.loops} loops"):
+            batches, start = [random_batch(*row) for _ in range(trainer.plan.micro)], time.perf_counter()
+            with rt.host_waits() as waits:
+                trainer.step(batches, phase)
+            rt.sync()
+            laps.append(time.perf_counter() - start)
+        lap = laps[-1] if len(laps) > 1 else 0.0  # a first step compiles
+        rt.note(f"warm-up: {phase.loops} loops{', qat' if phase.qat else ''}: first step {laps[0]:.2f}s, last one "
+                f"{laps[-1]:.3f}s, in which the host waited for the GPU at: {', '.join(waits) or 'no line'}")
     if cfg.warmup_steps:
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len

@@ -30,7 +30,6 @@ import signal
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
@@ -227,19 +226,11 @@ class Bench:
     def syncs(self) -> dict:
         """How often the host waits for the GPU in a step (as PyTorch warns of; none can be seen on a CPU)."""
         trainer = tg.Trainer(self.cfg, self.rt, self.model, self.compiled)
-        with self.fed_steps(trainer, self.cfg.num_loops) as step, warnings.catch_warnings(record=True) as caught:
+        with self.fed_steps(trainer, self.cfg.num_loops) as step:
             step()
-            warnings.simplefilter("always")
-            caught.clear()
-            if self.gpu:
-                torch.cuda.set_sync_debug_mode("warn")
-            try:
+            with self.rt.host_waits() as found:
                 for _ in range(self.steps):
                     step()
-            finally:
-                if self.gpu:
-                    torch.cuda.set_sync_debug_mode("default")
-        found = Counter(f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
         return {"per_step": found.total() / self.steps, "where": dict(found)}
 
     def update(self) -> dict:

@@ -95,6 +95,27 @@ def summary(result: dict) -> str:
     return "\n".join(lines)
 
 
+def gpu_report(result: dict, log: str) -> str:
+    """What a GPU did with its time: attention, compiling, speed, MFU, memory, host waits, seconds by stage.
+
+    `log` is the run's train.log. MFU is count.py's model FLOPs over the maker's dense bf16 peak of a GPU that it knows.
+    """
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
+    import count
+
+    cfg = tg.Settings(**result["config"])
+    lines = [line for line in log.splitlines() if line.startswith(("environment: ", "attention: not", "warm-up: "))]
+    flops = count.model_flops(count.count_step(cfg, cfg.train_batch_tokens)) / cfg.train_batch_tokens
+    peak = next((d.flops for d in count.DEVICES if d.name.split()[0] in result["device"]), None)
+    used = flops * result["tok_per_s"] / (result["world_size"] * peak) if peak else None
+    lines.append(f"speed: {result['tok_per_s']:,.0f} tok/s, {flops / 1e6:,.0f} MFLOP a token with all loops on, MFU "
+                 f"{f'{used:.1%}' if used else 'unknown of this GPU'}")
+    lines.append(f"memory: {result['peak_memory_bytes'] / 1e9:.1f} GB at most on one GPU")
+    seconds = {"train": result["train_seconds"]} | {name: s["seconds"] for name, s in result["stages"].items()}
+    lines.append("seconds: " + ", ".join(f"{name} {s:.1f}" for name, s in seconds.items()))
+    return "\n".join(lines)
+
+
 def main() -> int:
     folder, *options = sys.argv[1:] or [None]
     path = Path(folder, "result.json") if folder and options in ([], ["--expect"], ["--compare"]) else None
@@ -106,6 +127,10 @@ def main() -> int:
             print(json.dumps(expectation(result), indent=1))
             return 0
         print(summary(result))
+        if result["device"] != "cpu":
+            report = gpu_report(result, Path(folder, "train.log").read_text())
+            Path(folder, "gpu_report.txt").write_text(report + "\n")
+            print(f"{report}\nthe same in {folder}/gpu_report.txt")
         if options == ["--compare"]:
             print(comparison(result, json.loads(EXPECTED.read_text())))
     except (OSError, ValueError, KeyError, tg.RunError) as e:

@@ -66,3 +66,24 @@ def test_what_is_expected_names_only_settings_that_exist():
     expected = json.loads((ROOT / "records/smoke.json").read_text())
     assert set(expected["config"]) <= set(tg.Settings.__dataclass_fields__) - summary.FREE
     assert 0 < expected["val_bpb"] < 2 and expected["steps"] == expected["config"]["iterations"]
+
+
+# ----- on a GPU
+
+
+def test_what_a_gpu_did_is_told_from_the_log_and_the_result(result):
+    log = ("environment: python 3, attention fa3 of x version 1\nattention: not fa4: why\nstep:1/2\nwarm-up: 0 loops: "
+           "first step 40.00s, last one 0.500s, in which the host waited for the GPU at: no line\n")
+    ran = result | {"device": "NVIDIA H100 80GB HBM3", "tok_per_s": 1e6, "world_size": 1, "peak_memory_bytes": 5e10,
+                    "train_seconds": 120.0, "stages": {"pre_quant": {"seconds": 3.04}}}
+    said = summary.gpu_report(ran, log).splitlines()
+    assert said[:3] == [log.splitlines()[i] for i in (0, 1, 3)]
+    cfg = tg.Settings(**ran["config"])
+    d, layers, hidden, kv = cfg.model_dim, cfg.num_layers, int(cfg.mlp_mult * cfg.model_dim), 4 * 64
+    weights = layers * (2 * d * d + 2 * d * kv + 2 * d * hidden) + cfg.vocab_size * d
+    attention = layers * 4 * d * (cfg.train_seq_len + 1) / 2  # two products over the keys a token meets, on average
+    flops = 3 * (2 * weights + attention)  # backward costs twice the forward pass
+    share = float(said[3].split("MFU ")[1].rstrip("%")) / 100
+    assert share == pytest.approx(flops * 1e6 / 989e12, rel=0.01)
+    assert said[4:] == ["memory: 50.0 GB at most on one GPU", "seconds: train 120.0, pre_quant 3.0"]
+    assert "MFU unknown of this GPU" in summary.gpu_report(ran | {"device": "NVIDIA A100"}, log)

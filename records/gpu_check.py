@@ -1,0 +1,114 @@
+"""Whether this machine's GPU can do a run, before anything long: driver, memory, disk, compiler, FlashAttention.
+
+    python records/gpu_check.py             one line that says what there is; or one that says what is wrong, status 1
+    python records/gpu_check.py --record    also wrong: a Hopper GPU on which no FlashAttention works, unless ATTENTION
+                                            names a backend; on PyTorch's own attention a record run is lost time
+
+Settings come from the environment, as for train_gpt.py.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
+DISK_BYTES = 2e9  # logs, a checkpoint, what the compiler keeps
+FREE_SHARE = 0.9  # of a GPU's memory: less, and another process holds it
+
+
+def driver_fault() -> str:
+    """Why PyTorch has no GPU although the driver lists one; empty if it has one, or there is none."""
+    if torch.cuda.is_available():
+        return ""
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    if listed.returncode or "GPU" not in listed.stdout:
+        return ""
+    built = torch.version.cuda
+    return (f"the driver is older than what torch {torch.__version__} needs, CUDA {built}; update it" if built else
+            f"torch {torch.__version__} is a build without CUDA; install the one for CUDA")
+
+
+def folder_of(path: str) -> str:
+    """The folder itself, or what there is of it so far."""
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path
+
+
+def disk_fault(folder: str) -> str:
+    """Why a run cannot write into a folder that may not exist yet; empty if it can."""
+    there = folder_of(folder)
+    if not os.access(there, os.W_OK):
+        return f"{there}: no permission to write"
+    free = shutil.disk_usage(there).free
+    return f"{there}: {free / 1e9:.1f} GB free, a run needs {DISK_BYTES / 1e9:.0f}" if free < DISK_BYTES else ""
+
+
+def memory_fault(index: int) -> str:
+    """Which process's memory a run would miss; empty if there is enough."""
+    free, total = torch.cuda.mem_get_info(index)
+    if free >= FREE_SHARE * total:
+        return ""
+    return (f"GPU {index}: {free / 1e9:.0f} of {total / 1e9:.0f} GB free; another process holds the rest (nvidia-smi "
+            "lists them)")
+
+
+def compiler_fault(device: torch.device) -> str:
+    """Why torch.compile does not work here; empty if it does."""
+    if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
+        return "no C compiler, which torch.compile needs: install gcc, or take COMPILE=0, which is slow"
+    x = torch.arange(64.0, device=device)
+    try:
+        y = torch.compile(lambda x: (2 * x).sin() + x)(x)
+    except Exception as e:  # whatever a compiler that does not fit the machine raises
+        return f"torch.compile fails: {' '.join(str(e).split())[:200]}"
+    return "" if torch.allclose(y, (2 * x).sin() + x, atol=1e-5) else "torch.compile gives wrong numbers"
+
+
+def check(cfg: tg.Settings, record: bool) -> str:
+    """What there is, in one line; RunError with what is wrong."""
+    fault = driver_fault() or disk_fault(cfg.artifact_dir)
+    if fault:
+        raise tg.RunError(fault)
+    if not torch.cuda.is_available() or cfg.device == "cpu":
+        return "no GPU is used"
+    fault = next(filter(None, map(memory_fault, range(torch.cuda.device_count()))), "")
+    device = torch.device("cuda", 0)
+    fault = fault or ("" if cfg.compile == "0" else compiler_fault(device))
+    if fault:
+        raise tg.RunError(fault)
+    attention = tg.pick_attention(cfg, device, tg.pick_dtype(cfg.dtype, device))
+    passed = "; ".join(attention.skipped)
+    hopper = torch.cuda.get_device_capability(device)[0] == 9
+    if record and hopper and cfg.attention == "auto" and attention.name not in ("fa3", "fa2"):
+        raise tg.RunError(f"no FlashAttention works on this Hopper GPU ({passed}); pip install -U kernels, or go on "
+                          f"without it by ATTENTION={attention.name}")
+    free = shutil.disk_usage(folder_of(cfg.artifact_dir)).free
+    return (f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, "
+            f"{torch.cuda.mem_get_info(0)[0] / 1e9:.0f} GB free; attention {attention.name} of {attention.source}"
+            f"{f' (not {passed})' if passed else ''}; compiler works; {free / 1e9:.0f} GB of disk free")
+
+
+def main(arguments: list[str]) -> int:
+    try:
+        if arguments not in ([], ["--record"]):
+            raise tg.RunError("usage: python records/gpu_check.py [--record]")
+        print(check(tg.read_settings(dict(os.environ))[0], bool(arguments)))
+    except tg.RunError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
