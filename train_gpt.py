@@ -1188,7 +1188,8 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tenso
     """Causal attention with grouped heads: q (B, T, H, dh), k and v (B, T, Hkv, dh) -> (B, T, H, dh). Plain PyTorch.
 
     With bounds, the flat sequence is cut into blocks of max_len: a query's document starts in its own block or the one
-    before, so each block attends to two, under a mask of equal segments. Shapes do not depend on the documents.
+    before, so each block attends to two, under a mask of equal segments. Shapes do not depend on the documents. Where
+    a block is a row, which starts a document, it attends to itself alone.
     """
     if bounds is None:
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
@@ -1196,18 +1197,20 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tenso
         return y.transpose(1, 2)
     k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))  # fast kernels take mask or groups
     total, size = q.size(0) * q.size(1), bounds.max_len
-    pad = -total % size
+    pad, reach = -total % size, 1 if q.size(1) == size else 2  # blocks that a block attends to
 
     def blocks(x: Tensor) -> Tensor:  # (B, T, heads, dh) -> (blocks, heads, size, dh)
         return F.pad(x.flatten(0, 1), (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, size)).transpose(1, 2)
 
     def with_previous(x: Tensor) -> Tensor:
-        return torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x), dim=2)
+        return x if reach == 1 else torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x), dim=2)
 
     segment = F.pad(bounds.segment, (0, pad), value=-1).view(-1, size)
-    key_segment = torch.cat((F.pad(segment, (0, 0, 1, 0), value=-2)[:-1], segment), dim=1)
-    place = torch.arange(2 * size, device=q.device)
-    mask = (segment[:, :, None] == key_segment[:, None, :]) & (place <= place[size:, None])
+    key_segment = segment
+    if reach == 2:
+        key_segment = torch.cat((F.pad(segment, (0, 0, 1, 0), value=-2)[:-1], segment), dim=1)
+    place = torch.arange(reach * size, device=q.device)
+    mask = (segment[:, :, None] == key_segment[:, None, :]) & (place <= place[-size:, None])
     y = F.scaled_dot_product_attention(blocks(q), with_previous(blocks(k)), with_previous(blocks(v)),
                                        attn_mask=mask[:, None])
     return y.transpose(1, 2).flatten(0, 1)[:total].view_as(q)

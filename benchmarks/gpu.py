@@ -3,6 +3,7 @@
 
     python benchmarks/gpu.py --json benchmarks/gpu.json     all parts, at most 8 minutes
     python benchmarks/gpu.py --parts compiled families      some of them
+    torchrun --standalone --nproc_per_node=8 benchmarks/gpu.py     several GPUs: what they exchange, then the step
 
 needs nothing but the repository: tokens and weights are random, and the shards are written to a temporary folder.
 Settings come from the environment; the default is one GPU's share of the 8-GPU run, 98,304 tokens a step, as 11 layers
@@ -14,6 +15,9 @@ that with both (FUSED=1), `each` that with one of them alone, `fp8` that with FP
 and makes the step take fewer ms than `compiled` is worth having. `curve` trains from the initial weights, plain,
 fused, with FP8=both, and plain from another seed to show how much losses differ by chance; on the benchmark's own
 tokens, or those of DATA_PATH where it is set, which must be of this VOCAB_SIZE.
+
+On several GPUs `exchange` sums and gathers the real banks over ranks, checks every number against what one rank works
+out alone, and times it; `compiled` is then the step of all of them, 98,304 tokens on each.
 
 MFU is count.py's model FLOPs (scores and logits once, no optimizer) over the maker's dense bf16 peak. Times of kernel
 families are GPU time as torch.profiler has it, sorted by the operation that launched a kernel, the shapes it was given
@@ -94,6 +98,47 @@ class Bench:
                      for loops in sorted({0, cfg.num_loops})}
 
     # ----- parts
+
+    def exchange(self) -> dict:
+        """Each bank's gradient summed into shares and its update gathered, and the small gradients summed, over ranks.
+
+        Whole numbers, so that any order of summing gives the same: each rank draws those of all and compares.
+        """
+        rt, rows = self.rt, {}
+        if rt.world == 1:
+            return {"skipped": "one process has nothing to exchange"}
+        small = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for p in self.model.banks().values())
+        shapes = {name: (-(-len(bank) // rt.world) * rt.world, *bank.shape[1:])
+                  for name, bank in self.model.banks().items()}
+
+        def draw(shape: tuple[int, ...], rank: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(rank)
+            return torch.randint(-8, 9, shape, generator=generator).float().to(rt.device)
+
+        def timed(run: Callable) -> tuple[torch.Tensor, float]:
+            run()  # the first sets up what the backend needs
+            rt.sync()
+            start = time.perf_counter()
+            found = run()
+            rt.sync()
+            return found, 1e3 * rt.largest(time.perf_counter() - start)
+
+        def waited(exchange: Callable, tensor: torch.Tensor) -> torch.Tensor:
+            found, wait = exchange(tensor)
+            wait()
+            return found
+
+        for name, shape in {**shapes, "small gradients": (small,)}.items():
+            mine, whole = draw(shape, rt.rank), sum(draw(shape, rank) for rank in range(rt.world))
+            share = slice(rt.rank * shape[0] // rt.world, (rt.rank + 1) * shape[0] // rt.world)
+            summed, all_reduce_ms = timed(lambda mine=mine: rt.sum_(mine.clone()))
+            row, ok = {"all_reduce_ms": all_reduce_ms}, torch.equal(summed, whole)
+            if name in shapes:
+                part, row["reduce_scatter_ms"] = timed(lambda mine=mine: waited(rt.sum_shares, mine))
+                back, row["all_gather_ms"] = timed(lambda part=part: waited(rt.gather_shares, part))
+                ok = ok and torch.equal(part, whole[share]) and torch.equal(back, whole)
+            rows[name] = {"ok": rt.largest(float(not ok)) == 0, "megabytes": 4e-6 * mine.numel(), **row}
+        return rows
 
     def check_kernels(self) -> dict:
         """What kernel_check.py says of each kernel against its plain form, by kernel, dtype and sizes."""
@@ -350,7 +395,7 @@ class Bench:
 
     def speed(self, seconds: float, loops: int) -> dict:
         """Figures of a training step that takes so long, just measured."""
-        tokens, flops = self.cfg.train_batch_tokens, count.model_flops(self.work[loops])
+        tokens, flops = self.cfg.train_batch_tokens, count.model_flops(self.work[loops]) / self.rt.world
         return {"ms": 1e3 * seconds, "tok_per_s": tokens / seconds, "tflop_per_s": flops / seconds / 1e12,
                 "mfu": flops / seconds / self.peak if self.peak else None, "peak_bytes": self.rt.peak_memory()}
 
@@ -361,11 +406,11 @@ class Bench:
 
 
 # in the order they run: what is wanted most first, as the time may end
-PARTS = {"kernels": Bench.check_kernels, "warm_up": Bench.warm_up, "compiled": Bench.compiled_steps,
-         "families": Bench.families, "fused": Bench.fused_steps, "each": Bench.each_kernel, "fp8": Bench.fp8_steps,
-         "curve": Bench.curve, "syncs": Bench.syncs, "update": Bench.update, "sliding": Bench.sliding,
-         "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager, "quantization": Bench.quantization,
-         "lora_compiled": Bench.lora_compiled}
+PARTS = {"exchange": Bench.exchange, "kernels": Bench.check_kernels, "warm_up": Bench.warm_up,
+         "compiled": Bench.compiled_steps, "families": Bench.families, "fused": Bench.fused_steps,
+         "each": Bench.each_kernel, "fp8": Bench.fp8_steps, "curve": Bench.curve, "syncs": Bench.syncs,
+         "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
+         "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
 
 
 def is_device(name: str, kind: str) -> bool:
@@ -501,47 +546,56 @@ def cell(value) -> str:
     return f"{value:,}" if type(value) is int else str(value)
 
 
-def read_config(folder: str) -> tuple[tg.Settings, bool]:
-    """Settings of the environment over the defaults here, and whether there is a GPU to run them on."""
+def read_config(folder: str, world: int) -> tuple[tg.Settings, bool]:
+    """Settings of the environment over the defaults here, and whether there is a GPU to run them on; a step has the
+    default's tokens on each of `world` GPUs.
+    """
     chosen = tg.read_environment(dict(os.environ)).explicit
     gpu = torch.cuda.is_available() and chosen.get("device") != "cpu"
     ours = {"artifact_dir": folder, "data_path": os.path.join(folder, "data"), "gptq_reserve_seconds": 0.0,
             "warmup_steps": 1, "quant_allocation": "auto", "gptq_calibration": "train", "max_wallclock_seconds": 0.0,
             "caseops_enabled": False, "qat_enabled": False, "bos_id": None, "fused": False, "fp8": "none"}
-    return tg.Settings(**(FULL if gpu else TINY) | chosen | ours), gpu
+    defaults = FULL if gpu else TINY
+    defaults = defaults | {"train_batch_tokens": world * defaults["train_batch_tokens"]}
+    return tg.Settings(**defaults | chosen | ours), gpu
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--minutes", type=float, default=8.0, help="parts still to come then are left out (default: 8)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="only these (default: all; on several GPUs exchange "
+                        "and compiled)")
     args = parser.parse_args(arguments)
-    until = time.perf_counter() + 60 * args.minutes - 5
-    names = [name for name in PARTS if name in args.parts]
+    until, launch = time.perf_counter() + 60 * args.minutes - 5, tg.Launch.read(dict(os.environ))
+    wanted = args.parts or (PARTS if launch.world == 1 else ("exchange", "compiled"))
+    names = [name for name in PARTS if name in wanted]
     try:
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):  # empty, so that compiling is cold
                 os.environ[name] = os.path.join(folder, name.lower())
-            report = measure(folder, names, until)
+            report = measure(folder, names, until, launch)
     except (tg.RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    if launch.rank:
+        return 0
     print(table(report))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     return int(any(failed(found) for found in report["parts"].values()))
 
 
-def measure(folder: str, names: list[str], until: float) -> dict:
-    """Make the data and the model in `folder` and run these parts until then."""
-    cfg, gpu = read_config(folder)
+def measure(folder: str, names: list[str], until: float, launch: tg.Launch) -> dict:
+    """Make the data and the model in `folder`, each process its own, and run these parts until then."""
+    cfg, gpu = read_config(folder, launch.world)
     if not gpu:
-        print("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs; its times mean nothing, "
-              "and the Triton kernels run in Triton's interpreter")
+        if not launch.rank:
+            print("no GPU here: the same code at tiny sizes on the CPU, as a check that it runs; its times mean "
+                  "nothing, and the Triton kernels run in Triton's interpreter")
     elif os.environ.get("TRITON_INTERPRET") == "1":
         raise tg.RunError("TRITON_INTERPRET=1: on a GPU the interpreter says nothing; unset it")
-    rt = tg.Runtime(cfg, tg.Launch())
+    rt = tg.Runtime(cfg, launch)
     with contextlib.redirect_stdout(sys.stderr):  # what the script logs
         bench = Bench(cfg, rt, tg.read_environment(dict(os.environ)).explicit.get("data_path"))
         rt.open_logs(append=False)

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -442,6 +443,58 @@ def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
         assert parts[mode]["tokens"] == 512 and parts[mode]["rank"] == 4 and parts[mode]["layers"] == "3"
     assert parts["quantization"]["bytes"] > 0 and min(parts["quantization"].values()) > 0
     assert f"| lora_compiled | tok_per_s | {gpu.cell(parts['lora_compiled']['tok_per_s'])} |" in done.stdout
+
+
+def test_two_processes_exchange_their_banks_and_take_a_step(tmp_path):
+    path = tmp_path / "gpu.json"
+    done = run_script({"DEVICE": "cpu"}, "--json", str(path), script=ROOT / "benchmarks/gpu.py", processes=2)
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(path.read_text())["parts"]
+    assert list(parts) == ["exchange", "compiled"] and list(parts["compiled"]) == ["2", "3"]
+    assert set(parts["exchange"]) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank", "small gradients"}
+    for name, row in parts["exchange"].items():
+        assert row["ok"] and ("all_gather_ms" in row) == name.endswith("_bank")
+    assert done.stdout.count("| part | figure |") == 1
+
+
+def test_an_exchange_that_loses_a_number_is_told(monkeypatch):
+    class Other(tg.Runtime):  # one process that plays rank 0 of two
+        def __init__(self):
+            self.rank, self.world, self.device = 0, 2, torch.device("cpu")
+
+        def sum_(self, tensor):
+            return tensor + other
+
+        def sum_shares(self, tensor):
+            return (tensor + other)[: len(tensor) // 2], lambda: None
+
+        def gather_shares(self, share):
+            return torch.cat((share, whole[len(share) :])), lambda: None
+
+        def largest(self, value):
+            return value
+
+    bench = object.__new__(gpu.Bench)
+    bench.rt, bank = Other(), torch.nn.Parameter(torch.zeros(2, 3, 4))
+    bench.model = SimpleNamespace(parameters=lambda: [bank, torch.zeros(5)], banks=lambda: {"a_bank": bank})
+    drawn = {shape: [torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(rank)).float()
+                     for rank in (0, 1)] for shape in ((2, 3, 4), (5,))}
+    other, whole = drawn[2, 3, 4][1], sum(drawn[2, 3, 4])
+    monkeypatch.setattr(Other, "sum_", lambda self, tensor: tensor + drawn[tuple(tensor.shape)][1])
+    assert all(row["ok"] for row in gpu.Bench.exchange(bench).values())
+    for name in ("sum_", "sum_shares", "gather_shares"):
+        with monkeypatch.context() as patch:
+            right = getattr(Other, name)
+
+            def wrong(self, tensor, right=right):
+                found = right(self, tensor)
+                first = found if isinstance(found, torch.Tensor) else found[0]
+                first.view(-1)[-1] += 1
+                return found
+
+            patch.setattr(Other, name, wrong)
+            rows = gpu.Bench.exchange(bench)
+            assert not rows["a_bank"]["ok"] and rows["small gradients"]["ok"] == (name != "sum_")
 
 
 def test_curve_takes_the_tokens_of_data_path_and_kernels_are_interpreted_whatever_was_set(tmp_path):
