@@ -12,7 +12,7 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
   training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
   quantization  full-Hessian GPTQ, with steps weighted by what the loss feels or on SDClip's grid
-  packing       entropy coding, the artifact container (no pickle), the self-extracting script that is counted
+  packing       entropy coding, the artifact container (no pickle), the ZIP application that is counted
   evaluation    windows, test-time training, and the scorer that turns losses into nats and bytes
   audit         proofs that the score is legal: bytes, single pass, normalized, causal, no overlap
   main          the run from start to result.json
@@ -24,7 +24,6 @@ hashed bigrams, smear gate, value embeddings, output gates, untied or factorised
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
 
-import ast
 import dataclasses
 import glob
 import hashlib
@@ -42,6 +41,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -49,7 +49,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from functools import cache
-from itertools import pairwise, takewhile
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -3167,121 +3167,32 @@ def prune(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str,
     return best
 
 
-PACKED_START = b"""#coding:l1
-try:import linecache as l,pyppmd as p
-except ImportError:exit("error: no package pyppmd: pip install pyppmd")
-"""
+def read_code() -> bytes:
+    """The file that this script runs from: its source, or the ZIP application that holds it."""
+    archive = getattr(globals().get("__loader__"), "archive", None)
+    with open(archive or __file__, "rb") as file:
+        return file.read()
 
 
-def name_of(node: ast.AST | None) -> str:
-    """Of a name, an attribute, a function or a class; of anything else "". """
-    return getattr(node, "id", getattr(node, "attr", getattr(node, "name", "")))
+def pack_code(code: bytes) -> bytes:
+    """The counted script: a ZIP application that holds the source byte for byte and one line that starts it. One that
+    is already packed is given back as it is.
 
-
-def free_parameters(nodes: list[ast.AST]) -> None:
-    """Let the minifier rename parameters: what no call names becomes positional. Kernels, launched by position, take
-    none but positional parameters, of names that the minifier leaves alone: they get letters.
+    Python runs a ZIP file whatever its name, imports from it, and finds the source in it for tracebacks and Triton.
+    Times are fixed, so that equal sources give equal bytes.
     """
-    calls = [node for node in nodes if isinstance(node, ast.Call)]
-    callees, keywords = {call.func for call in calls}, {"": set()}  # by what is called; "": whatever it is
-    for call in calls:
-        for name in ("", name_of(call.func)):
-            keywords.setdefault(name, set()).update(k.arg for k in call.keywords)
-    values = {name_of(node) for node in nodes if isinstance(node, (ast.Name, ast.Attribute)) and node not in callees}
-    makes = {part: node.name for node in nodes if isinstance(node, ast.ClassDef) for part in node.body
-             if name_of(part) == "__init__"}
-    for node in nodes:
-        if not isinstance(node, (ast.FunctionDef, ast.Lambda)):
-            continue
-        if "kernel" in map(name_of, getattr(node, "decorator_list", [])):
-            letters = {a.arg: chr(ord("a") + i) for i, a in enumerate(node.args.args)}
-            for part in ast.walk(node):
-                if isinstance(part, ast.arg):
-                    part.arg = letters[part.arg]
-                elif isinstance(part, ast.Name):
-                    part.id = letters.get(part.id, part.id + "_" * (part.id in letters.values()))
-        else:
-            named = set()
-            for name in (name_of(node), makes.get(node, name_of(node))):
-                named |= keywords.get("" if name in values else name, set())
-            free = [*takewhile(lambda a, named=named: a.arg not in named, node.args.args)]
-            node.args.posonlyargs, node.args.args = free, node.args.args[len(free):]
+    if zipfile.is_zipfile(io.BytesIO(code)):
+        return code
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        for name, content in (("train_gpt.py", code), ("__main__.py", PACKED_MAIN)):
+            entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+            entry.create_system = 3  # as on Unix, wherever it is packed
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+    return packed.getvalue()
 
 
-def shorten_names(nodes: list[ast.AST]) -> None:
-    """Rename what the minifier leaves alone, as it cannot know what has an attribute of that name."""
-    names = ("case_markers space_after_boundary check_contradictions ve_layer_list loop_stages open_logs forget_after "
-             "share_bytes peak_memory throttle allows_step attention_half mlp_half start_reduce finish_reduce "
-             "reduce_gradients use_average must_match qat_hooks real_forward target_bytes window_stage metrics_file "
-             "fake_quant hessians moments predictions cu_seqlens watched segment max_len explicit per_rank head_losses "
-             "snapshots progress leaves turns faults adapters local_rank began vectors largest attend reserve "
-             "attn_scale mlp_scale q_gain norm_scale skip_gate value_scale excludes parallel boundary final_forward"
-             )  # of our methods and fields: nothing else has one of these
-    short = {name: f"{chr(ord('a') + i % 26)}{i // 26 + 1}" for i, name in enumerate(names.split())}
-    for node in nodes:
-        for field in ("attr", "name", "id", "arg"):
-            if getattr(node, field, None) in short:
-                setattr(node, field, short[getattr(node, field)])
-
-
-def strip(tree: ast.Module) -> None:
-    """Take from the script what a packed one has no use for: annotations that nothing reads, causes of errors that
-    become one line, help, and the packer.
-    """
-    for node in ast.walk(tree):
-        if isinstance(node, ast.AnnAssign) and name_of(getattr(node.value, "func", None)) != "setting":
-            node.annotation = ast.Constant(0)
-        elif isinstance(node, ast.arg) and name_of(node.annotation) != "constexpr":  # which Triton reads
-            node.annotation = None
-        elif isinstance(node, ast.Raise):
-            node.cause = None
-        elif isinstance(node, ast.Call) and name_of(node.func) == "setting" and len(node.args) == 3:
-            node.args.pop()
-        elif isinstance(node, ast.FunctionDef):
-            node.returns = None
-            if node.name == "pack_code":
-                node.body = node.body[:2]
-            elif node.name == "help_text":
-                node.body = ast.parse("return 'see --config'").body
-    size = 0
-    while size != len(tree.body):
-        size, used = len(tree.body), {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        for node in list(tree.body):
-            if isinstance(node, (ast.Import, ast.ImportFrom)):
-                node.names = [a for a in node.names if (a.asname or a.name).split(".")[0] in used]
-            if not getattr(node, "names", True) or (isinstance(node, ast.FunctionDef) and node.name not in used):
-                tree.body.remove(node)
-
-
-def pack_code(source: bytes) -> bytes:
-    """The counted script: minified, compressed, and unpacked by itself when run. A packed script is given back as is.
-
-    PPMd makes 11 % less of text of this size than bzip2, which makes less than LZMA. The bytes stand in a latin-1
-    string literal, which costs 2 % where base85 costs 25 %; the source is registered with linecache so that tools that
-    read it (Triton) find it.
-    """
-    if source.startswith(PACKED_START):
-        return source
-    try:
-        import pyppmd
-        import python_minifier
-    except ImportError:
-        raise RunError("the packages pyppmd and python-minifier pack the script; pip install both") from None
-    tree = ast.parse(source)
-    free_parameters(list(ast.walk(tree)))
-    shorten_names(list(ast.walk(tree)))
-    strip(tree)
-    kept = python_minifier.RemoveAnnotationsOptions(remove_argument_annotations=False)
-    small = python_minifier.minify(ast.unparse(tree), remove_literal_statements=True, hoist_literals=False,
-                                   rename_globals=True, preserve_globals=["constexpr"], remove_annotations=kept)
-    escapes, packed = {"'": r"\'", "\r": r"\r", "\0": r"\0"}, []
-    for order in range(8, 24):  # of the model; sizes differ little, what must be escaped as much
-        data = pyppmd.compress(small.encode(), max_order=order).decode("latin1")
-        literal = re.sub(r"\0(?=[0-7])", r"\\x00", data.replace("\\", r"\\"))
-        literal = re.sub(r"\r|\0|'(?='|$)", lambda m: escapes[m[0]], literal)
-        packed.append(f"s=p.decompress('''{literal}'''.encode('l1'),max_order={order}).decode()\n"
-                      "n='train_gpt';l.cache[n]=len(s),None,s.splitlines(True),n\nexec(compile(s,n,'exec'))\n")
-    return PACKED_START + min(packed, key=len).encode("latin1")
+PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3922,8 +3833,7 @@ class Run:
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
         self.attention, ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
-        with open(__file__, "rb") as file:
-            self.code = pack_code(file.read()) if rt.rank == 0 else b""
+        self.code = pack_code(read_code()) if rt.rank == 0 else b""
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
         compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"

@@ -1,10 +1,8 @@
 """The Triton kernels against their plain forms in Triton's interpreter, compiled for Hopper, and in the whole model."""
 
-import inspect
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -242,14 +240,10 @@ def test_the_script_runs_without_triton():
 
 
 COMPILE = """
-import importlib.util, inspect, sys, types
-import torch
-source = open(sys.argv[1], encoding="utf-8").read()
-module = types.ModuleType("module_with_kernels")
-import linecache
-linecache.cache["module_with_kernels"] = len(source), None, source.splitlines(True), "module_with_kernels"
-sys.modules["module_with_kernels"] = module
-exec(compile(source, "module_with_kernels", "exec"), module.__dict__)
+import inspect, sys
+sys.path.insert(0, sys.argv[1])
+import train_gpt as module
+assert module.__file__.startswith(sys.argv[1])
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -273,47 +267,14 @@ print("compiled", done)
 """
 
 
-def minified(monkeypatch) -> str:
-    """The text that a packed script runs."""
-    import pyppmd
-
-    seen = []
-    real = pyppmd.compress
-    monkeypatch.setattr(pyppmd, "compress", lambda data, **how: seen.append(data) or real(data, **how))
-    tg.pack_code(SCRIPT.read_bytes())
-    return seen[0].decode()
-
-
 @pytest.mark.parametrize("packed", [False, True])
-def test_kernels_compile_for_hopper(tmp_path, monkeypatch, packed):
-    """To machine code of sm_90, by the assembler that Triton brings; the packed script's, renamed, too."""
-    path = tmp_path / "script.py"
-    path.write_text(minified(monkeypatch) if packed else SCRIPT.read_text(encoding="utf-8"), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-c", COMPILE, str(path)], capture_output=True, text=True, check=False,
-                          env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path / "cache")})
+def test_kernels_compile_for_hopper(tmp_path, packed):
+    """To machine code of sm_90, by the assembler that Triton brings; from within the packed script, too."""
+    place = SCRIPT.parent
+    if packed:
+        place = tmp_path / "train_gpt.packed.py"
+        place.write_bytes(tg.pack_code(SCRIPT.read_bytes()))
+    done = subprocess.run([sys.executable, "-c", COMPILE, str(place)], cwd=tmp_path, capture_output=True, text=True,
+                          check=False, env={**os.environ, "TRITON_INTERPRET": "0",
+                                            "TRITON_CACHE_DIR": str(tmp_path / "cache")})
     assert done.stdout.strip() == "compiled 4", done.stderr[-2000:]
-
-
-def test_the_packed_scripts_kernels_run(tmp_path, monkeypatch, ops):
-    """What the packer renames, it renames everywhere: its kernels give what the readable ones give."""
-    source, module = minified(monkeypatch), types.ModuleType("packed_script")
-    assert source.count("train_gpt::") == 1
-    source = source.replace("train_gpt::", "packed_script::")  # operators beside those of the readable script
-    path = tmp_path / "packed_script.py"
-    path.write_text(source, encoding="utf-8")
-    monkeypatch.setitem(sys.modules, "packed_script", module)
-    exec(compile(source, str(path), "exec"), module.__dict__)
-    settings = next(v for v in vars(module).values() if isinstance(v, type) and hasattr(v, "row_tokens"))
-    model = next(v for v in vars(module).values() if isinstance(v, type) and issubclass(v, torch.nn.Module))
-    make = next(v for v in vars(module).values() if hasattr(v, "cache_info"))
-    fields = {name: getattr(tiny(), name) for name in inspect.signature(tg.Settings).parameters}
-    packed, readable = model(settings(**fields)), random_model(tiny())
-    packed.load_state_dict(readable.state_dict())
-    packed.ops, readable.ops = make(), ops
-    ids, targets = packed_text(tiny())
-    losses = [model(ids, targets) for model in (packed, readable)]
-    assert torch.equal(*losses)
-    for loss in losses:
-        loss.sum().backward()
-    for p, q in zip(packed.parameters(), readable.parameters()):
-        assert (p.grad is q.grad is None) or torch.equal(p.grad, q.grad)
