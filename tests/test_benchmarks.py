@@ -423,9 +423,6 @@ def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
             assert set(figures) == {"ms", "tok_per_s", "tflop_per_s", "mfu", "peak_bytes"} and figures["mfu"] is None
             assert figures["tok_per_s"] == pytest.approx(1e3 * report["tokens"] / figures["ms"])
     assert list(parts["each"]) == list(kernel_check.NAMES) and all("error" not in row for row in parts["each"].values())
-    # interpreted kernels are slow: they are what ran
-    assert parts["compiled"]["3"]["ms"] < parts["fused"]["3"]["ms"]
-    assert parts["compiled"]["3"]["ms"] < min(row["ms"] for row in parts["each"].values())
     rows = parts["kernels"]
     assert list(rows) == [f"{name}, {dtype}" for dtype in ("bf16", "fp32") for name in kernel_check.NAMES]
     assert all(row["ok"] for name, row in rows.items() if name != "mlp, bf16") and "skipped" in rows["mlp, bf16"]
@@ -522,18 +519,19 @@ def test_each_keeps_what_it_measured_when_time_ends():
     bench, done = object.__new__(gpu.Bench), []
 
     def speed(forward, which):
-        done.append(which)
+        done.append((which, bench.model.ops))
         result = next(found)
         if isinstance(result, BaseException):
             raise result
         return {"3": result}
 
-    bench.work, bench.fused, bench.model = {0: {}, 1: {}}, tg.PLAIN, torch.nn.Module()
+    bench.work, bench.fused, bench.model = {0: {}, 1: {}}, tg.Ops("one", "another"), torch.nn.Module()
     bench.step_speed, bench.layers, bench.compile = speed, lambda loops: "3", lambda: (None, None)
     found = iter([{"ms": 1.0}, gpu.OutOfTime(), ValueError("no GPU"), {"ms": 2.0}])
     assert bench.each_kernel() == {"mlp": {"ms": 1.0}, "head_losses": {"error": "out of time"}}
     assert bench.each_kernel() == {"mlp": {"error": "ValueError: no GPU"}, "head_losses": {"ms": 2.0}}
-    assert done == [[1]] * 4 and bench.model.ops is tg.PLAIN
+    assert done == [([1], tg.Ops(mlp="one")), ([1], tg.Ops(head_losses="another"))] * 2  # one kernel at a time
+    assert bench.model.ops is tg.PLAIN
 
 
 def test_a_part_that_fails_or_takes_too_long_does_not_cost_the_others(monkeypatch):
@@ -542,9 +540,7 @@ def test_a_part_that_fails_or_takes_too_long_does_not_cost_the_others(monkeypatc
 
     monkeypatch.setattr(gpu, "PARTS", {"fails": fails, "works": lambda b: {"n": 1}, "sleeps": lambda b: time.sleep(60),
                                        "late": lambda b: {"n": 2}})
-    start = time.perf_counter()
-    found = gpu.run_parts(None, list(gpu.PARTS), start + 1)
-    assert time.perf_counter() - start < 10
+    found = gpu.run_parts(None, list(gpu.PARTS), time.perf_counter() + 3)
     assert found == {"fails": {"error": "ValueError: two lines"}, "works": {"n": 1},
                      "sleeps": {"error": "out of time"}, "late": {"error": "out of time"}}
 

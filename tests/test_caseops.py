@@ -5,7 +5,6 @@ import io
 import random
 import re
 import sys
-import time
 
 import caseops
 import numpy as np
@@ -54,11 +53,9 @@ def test_what_becomes_of_words(raw, transformed):
 
 def test_every_code_point_alone_and_in_company():
     """All 1.1 million at once, between separators: one by one, after a capital, between small letters, in capitals."""
-    started = time.perf_counter()
     for before, after in (("", ""), ("A", ""), ("a", "b"), ("AB", "C")):
         text = "\n".join(before + c + after for c in CODE_POINTS)
         assert restore(transform(text), strict=False) == text
-    assert time.perf_counter() - started < 30  # about 4 s
 
 
 @given(ANY)
@@ -108,14 +105,6 @@ def test_the_letters_are_those_of_every_python():
     assert hashlib.sha256(pairs.encode()).hexdigest()[:16] == "6207ebc18292b0b2"
     assert not set(caseops.SMALL) & set(caseops.SMALL.values())
     assert not (set(caseops.SMALL) | set(caseops.SMALL.values())) & {*MARKERS, *" \n\0"}
-
-
-def test_speed():
-    """10 MB/s and more on one core of an EPYC; the limit leaves room for a busy machine."""
-    text = "".join(random.Random(shifted(0)).choices(SENTENCES, k=20_000))
-    started = time.perf_counter()
-    transform(text)
-    assert len(text.encode()) / (time.perf_counter() - started) > 2e6
 
 
 # ----- bytes

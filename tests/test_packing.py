@@ -532,7 +532,7 @@ def test_packed_script_answers_like_the_source(packed):
         running = [subprocess.Popen([sys.executable, str(path), *arguments], cwd=packed.parent, env=environ,
                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                    for path in (SCRIPT, packed)]
-        done = [(*process.communicate(timeout=60), process.returncode) for process in running]
+        done = [(*process.communicate(timeout=300), process.returncode) for process in running]
         assert done[0] == done[1]
         assert done[1][2] == status
         if arguments == ["--config"]:

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +271,25 @@ def test_the_clock_switches_the_loops(rt, tmp_path, monkeypatch):
     feeder.close()
     assert [phase.loops for phase in seen] == [0, 0, 0, 0, 1, 1, 1, 1]
     assert [phase.lr_scale for phase in seen] == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_validation_costs_the_clock_nothing_and_a_step_that_would_not_end_is_not_begun(rt, tmp_path, monkeypatch):
+    """1 s a step and 100 s a validation, of 10 s with 2.5 of them kept: the eighth step would end after 7.5."""
+    cfg = tiny(tmp_path, iterations=0, max_wallclock_seconds=10.0, val_loss_every=3)
+    model, now, validated = random_model(cfg), [0.0], []
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer, clock = tg.Trainer(cfg, rt, model, model), tg.Clock(rt, 10.0, 2.5)
+    monkeypatch.setattr(trainer, "step", lambda batches, phase: pass_time(1) or torch.zeros(()))
+    rt.open_logs(append=False)
+    feeder = tg.Feeder(tg.Windows(cfg, rt, BOS), trainer.plan)
+    validate = lambda step, loops: pass_time(100) or validated.append(step)  # noqa: E731
+    assert tg.train(cfg, rt, trainer, feeder, clock, validate) == 7 and validated == [3, 6]
+    feeder.close()
+    assert clock.stop() == 7 and now[0] == 207
 
 
 def test_late_qat_starts_below_its_scale(tmp_path):
@@ -734,7 +754,7 @@ def test_a_killed_run_goes_on_to_the_same_losses_and_artifact(finished, tiny_run
         if line.startswith(f"training {moment}0 %"):
             process.send_signal(signal.SIGKILL)
             break
-    process.wait(timeout=60)
+    process.wait(timeout=300)
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "result.json").exists() and (tmp_path / "checkpoint.pt").exists()
