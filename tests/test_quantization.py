@@ -603,7 +603,7 @@ def test_drawn_text_is_what_the_prefixes_say(tmp_path):
         for t in range(1, 70):  # given the text before it: a last bit may turn one draw, and with it all that follows
             odds = torch.softmax(model(text[None, :t]).detach()[0, -1].double() / 0.8, -1).float()
             part[t] = torch.multinomial(odds, 1, generator=generator)
-    assert (ids == drawn).float().mean() > 0.98
+    assert (ids != drawn).sum() <= 1
     assert len(ids.unique()) > 20
 
 
@@ -629,11 +629,12 @@ def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
     cfg = tiny(tmp_path, quant_allocation="sdclip")
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
     stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
-    whole = tg.write_artifact({}, stored, "lzma")
-    assert tg.prune({}, stored, "lzma", len(whole)) == whole
+    # not lzma: its tables take 700 MB each time, which is most of what that costs
+    whole = tg.write_artifact({}, stored, "brotli")
+    assert tg.prune({}, stored, "brotli", len(whole)) == whole
     for share in (0.99, 0.97):
         room = int(share * len(whole))
-        data = tg.prune({}, stored, "lzma", room)
+        data = tg.prune({}, stored, "brotli", room)
         assert 0.99 * room <= len(data) <= room
         kept, zeroed = 0.0, 0.0
         back = tg.read_artifact(data, "x")[1]
@@ -649,7 +650,7 @@ def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
                 assert (steps[codes.abs() == 1] > zeroed).all()
                 kept += float((codes.abs() == 1).sum())
         assert kept and zeroed
-    assert tg.prune({}, stored, "lzma", 10) == whole  # nothing helps
+    assert tg.prune({}, stored, "brotli", 10) == whole  # nothing helps
 
 
 # ----- LQER and gates
