@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, shifted
-from test_techniques import ALL, BOS, packed_text, random_model, tiny
+from test_techniques import ALL, BOS, assert_close, packed_text, random_model, sizes_of_gradients, tiny
 
 sys.path.append(str(ROOT / "benchmarks"))
 from kernel_check import plain_head, plain_mlp
@@ -98,7 +98,7 @@ def test_what_a_kernel_charges_adds_up_to_one(ops, vocab):
     x, weight = 3 * random(1, 2, 8), random(vocab, 8)
     every = torch.arange(vocab)[None].expand(2, -1)  # each of two positions scored for every target
     losses = ops.head_losses(x[0][:, None].expand(-1, vocab, -1), weight, every, 6.0)
-    assert (torch.exp(-losses.double()).sum(1) - 1).abs().max() < 1e-6
+    assert (torch.exp(-losses.double()).sum(1) - 1).abs().max() < 1e-5  # losses up to 17 in fp32: 1e-6 each way
 
 
 def test_logits_never_stand_whole(ops, monkeypatch):
@@ -137,14 +137,15 @@ def test_the_model_with_kernels_equals_the_model_without(ops, name):
     ids, targets = packed_text(cfg)
     bounds = tg.Bounds.find(ids, BOS, cfg.train_seq_len) if cfg.varlen_enabled else None
     expected, got = (model(ids, targets, bounds=bounds) for model in (plain, fused))
-    assert (got - expected).abs().max() < 1e-4
+    assert_close(got, expected.detach(), 2e-5)
     assert not torch.equal(got, expected)  # else no kernel ran
+    sizes = sizes_of_gradients(plain, ids, targets, torch.ones(ids.shape))
     expected.sum().backward()
     got.sum().backward()
     for (parameter, p), q in zip(plain.named_parameters(), fused.parameters()):
         assert (p.grad is None) == (q.grad is None), parameter
         if p.grad is not None:
-            assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max(), parameter
+            assert_close(q.grad, p.grad, 5e-5, parameter, sizes[parameter])
 
 
 def test_hooks_ride_on_the_same_products_with_kernels(ops):
@@ -171,12 +172,12 @@ def test_kernels_go_through_torch_compile_whole(ops):
     ids, targets = packed_text(cfg)
     compiled = torch.compile(fused, fullgraph=True, dynamic=False, backend="aot_eager")
     expected, got = plain(ids, targets), compiled(ids, targets)
-    assert (got - expected).abs().max() < 1e-4
+    assert_close(got, expected.detach(), 2e-5)
     expected.sum().backward()
     got.sum().backward()
-    for p, q in zip(plain.parameters(), fused.parameters()):
+    for (name, p), q in zip(plain.named_parameters(), fused.parameters()):
         if p.grad is not None:
-            assert (p.grad - q.grad).abs().max() <= 1e-4 * p.grad.abs().max()
+            assert_close(q.grad, p.grad, 5e-5, name)
     torch._dynamo.reset()
 
 

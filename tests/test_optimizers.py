@@ -1,9 +1,11 @@
 """Muon, AdamW, clipping, schedules and averaging against loops over single matrices and numbers in float64."""
 
 import copy
+import itertools
 import math
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,7 +136,7 @@ def test_newton_schulz_in_bf16_stays_near():
     matrices = torch.randn(2, 24, 40, generator=torch.Generator().manual_seed(shifted(0)))
     exact, low = (tg.newton_schulz(matrices, 5, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert low.dtype == torch.float32
-    assert 0 < (low - exact).norm() < 0.1 * exact.norm()
+    assert 0 < (low - exact).norm() < 0.15 * exact.norm()
 
 
 def test_newton_schulz_of_zeros_is_zero():
@@ -350,12 +352,13 @@ def test_gradient_is_that_of_the_mean_loss(rt, tmp_path):
         assert difference.abs().max() < 1e-4, name
 
 
-def test_warm_up_leaves_no_trace(rt, tmp_path):
+def test_warm_up_leaves_no_trace(rt, tmp_path, monkeypatch):
+    """By a clock that goes on by a second whenever it is read: a step takes one, and so does a calibration batch."""
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
     cfg = tiny(tmp_path, warmup_steps=2, eval_batch_tokens=16, gptq_calibration_batches=2)
     model, untouched = random_model(cfg), random_model(cfg)
     trainer, fresh = tg.Trainer(cfg, rt, model, model), tg.Trainer(cfg, rt, untouched, untouched)
-    reserve, _ = tg.warm_up(cfg, rt, trainer)
-    assert 0 < reserve <= 300
+    assert tg.warm_up(cfg, rt, trainer) == (pytest.approx(1.2 * 2 + 0.2), 1)
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     for seed in range(2):
         for t in (trainer, fresh):

@@ -1,5 +1,6 @@
 """The artifact container under damage and malice, the settings it carries, and the packed script."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,13 +190,15 @@ def test_damage_under_a_right_checksum_is_an_artifact_or_refused():
 
 
 @pytest.mark.parametrize("streams", [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(4, 5)])
-def test_damaged_ans_streams_under_a_right_checksum(streams):
-    """Ten thousand times in all: an artifact or refused, whatever the coder under it makes of that."""
+def test_damaged_ans_streams_under_a_right_checksum(monkeypatch, streams):
+    """Four thousand times in all: an artifact or refused, whatever the coder under it makes of that."""
+    here = contextlib.nullcontext(SimpleNamespace(map=map))  # starting threads would cost a third
+    monkeypatch.setattr(tg, "ThreadPoolExecutor", lambda: here)
     rng, body = random.Random(shifted(streams.start)), pack("ans")[20:]
     size = int.from_bytes(body[2:6], "little")
     header = json.loads(tg.decompress(body[6 : 6 + size], "ans"))
     ends = [6 + size + sum(header["bytes"][:i]) for i in range(6)]
-    for _ in range(2000):
+    for _ in range(800):
         damaged = bytearray(body)
         for _ in range(rng.randint(1, 4)):
             damaged[rng.randrange(ends[streams.start], ends[streams.stop])] = rng.randrange(256)
@@ -525,16 +529,22 @@ def test_packed_script_can_be_imported_from_and_packs_itself(packed):
     assert done.returncode == 0 and "return cap * torch.tanh(logits.float() / cap)" in done.stderr, done.stderr
 
 
-def test_packed_script_answers_like_the_source(packed):
+def test_packed_script_answers_like_the_source(packed, capsys):
+    """Which answers in this process, but for an error, that ends it."""
     environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR")}
     environ |= {"RUN_ID": "same", "ARTIFACT_DIR": "same", "NUM_LAYERS": "7", "COMPRESSOR": "pergroup", "MLP_MULT": "3"}
-    for arguments, status in ((["--config"], 0), (["--help"], 0), (["--nonsense"], 1)):
-        running = [subprocess.Popen([sys.executable, str(path), *arguments], cwd=packed.parent, env=environ,
-                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                   for path in (SCRIPT, packed)]
-        done = [(*process.communicate(timeout=300), process.returncode) for process in running]
-        assert done[0] == done[1]
-        assert done[1][2] == status
-        if arguments == ["--config"]:
-            assert json.loads(done[1][0])["num_layers"] == 7
+
+    def answer(path: Path, argument: str) -> tuple[str, str, int]:
+        done = subprocess.run([sys.executable, str(path), argument], cwd=packed.parent, env=environ,
+                              capture_output=True, text=True, timeout=300)
+        return done.stdout, done.stderr, done.returncode
+
+    for argument in ("--config", "--help"):
+        status = tg.start([argument], tg.Launch(), environ)
+        expected = (*capsys.readouterr(), status)
+        assert answer(packed, argument) == expected and status == 0
+        if argument == "--config":
+            assert json.loads(expected[0])["num_layers"] == 7
+    refused = answer(packed, "--nonsense")
+    assert refused == answer(SCRIPT, "--nonsense") and refused[2] == 1
     assert sorted(p.name for p in packed.parent.iterdir()) == [packed.name]

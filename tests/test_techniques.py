@@ -256,6 +256,12 @@ def by_piece(pieces: list[tuple[int, int, int]], losses_of, share: torch.Tensor,
     return losses, sums, {name: float(size.max()) for name, size in sizes.items()}
 
 
+def sizes_of_gradients(model: tg.GPT, ids: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> dict:
+    """The scale of each parameter's gradient, with whole documents each by itself."""
+    return by_piece(spans(ids, ids.size(1)), lambda row, a, b: model(
+        ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0], share, dict(model.named_parameters()))[2]
+
+
 def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "",
                  scale: float | None = None) -> None:
     """Within tolerance of `scale`, which is the largest value expected unless it is given."""
@@ -636,15 +642,12 @@ def test_packed_documents_equal_documents_alone(changes, max_len):
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
 
-    def cut(size):
-        return by_piece(spans(ids, size), lambda row, a, b: alone(
-            ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0], share, dict(alone.named_parameters()))
-
-    expected, gradients, _ = cut(max_len)
+    expected, gradients, _ = by_piece(spans(ids, max_len), lambda row, a, b: alone(
+        ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0], share, dict(alone.named_parameters()))
     assert_close(losses, expected, 2e-5)
     # without a token before it nothing is smeared and attention has no choice: some gradients are 0 but for rounding,
     # which whole documents give a scale, as does what a leak between the pieces would add
-    _, _, sizes = cut(23)
+    sizes = sizes_of_gradients(alone, ids, targets, share)
     for name, p in packed.named_parameters():
         assert_close(p.grad, gradients[name], 5e-5, name, sizes[name])
 

@@ -16,6 +16,7 @@ from conftest import ROOT, run_script, shifted
 from test_scorer import FakeRuntime, on_ranks
 from test_techniques import Reference, random_model, rms
 from test_techniques import tiny as model_settings
+from test_training import run_here
 
 import train_gpt as tg
 
@@ -294,7 +295,7 @@ def test_order_and_batches_of_documents_do_not_change_the_score():
             cfg = config(ttt_doc_order=order, ttt_batch_size=size, num_loops=1)
             results.append(adapt_to(cfg, random_model(cfg), tokens))
     for score, losses in results[1:]:
-        assert score.val_bpb == pytest.approx(results[0][0].val_bpb, abs=1e-6)
+        assert score.val_bpb == pytest.approx(results[0][0].val_bpb, abs=1e-5)
         assert farthest(losses, results[0][1]) < 3e-5
 
 
@@ -308,7 +309,7 @@ def test_without_learning_the_score_is_that_of_the_same_windows(changes):
             end = (i // 4 + 1) * 4  # its chunk's
             logits = model(ids[None, targets[0] - 1 + max(0, end - 10) : target])[0, -1].double()
             expected.append(float(logits.logsumexp(0) - logits[ids[target]]))
-    assert farthest(losses, torch.tensor(expected)) < 5e-6
+    assert farthest(losses, torch.tensor(expected)) < 3e-5
     off = adapt_to(dataclasses.replace(cfg, **{f"ttt_{role}_lora": role == "q" for role in ROLES}), model, tokens)[1]
     assert farthest(losses, off) < 1e-6
 
@@ -494,7 +495,7 @@ def test_chunks_without_learning_equal_the_sliding_window(changes):
     cfg, tokens = config(ttt_mode="chunk", **{"ttt_lr": 0.0} | changes), stream(LENGTHS)
     sliding = dataclasses.replace(cfg, ttt_mode="none", eval_stride=cfg.eval_stride or cfg.eval_seq_len)
     losses = [adapt_to(c, random_model(cfg), tokens)[1] for c in (cfg, sliding)]
-    assert farthest(*losses) < 1e-6 and losses[0].std() > 0.3
+    assert farthest(*losses) < 1e-5 and losses[0].std() > 0.3
 
 
 def test_phases_train_on_scored_documents_in_validation_order(monkeypatch):
@@ -518,8 +519,8 @@ def test_phases_change_only_what_follows_them():
     cfg = config(ttt_mode="phased", phased_ttt_num_phases=1)
     lora, phased, still = (adapt_to(c, random_model(cfg), tokens)[1] for c in (
         config(), cfg, dataclasses.replace(cfg, global_ttt_lr=0.0)))
-    assert farthest(lora, still) < 1e-6
-    assert farthest(lora[: ends[4]], phased[: ends[4]]) < 1e-6
+    assert farthest(lora, still) < 3e-5  # batches of other documents: matrices of other shapes
+    assert farthest(lora[: ends[4]], phased[: ends[4]]) < 3e-5
     for a, b in pairwise(ends[4:]):
         assert farthest(lora[a:b], phased[a:b]) > 1e-4
 
@@ -559,7 +560,7 @@ def test_ranks_agree_on_score_and_weights(mode, world):
     assert mode == "lora" or any(not torch.equal(weights[name], p) for name, p in model.state_dict().items())
     results = on_ranks(world, work)
     for score, state in results:
-        assert score.val_bpb == pytest.approx(alone.val_bpb, abs=1e-6) and score[2:4] == alone[2:4]
+        assert score.val_bpb == pytest.approx(alone.val_bpb, abs=1e-5) and score[2:4] == alone[2:4]
         assert all(torch.equal(state[name], results[0][1][name]) for name in state)
         assert all(farthest(state[name], weights[name]) < 1e-5 for name in state)
 
@@ -718,9 +719,13 @@ def results(tiny, tmp_path_factory) -> dict:
         runs = [{"ARTIFACT_DIR": str(folder / f"{n}-{kind}"), "EVAL_ONLY": str(artifact)} | FAST | changes
                 for kind, changes in KINDS.items() if n == 1 or kind != "still"]
         train = [{"ARTIFACT_DIR": str(folder / "train"), "EVAL_STRIDE": "0"}] if n == 1 else []
-        settings = tiny | {"DATA_PATH": str(data), "RUNS": json.dumps(train + runs)}
-        done = run_script(settings, processes=n if n > 1 else 0, script=script)
-        assert done.returncode == 0, done.stderr[-3000:]
+        settings = tiny | {"DATA_PATH": str(data)}
+        if n == 1:
+            for run in train + runs:
+                run_here(settings | run)
+        else:
+            done = run_script(settings | {"RUNS": json.dumps(runs)}, processes=n, script=script)
+            assert done.returncode == 0, done.stderr[-3000:]
         for run, kind in zip(runs, KINDS):
             with open(f"{run['ARTIFACT_DIR']}/result.json") as file:
                 found[n, kind] = json.load(file)
