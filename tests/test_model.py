@@ -480,7 +480,7 @@ def test_layers_of_a_kind_share_a_graph(layers):
 
 def test_the_width_of_adapted_batches_makes_no_new_graph():
     """From the second width on, with adapters of all layers and without; each graph is that of one layer's kind."""
-    cfg = tiny(num_layers=6, xsa_last_n=6, ttt_mode="lora", ttt_batch_size=3, ttt_lora_rank=2, ttt_chunk_size=4)
+    cfg = tiny(num_layers=4, xsa_last_n=4, ttt_mode="lora", ttt_batch_size=3, ttt_lora_rank=2, ttt_chunk_size=4)
     model, graphs = random_model(cfg).requires_grad_(False), CompileCounter()
     adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
     adapters.reset()

@@ -711,7 +711,7 @@ def results(tiny, tmp_path_factory) -> dict:
         (data / path.name).symlink_to(path)
     whole = tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_val_000000.bin").tolist()
     starts = [i for i, token in enumerate(whole) if token == whole[0]]
-    tokens = [t for i, a in enumerate(starts) for t in whole[a : min(a + 300 + 150 * i, *starts[i + 1 :], len(whole))]]
+    tokens = [t for i, a in enumerate(starts) for t in whole[a : min(a + 200 + 75 * i, *starts[i + 1 :], len(whole))]]
     header = np.zeros(256, dtype="<i4")
     header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(tokens)
     (data / "fineweb_val_000000.bin").write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
