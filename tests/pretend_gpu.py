@@ -241,6 +241,8 @@ def maker(real):
         if device.type == "cuda":
             if "empty" in real.__name__:
                 spoil(out)
+            elif "tensor" in real.__name__:
+                note_copy([(GpuTensor(out, device), out)], False)
             USED[real.__name__] = None
             out = GpuTensor(out, device)
         return out.requires_grad_() if requires_grad else out
