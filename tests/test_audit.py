@@ -103,7 +103,7 @@ FAULTS = {
         ("k.transpose(1, 2), v.transpose(1, 2), is_causal=True,\n",
          "k.transpose(1, 2), v.transpose(1, 2), attn_mask=torch.ones(q.size(1), q.size(1)).bool().tril(1),\n")]),
     "the same inside documents": ("causal", {"TTT_MODE": "none", "VARLEN_ENABLED": "1"}, [
-        ("(place <= place[size:, None])", "(place <= place[size:, None] + 1)")]),
+        ("(place <= place[-size:, None])", "(place <= place[-size:, None] + 1)")]),
     "attention across documents": ("causal", {"TTT_MODE": "none", "VARLEN_ENABLED": "1"}, [
         ("mask = (segment[:, :, None] == key_segment[:, None, :])", "mask = (segment[:, :, None] > -9)")]),
     "a smear gate without the document mask": ("causal", {}, [

@@ -88,7 +88,7 @@ def test_only_what_the_setting_names_goes_through(monkeypatch, which, roles):
     plain = model(ids, targets)
     changed = model(ids, targets, hooks=tg.Hooks(fp8=which))
     assert torch.equal(changed, plain) == (which == "none")
-    assert (changed - plain).abs().mean() < 0.2
+    assert (changed - plain).abs().mean() < 0.5
     monkeypatch.setattr(tg.LinearFp8, "apply", exact)
     assert torch.equal(model(ids, targets, hooks=tg.Hooks(fp8=which)), plain)
     assert seen == roles
@@ -140,7 +140,8 @@ def test_it_goes_through_torch_compile_whole():
         found.append([losses.detach(), *(p.grad.clone() for p in model.parameters())])
     torch._dynamo.reset()
     for want, got in zip(*found):
-        assert (got - want).abs().max() <= 1e-3 * want.abs().max()  # a last bit may turn a rounding
+        # a last bit may turn a rounding, and that others: 2 %; a product that is not of FP8 makes 4 % and more
+        assert (got - want).norm() <= 0.03 * want.norm()
 
 
 @pytest.mark.parametrize("dtype, capability, changes, fits", [

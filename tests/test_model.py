@@ -304,13 +304,13 @@ def test_packed_documents_equal_documents_alone(max_len):
     share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
-    for row, a, b in document_spans(ids, max_len):
-        expected = alone(ids[row : row + 1, a:b], targets[row : row + 1, a:b])
-        assert (losses[row, a:b] - expected[0]).abs().max() < 1e-5
-        (expected[0] * share[row, a:b]).sum().backward()
+    expected = torch.cat([alone(ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0]
+                          for row, a, b in document_spans(ids, max_len)]).view_as(losses)
+    (expected * share).sum().backward()
+    assert_close(losses, expected, 2e-5)
     for (name, p), q in zip(packed.named_parameters(), alone.parameters()):
         assert p.grad.abs().max() > 0, name
-        assert_close(p.grad, q.grad, 2e-5)
+        assert_close(p.grad, q.grad, 5e-5)
 
 
 def test_a_document_does_not_see_the_one_before():
@@ -512,7 +512,7 @@ def test_parts_compiled_for_training_equal_the_model():
             losses.sum().backward()
             found.append([losses.detach(), *(p.grad.clone() for p in model.parameters())])
         for want, got in zip(*found):
-            assert (got - want).abs().max() <= 1e-5 * max(1.0, float(want.abs().max()))
+            assert_close(got, want, 5e-5)
     torch._dynamo.reset()
 
 
