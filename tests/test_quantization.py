@@ -1,6 +1,7 @@
 """GPTQ against textbook Optimal Brain Quantization, SDClip against its formula, and what the groups cover."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -583,9 +584,12 @@ def test_weighted_steps_cost_less_than_sdclip_at_the_same_bits():
         spread = codes.float().square().mean(2).sqrt()  # rows of a like size share a table
         lots = [codes[0][(spread[0].log2() * 2).round() == k] for k in (spread[0].log2() * 2).round().unique()]
         total = sum(bits(lot) for lot in lots) + sum(40 * 8 for _ in lots) + 5 * (512 + 512 + 96)
-        found.append((total, cost(codes[0].float(), steps[0])))
-    within = [value for total, value in found if total <= plain[1]]
-    assert within and min(within) < 0.7 * plain[0]
+        found.append((total, math.log2(cost(codes[0].float(), steps[0]))))
+        if total <= plain[1]:
+            break
+    (more, low), (fewer, high) = found[-2:]  # between them lies what the same number of bits would cost
+    assert more > plain[1] >= fewer
+    assert low + (high - low) * (more - plain[1]) / (more - fewer) < math.log2(0.65 * plain[0])
 
 
 # ----- text the model draws
