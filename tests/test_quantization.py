@@ -514,7 +514,8 @@ def test_rows_alike_do_not_err_alike(rt, tmp_path):
     steps["emb"] = steps["emb"][0] - 4, steps["emb"][1]  # steps of 1/2: ten times the rows' own spread
     stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)), steps)
     error = tg.dequantize(cfg, stored)["tok_emb"] - table
-    assert error.square().mean() < 0.02 and error.mean(0).square().mean() < 0.05 * error.square().mean()
+    alone = (2 * table.mean(0)).round() / 2 - table.mean(0)  # what all rows would err by, rounded by themselves
+    assert error.square().mean() < 0.006 and error.mean(0).square().mean() < 0.1 * alone.square().mean()
     assert stored["emb.codes"].count_nonzero() < 0.02 * table.numel()
     by_hand = (stored["emb.codes"][0].double() + stored["emb.left"].double().T @ stored["emb.right"].double() / 256) / 2
     assert torch.allclose(by_hand, table.double() + error.double(), atol=1e-6)
