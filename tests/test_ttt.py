@@ -21,6 +21,7 @@ from test_training import run_here
 import train_gpt as tg
 
 BOS = 1
+ROUNDING = 3e-4  # nats: AdamW divides gradients by their own size, where rounding may be most of what there is
 LENGTHS = [9, 1, 23, 4, 14, 8, 2, 17]
 ROLES = ["q", "k", "v", "o", "mlp", "head"]
 SMALL = {"num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "xsa_last_n": 1,
@@ -255,9 +256,9 @@ def test_adapters_equal_a_slow_reference(changes):
     model, tokens = random_model(cfg), stream([9, 1, 23, 4])
     expected = slow_losses(cfg, model, tokens)
     losses = adapt_to(cfg, model, tokens)[1]
-    assert farthest(losses, expected) < 3e-5
+    assert farthest(losses, expected) < (3e-5 if cfg.ttt_optimizer == "sgd" else ROUNDING)
     plain = adapt_to(dataclasses.replace(cfg, ttt_lora_lr=0.0), model, tokens)[1]
-    assert farthest(losses, plain) > 1e-3  # it did learn
+    assert farthest(losses, plain) > 1e-2  # it did learn
     on = {role for role in ROLES if getattr(cfg, f"ttt_{role}_lora")}
     assert {site.role for site in tg.DocumentAdapters(cfg, model, torch.device("cpu")).hooks.adapters} == on
 
@@ -296,7 +297,7 @@ def test_order_and_batches_of_documents_do_not_change_the_score():
             results.append(adapt_to(cfg, random_model(cfg), tokens))
     for score, losses in results[1:]:
         assert score.val_bpb == pytest.approx(results[0][0].val_bpb, abs=1e-5)
-        assert farthest(losses, results[0][1]) < 3e-5
+        assert farthest(losses, results[0][1]) < ROUNDING
 
 
 @pytest.mark.parametrize("changes", [{"ttt_lora_lr": 0.0}, {"ttt_lora_lr": 0.0, "ttt_optimizer": "sgd"}])
@@ -378,7 +379,7 @@ MODES = [{"ttt_mode": "lora"}, {"ttt_mode": "lora", "num_loops": 1, "smear_gate_
 def first_difference(cfg, model, tokens, changed) -> int:
     """The first position whose loss the changed text changes by more than rounding."""
     losses = [adapt_to(cfg, copy.deepcopy(model), text)[1] for text in (tokens, changed)]
-    differ = ((losses[0] - losses[1]).abs() > 1e-5).nonzero()
+    differ = ((losses[0] - losses[1]).abs() > ROUNDING).nonzero()
     return int(differ[0]) + 1 if len(differ) else len(tokens)
 
 
@@ -406,7 +407,7 @@ def test_earlier_tokens_teach(mode, reach):
     model, changed = random_model(cfg), tokens.clone()
     changed[12] = 2 + (changed[12] - 1) % 21
     losses = [adapt_to(cfg, copy.deepcopy(model), text)[1] for text in (tokens, changed)]
-    assert farthest(losses[0][reach[0] + 4 : reach[1]], losses[1][reach[0] + 4 : reach[1]]) > 1e-5
+    assert farthest(losses[0][reach[0] + 4 : reach[1]], losses[1][reach[0] + 4 : reach[1]]) > ROUNDING
     still = config(ttt_mode=mode, ttt_lora_lr=0.0, ttt_lr=0.0, global_ttt_lr=0.0)
     losses = [adapt_to(still, copy.deepcopy(model), text)[1] for text in (tokens, changed)]
     assert farthest(losses[0][reach[0] + 4 : reach[1]], losses[1][reach[0] + 4 : reach[1]]) < 1e-6
@@ -519,10 +520,10 @@ def test_phases_change_only_what_follows_them():
     cfg = config(ttt_mode="phased", phased_ttt_num_phases=1)
     lora, phased, still = (adapt_to(c, random_model(cfg), tokens)[1] for c in (
         config(), cfg, dataclasses.replace(cfg, global_ttt_lr=0.0)))
-    assert farthest(lora, still) < 3e-5  # batches of other documents: matrices of other shapes
-    assert farthest(lora[: ends[4]], phased[: ends[4]]) < 3e-5
+    assert farthest(lora, still) < ROUNDING  # batches of other documents: matrices of other shapes
+    assert farthest(lora[: ends[4]], phased[: ends[4]]) < ROUNDING
     for a, b in pairwise(ends[4:]):
-        assert farthest(lora[a:b], phased[a:b]) > 1e-4
+        assert farthest(lora[a:b], phased[a:b]) > 3 * ROUNDING
 
 
 def test_sgd_equals_its_formula():
