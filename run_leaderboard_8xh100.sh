@@ -35,6 +35,7 @@ fi
 default AUDIT 1  # after the score, and what a submission needs
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
+"$PYTHON" records/gpu_check.py --record  # so does a machine on which the run would be lost
 mapfile -t paths < <("$PYTHON" -c '
 import glob, json, sys
 config = json.loads(sys.argv[1])

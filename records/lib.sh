@@ -3,7 +3,7 @@
 #   gpu_count                 how many GPUs PyTorch can use here; after use_python
 #   default NAME VALUE        exports NAME=VALUE unless the caller's environment has NAME or one of its aliases
 #   use_recipe FOLDER         the same for every NAME=VALUE line of its recipe.env
-#   summarise FOLDER MARKER   a finished run in a few lines, if its result is newer than the file MARKER
+#   summarise FOLDER MARKER [OPTION]   a finished run by records/summary.py, if its result is newer than the file MARKER
 
 stop() { echo "error: $*" >&2; exit 1; }
 
@@ -51,7 +51,7 @@ set_up() {
         stop "cannot install $1: $said; see that the network works and the disk has room, then start again"
     }
     if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then  # prebuilt wheels, no compilation
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check --only-binary :all: kernels ||
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --only-binary :all: 'kernels>=0.16' ||
             echo "no prebuilt 'kernels': PyTorch's own attention serves"
     fi
     { set_up_state "$1" >"$stamp"; } 2>/dev/null || true  # where it cannot be written, pip looks again next time
@@ -100,4 +100,4 @@ use_recipe() {
     done <"$1/recipe.env"
 }
 
-summarise() { if [ "$1/result.json" -nt "$2" ]; then "$PYTHON" records/summary.py "$1" || true; fi; }
+summarise() { if [ "$1/result.json" -nt "$2" ]; then "$PYTHON" records/summary.py "$1" "${@:3}" || true; fi; }
