@@ -1,5 +1,6 @@
 """data/local_corpus.py on small trees, and on the standard library of this interpreter."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -110,21 +111,38 @@ def test_split_holds_out_whole_modules():
 
 def test_packages_are_found_but_not_imported():
     code = (
-        "import sys, local_corpus; before = set(sys.modules); roots = local_corpus.find_roots(['numpy', 'nowhere_']);"
-        "assert set(roots) == {'python', 'numpy'}, roots; print(sorted(set(sys.modules) - before))"
+        "import sys, local_corpus; before = set(sys.modules); roots = local_corpus.find_roots(['numpy', 'sympy']);"
+        "assert set(roots) == {'numpy', 'sympy'}, roots; print(sorted(set(sys.modules) - before))"
     )
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert "torch" not in done.stdout
+    assert "sympy" not in done.stdout
+    with pytest.raises(ValueError, match="package nowhere_ is not installed; requirements.txt has it"):
+        local_corpus.find_roots(["nowhere_"])
 
 
-def test_standard_library_corpus_is_deterministic_and_honest(tmp_path):
-    arguments = ("--packages", "--min-mb", "1", "--val-percent", "5", "--out")
+def test_what_a_build_writes_is_left_out_and_what_stands_in_f_strings(tmp_path):
+    sources = {"version.py": f'"""{prose("version")}"""', "__config__.py": f'"""{prose("config")}"""',
+               "good.py": f'"""{prose("good")}"""\nx = f"{{f(\'{prose("inner")}\')}}"'}
+    assert collected(write_tree(tmp_path, sources)) == {"fake/good.py": prose("good")}
+
+
+def test_indentation_goes_as_far_as_all_lines_have_it():
+    assert local_corpus.dedent("a\n    b\n      c\n\n    d\n    ") == "a\nb\n  c\n\nd"
+    assert local_corpus.dedent("\n  a\n  b") == "a\nb" and local_corpus.dedent("  a") == "a"
+
+
+def test_corpus_of_a_package_is_deterministic_and_honest(tmp_path):
+    arguments = ("--packages", "networkx", "--min-mb", "1", "--val-percent", "5", "--out")
     for seed in ("1", "2"):
         done = run(*arguments, str(tmp_path / seed), PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
-        assert len(done.stdout.splitlines()) == 3
+        lines = done.stdout.splitlines()
+        digest = hashlib.sha256()
+        for name in ("docs_train.jsonl", "docs_val.jsonl"):
+            digest.update((tmp_path / seed / name).read_bytes())
+        assert len(lines) == 4 and lines[-1] == f"sha256 of both files: {digest.hexdigest()}"
         assert done.stderr == ""  # no progress bar when it is not a terminal
     for name in ("docs_train.jsonl", "docs_val.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
@@ -147,7 +165,8 @@ def test_standard_library_corpus_is_deterministic_and_honest(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--packages", "--min-mb", "1e6"), "expected at least 1000000.0 MB"),
+        (("--packages", "networkx", "--min-mb", "1e6"), "expected at least 1000000.0 MB"),
+        (("--packages", "nowhere_"), "package nowhere_ is not installed"),
         (("--val-percent", "100"), "--val-percent: expected between 0 and 100, found 100.0"),
     ],
 )
