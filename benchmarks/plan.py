@@ -76,17 +76,31 @@ def pretend_h100() -> None:
 
 
 def make_attention() -> Callable:
-    """Opaque attention in two differentiable operators."""
-    forward = torch.library.custom_op("plan::attention", lambda q, k, v: torch.empty_like(q), mutates_args=(),
-                                      schema="(Tensor q, Tensor k, Tensor v) -> Tensor")
+    """Opaque attention in two differentiable operators, called as FlashAttention is."""
+    forward = torch.library.custom_op("plan::attention", lambda q, k, v, cu: torch.empty_like(q), mutates_args=(),
+                                      schema="(Tensor q, Tensor k, Tensor v, Tensor? cu) -> Tensor")
     backward = torch.library.custom_op(
-        "plan::attention_backward", lambda q, k, v, y, g: tuple(map(torch.empty_like, (q, k, v))), mutates_args=(),
-        schema="(Tensor q, Tensor k, Tensor v, Tensor y, Tensor g) -> (Tensor, Tensor, Tensor)")
-    forward.register_fake(lambda q, k, v: q.new_empty(q.shape))
-    backward.register_fake(lambda q, k, v, y, g: tuple(t.new_empty(t.shape) for t in (q, k, v)))
-    forward.register_autograd(lambda ctx, g: backward(*ctx.saved_tensors, g),
+        "plan::attention_backward", lambda q, k, v, cu, y, g: tuple(map(torch.empty_like, (q, k, v))), mutates_args=(),
+        schema="(Tensor q, Tensor k, Tensor v, Tensor? cu, Tensor y, Tensor g) -> (Tensor, Tensor, Tensor)")
+    forward.register_fake(lambda q, k, v, cu: q.new_empty(q.shape))
+    backward.register_fake(lambda q, k, v, cu, y, g: tuple(t.new_empty(t.shape) for t in (q, k, v)))
+    forward.register_autograd(lambda ctx, g: (*backward(*ctx.saved_tensors, g), None),
                               setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs, output))
-    return lambda q, k, v, bounds: forward(q, k, v)
+    return tg.attend_flash(lambda q, k, v, causal: forward(q, k, v, None),
+                           lambda q, k, v, cu_seqlens_q, **_: forward(q, k, v, cu_seqlens_q))
+
+
+def on_gpu(graph: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphModule, list]:
+    """A graph made for the CPU and its fake inputs, moved to the GPU."""
+    graph = copy.deepcopy(graph)
+    with next(t.fake_mode for t in inputs if hasattr(t, "fake_mode")):
+        inputs = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cuda")
+                  if isinstance(t, torch.Tensor) else t for t in inputs]
+    for node in graph.graph.nodes:
+        if isinstance(node.kwargs.get("device"), torch.device):
+            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    graph.recompile()
+    return graph, inputs
 
 
 class Planned(NamedTuple):
@@ -104,14 +118,8 @@ def schedule(graph: torch.fx.GraphModule, inputs: list) -> list[Planned]:
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
-    graph, shapes = copy.deepcopy(graph), compile_fx.shape_env_from_inputs(inputs)
-    with next(t.fake_mode for t in inputs if hasattr(t, "fake_mode")):
-        inputs = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cuda")
-                  if isinstance(t, torch.Tensor) else t for t in inputs]
-    for node in graph.graph.nodes:
-        if isinstance(node.kwargs.get("device"), torch.device):
-            node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
-    graph.recompile()
+    shapes = compile_fx.shape_env_from_inputs(inputs)
+    graph, inputs = on_gpu(graph, inputs)
     mode = compile_fx.fake_tensor_prop(graph, inputs, force_allow_non_fake_inputs=True)
     with V.set_fake_mode(mode):
         compile_fx._recursive_post_grad_passes(graph, False)
