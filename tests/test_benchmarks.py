@@ -278,6 +278,10 @@ def test_the_check_finds_what_is_wrong():
     assert gpu.failed({"mlp, fp32": found["mlp"]}) and not gpu.failed({"mlp, fp32": right})
     assert kernel_check.is_right({"y": 0.009}, {"y": 0.003}, torch.bfloat16)
     assert not kernel_check.is_right({"y": 0.011}, {"y": 0.003}, torch.bfloat16)
+    assert not kernel_check.is_right({"y": math.inf}, {"y": math.inf}, torch.bfloat16)
+    zero, some = torch.zeros(3), torch.tensor([0.0, 0.5, 0.0])  # the gradient where every target is IGNORE
+    assert kernel_check.relative_error(zero, zero) == 0 and kernel_check.relative_error(some, zero) == 0.5
+    assert kernel_check.relative_error(some * math.nan, zero) == math.inf
 
 
 COMPILE = """

@@ -290,6 +290,14 @@ def test_bounds_find_the_documents(max_len):
         assert bounds.cu_seqlens.dtype == bounds.segment.dtype == torch.int32
 
 
+@pytest.mark.parametrize("documents, room", [(100, 384), (383, 384), (384, 768), (1000, 1536)])
+def test_bounds_have_room_for_web_text_and_not_for_ten_times_as_much(documents, room):
+    """FlashAttention 3 makes room in backward for every document that might be; doubled where they do not fit."""
+    ids = torch.full((1, 98304), 5)
+    ids[0, torch.arange(documents) * (98304 // documents)] = BOS
+    assert len(tg.Bounds.find(ids, BOS, 98304).cu_seqlens) == room + 1
+
+
 def test_finding_bounds_leaves_the_tokens_alone():
     ids = torch.tensor([[5, 1, 7, 8]])
     tg.Bounds.find(ids, BOS, 2)
