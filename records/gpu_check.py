@@ -18,6 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
+READ = {"device", "dtype", "compile", "attention", "artifact_dir", "run_id", "varlen_enabled"}  # settings
 DISK_BYTES = 2e9  # logs, a checkpoint, what the compiler keeps
 FREE_SHARE = 0.9  # of a GPU's memory: less, and another process holds it
 
@@ -103,7 +104,8 @@ def main(arguments: list[str]) -> int:
     try:
         if arguments not in ([], ["--record"]):
             raise tg.RunError("usage: python records/gpu_check.py [--record]")
-        print(check(tg.read_settings(dict(os.environ))[0], bool(arguments)))
+        chosen = tg.read_environment(dict(os.environ)).explicit  # the model may still lack what a script adds
+        print(check(tg.Settings(**{name: chosen[name] for name in READ & set(chosen)}), bool(arguments)))
     except tg.RunError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
