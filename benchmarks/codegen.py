@@ -9,7 +9,7 @@ real widths and batches, of fake tensors, through Dynamo and AOTAutograd. Induct
 the code that would launch its kernels, and Triton and its ptxas make sm_90 code of every kernel, in each variant that
 Inductor would try; for FUSED=1 also of the script's own. Nothing is run or timed.
 
-A form is a set of settings: `defaults`, more of them below, or a recipe. But for `layers` each has 6 layers, of every
+A form is a set of settings: `defaults`, more of them below, or a recipe. But for `layers` each has 7 layers, of every
 kind that its own 11 have: more would repeat the same kernels with other offsets. Settings in the environment win over a
 form's. Attention is one operator that is not looked into, as FlashAttention is. Graphs are cut into forward and
 backward as for a CPU and moved to the GPU after, so choices that Inductor makes before that by measuring (padding of
@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 import os
 import re
 import sys
@@ -43,13 +44,13 @@ import train_gpt as tg
 
 RECIPES = {path.parent.name.split("_", 1)[1]: path for path in sorted(
     (Path(__file__).resolve().parent.parent / "records").glob("track_*/*/recipe.env"))}
-FORMS = {"defaults": {}, "layers": {"NUM_LOOPS": "2"}, "lora": {"TTT_MODE": "lora"},
-         "fused": {"FUSED": "1", "TTT_MODE": "lora"}, "fp8": {"FP8": "both"}}
+FORMS = {"defaults": {}, "lora": {"TTT_MODE": "lora"}, "fused": {"FUSED": "1", "TTT_MODE": "lora"},
+         "fp8": {"FP8": "both"}, "layers": {"NUM_LOOPS": "2"}}
 ONE_GPU = {"MICRO_BATCH_TOKENS": "98304", "TRAIN_BATCH_TOKENS": "98304", "WARMUP_STEPS": "1", "DEVICE": "cpu",
            "MAX_WALLCLOCK_SECONDS": "0"}  # without a clock no calibration in the warm-up: it compiles nothing
-FEW_LAYERS = {"NUM_LAYERS": "6", "LOOP_START": "2", "LOOP_END": "2", "PARALLEL_START_LAYER": "4", "VE_LAYERS": "4,5",
+FEW_LAYERS = {"NUM_LAYERS": "7", "LOOP_START": "1", "LOOP_END": "3", "PARALLEL_START_LAYER": "4", "VE_LAYERS": "5,6",
               "QAT_LITE_LAYER_START": "4"}
-PTXAS = re.compile(r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.S)
+PTXAS = re.compile(r"entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.S)
 
 
 class Kernel(NamedTuple):
@@ -64,10 +65,10 @@ class Row(NamedTuple):
     """What became of a form."""
 
     graphs: int
-    kernels: int  # that its graphs have, each counted where it is made
-    made: list[Kernel]  # of those that no form before had
+    kernels: int  # that its graphs have
+    made: list[Kernel]  # the different ones among them
     graph_seconds: float  # tracing, Inductor
-    kernel_seconds: float  # Triton, ptxas
+    kernel_seconds: float  # Triton, ptxas; none for what a form before had
     failed: dict[str, str]  # name -> what was said
 
 
@@ -98,6 +99,7 @@ def pretend_driver() -> None:
         get_current_stream=lambda device: 0))
     triton.knobs.nvidia.dump_ptxas_log = True
     config.fx_graph_cache = False
+    logging.getLogger("torch._inductor.runtime.triton_heuristics").setLevel(logging.CRITICAL)  # report() has it
 
 
 class Quiet(tg.Runtime):
@@ -222,9 +224,9 @@ def words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def compile_form(form: str, seen: set[str]) -> Row:
-    """All of a form. `seen`: kernels that were compiled before, to which those of this form are added."""
-    start, failed, made, graphs, found = time.perf_counter(), {}, [], [], []
+def compile_form(form: str, known: dict[str, Kernel]) -> Row:
+    """All of a form. `known`: kernels by source, those compiled before, to which those of this form are added."""
+    start, failed, graphs, found, made = time.perf_counter(), {}, [], [], {}
     cfg = tg.read_settings(settings_of(form) | os.environ)[0]
     cfg = tg.fit_to_device(cfg, SimpleNamespace(device=torch.device("cpu")))
     try:
@@ -232,15 +234,13 @@ def compile_form(form: str, seen: set[str]) -> Row:
     except Exception as error:  # of any of the compilers
         failed["graphs"] = words(error)
     middle = time.perf_counter()
-    for name, source in found:
-        known = source.replace(name, "kernel")
-        if known in seen:
-            continue
-        seen.add(known)
+    for name, source in {source.replace(name, "kernel"): (name, source) for name, source in found}.values():
+        key = source.replace(name, "kernel")
         try:
-            made.append(compile_kernel(name, source))
+            made[key] = known[key] = known.get(key) or compile_kernel(name, source)
         except Exception as error:
             failed[name] = words(error)
+    made = [*made.values()]
     if cfg.fused:
         try:
             made += compile_own(cfg)
@@ -260,12 +260,12 @@ def main(arguments: list[str]) -> int:
         print(f"error: torch {torch.__version__} compiles nothing for a GPU; takes a CUDA build (and no GPU)",
               file=sys.stderr)
         return 1
-    rows, seen = {}, set()
+    rows, known = {}, {}
     with tempfile.TemporaryDirectory() as folder:  # a kernel out of a cache would not come by ptxas
         os.environ |= {"TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
         pretend_driver()
         for form in args.forms or [*FORMS, *RECIPES]:
-            rows[form] = compile_form(form, seen)
+            rows[form] = compile_form(form, known)
             print(f"| {form} | {cells(rows[form])} |", file=sys.stderr, flush=True)
     report(rows)
     if args.json:
@@ -283,7 +283,7 @@ def cells(row: Row) -> str:
 
 
 def report(rows: dict[str, Row]) -> None:
-    print(f"torch {torch.__version__}: compiled for an H100, not run\n\n| form | graphs | kernels | of them new | "
+    print(f"torch {torch.__version__}: compiled for an H100, not run\n\n| form | graphs | kernels | different ones | "
           "their variants | seconds | failed | variants that spill | bytes that every variant of a kernel spills |\n"
           "|---|---|---|---|---|---|---|---|---|")
     for form, row in rows.items():
