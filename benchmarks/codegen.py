@@ -26,7 +26,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,8 +66,8 @@ class Row(NamedTuple):
     graphs: int
     kernels: int  # that its graphs have
     made: list[Kernel]  # the different ones among them
-    graph_seconds: float  # tracing, Inductor
-    kernel_seconds: float  # Triton, ptxas; none for what a form before had
+    graph_seconds: float  # of a core: tracing, Inductor
+    kernel_seconds: float  # of a core: Triton, ptxas; none for what a form before had
     failed: dict[str, str]  # name -> what was said
 
 
@@ -220,20 +219,25 @@ def compile_own(cfg: tg.Settings) -> list[Kernel]:
     return [Kernel(name, [int(spilled)], [int(used)]) for name, spilled, used in PTXAS.findall(log.getvalue())]
 
 
+def cpu_seconds() -> float:
+    """Of this process and those it waited for: other work on the machine does not count."""
+    return sum(os.times()[:4])
+
+
 def words(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def compile_form(form: str, known: dict[str, Kernel]) -> Row:
     """All of a form. `known`: kernels by source, those compiled before, to which those of this form are added."""
-    start, failed, graphs, found, made = time.perf_counter(), {}, [], [], {}
+    start, failed, graphs, found, made = cpu_seconds(), {}, [], [], {}
     cfg = tg.read_settings(settings_of(form) | os.environ)[0]
     cfg = tg.fit_to_device(cfg, SimpleNamespace(device=torch.device("cpu")))
     try:
         find_kernels(cfg, graphs, found)
     except Exception as error:  # of any of the compilers
         failed["graphs"] = words(error)
-    middle = time.perf_counter()
+    middle = cpu_seconds()
     for name, source in {source.replace(name, "kernel"): (name, source) for name, source in found}.values():
         key = source.replace(name, "kernel")
         try:
@@ -246,7 +250,7 @@ def compile_form(form: str, known: dict[str, Kernel]) -> Row:
             made += compile_own(cfg)
         except Exception as error:
             failed["FUSED=1"] = words(error)
-    return Row(len(graphs), len(found), made, middle - start, time.perf_counter() - middle, failed)
+    return Row(len(graphs), len(found), made, middle - start, cpu_seconds() - middle, failed)
 
 
 def main(arguments: list[str]) -> int:
