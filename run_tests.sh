@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Set up if needed, then lint and run every test, a file at a time on each core. Arguments go to pytest, as in
-# ./run_tests.sh -k scorer
+# Set up if needed, then lint and run every test, a file at a time on each core, those that take longest first (see
+# tests/conftest.py). Arguments go to pytest, as in ./run_tests.sh -k scorer
 set -euo pipefail
 cd "$(dirname "$0")"
 source records/lib.sh
 use_python tests/requirements.txt
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest -n auto --maxprocesses 8 --dist loadfile "$@"
+"$PYTHON" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: threads would only wait for each other
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, one program after another
+from forked import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment
+
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
 TINY = {
@@ -31,6 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_SEED_SHIFT"] = str(config.getoption("--seed-shift"))  # before any test module is imported
 
 
+# those that take longest; begun first, none of them is what all others wait for in the end
+SLOWEST = ["test_pipeline.py", "test_scripts.py", "test_benchmarks.py", "test_recipes.py", "test_training.py",
+           "test_ttt.py"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
+
+
 def shifted(seed: int) -> int:
     """The seed that a test draws from: `seed` itself, or with --seed-shift another one."""
     return seed + 100_003 * int(os.environ.get("TEST_SEED_SHIFT", "0"))
@@ -45,7 +55,8 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 
     folder = tmp_path_factory.mktemp("data")
     texts = sorted({text for text in topics.values() if len(text) < 40_000})
-    for name, part in (("train", [t for i, t in enumerate(texts) if i % 10]), ("val", texts[:60:10])):
+    val = [text[:1500] for text in texts[:60:10]]  # most runs score it three times
+    for name, part in (("train", [t for i, t in enumerate(texts) if i % 10]), ("val", val)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
     status = tokenize_docs.main(["--train", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl"), "--out",
                                  str(folder), "--vocab-size", "512", "--name", "topics_sp512", "--workers", "1"])
@@ -54,20 +65,14 @@ def tiny(tmp_path_factory) -> dict[str, str]:
                    "TOKENIZER_PATH": str(folder / "tokenizers/topics_512_bpe.model")}
 
 
-def clean_environment(settings: dict[str, str]) -> dict[str, str]:
-    """This process's environment without any of the script's settings, plus these."""
-    import train_gpt
-
-    known = {name.upper() for name in train_gpt.Settings.__dataclass_fields__}
-    return {k: v for k, v in os.environ.items() if k not in known} | {"OMP_NUM_THREADS": "1"} | settings
-
-
-def run_script(settings: dict[str, str], *arguments: str, processes: int = 0, script: Path = ROOT / "train_gpt.py",
+def run_script(settings: dict[str, str], *arguments: str, processes: int = 0, script: Path = TRAIN, fresh: bool = False,
                **options) -> subprocess.CompletedProcess:
-    """Run the script to its end, under torchrun if `processes` says so."""
+    """Run the script to its end: forked (see there), or `fresh`, as a user starts it, under torchrun if of several."""
+    if script == TRAIN and not fresh:
+        return ForkedRun(settings, *arguments, processes=processes, **options).finish()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return subprocess.run([sys.executable, *torchrun, str(script), *arguments], env=clean_environment(settings),
-                          capture_output=True, text=True, timeout=300, **options)
+                          capture_output=True, text=True, timeout=LONGEST, **options)
 
 
 def read_result(folder: Path) -> dict:
