@@ -1804,7 +1804,7 @@ class GPT(nn.Module):
         """This layer's share of parameters that are cut along their first dimension; `step`: of the decoder, or -1."""
         n, late = self.cfg.num_layers, layer - self.cfg.parallel_start_layer
 
-        def of(name: str, i: int = layer) -> Tensor | None:
+        def of(name: str, i: int = layer):  # a Tensor or None; torch 2.9 cannot compile an annotation that says so
             return stacks[name][i] if name in stacks and i >= 0 else None
 
         weights = {"q": of("qo_bank"), "k": of("kv_bank"), "v": of("kv_bank", n + layer), "o": of("qo_bank", n + layer),
@@ -2466,8 +2466,9 @@ def empty_moments(cfg: Settings, model: GPT, device: torch.device) -> dict[str, 
 
 def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
     """Add what the tokens of a batch say, all visits of a layer; moments take the gradient of the summed loss."""
-    precision, hooks = torch.get_float32_matmul_precision(), Hooks(hessians=stats.hessians, moments=stats.moments)
-    if model.dtype == torch.bfloat16:  # products of bf16 values are exact in TF32
+    hooks, exact = Hooks(hessians=stats.hessians, moments=stats.moments), model.dtype == torch.bfloat16
+    if exact:  # products of bf16 values are exact in TF32
+        precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     if stats.moments:
         tables, rows = list(model.tables().values()), max(1, CALIBRATION_TOKENS // batch.ids.size(1))
@@ -2483,7 +2484,8 @@ def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
     else:
         with torch.no_grad():
             model(batch.ids, bounds=batch.bounds, hooks=Hooks(hessians=stats.hessians))
-    torch.set_float32_matmul_precision(precision)
+    if exact:
+        torch.set_float32_matmul_precision(precision)
 
 
 @torch.no_grad()

@@ -22,8 +22,8 @@ PARAMETERS = {
     "11L_GPTQ_XSA11_BigramHash3072": {"recur_blend", "bigram_table", "bigram_bank", "bigram_scale", "smear_theta",
                                       "ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
 }
-SCALED = {"MODEL_DIM": "64", "MLP_MULT": "2", "EVAL_STRIDE": "0",
-          "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1",
+SCALED = {"MODEL_DIM": "64", "MLP_MULT": "2", "EVAL_STRIDE": "0", "TRAIN_BATCH_TOKENS": "768",
+          "MICRO_BATCH_TOKENS": "384", "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1",
           "GPTQ_RESERVE_SECONDS": "0", "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "512"}
 
 
@@ -56,7 +56,7 @@ def short(tiny, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("short")
     shutil.copy(f"{tiny['DATA_PATH']}/fineweb_train_000000.bin", folder)
     tokens = tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_val_000000.bin")
-    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens[:900], tokens[:600], tokens[:300]]))
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens[:300], tokens[:200], tokens[:100]]))
     return tiny | {"DATA_PATH": str(folder)}
 
 
@@ -89,7 +89,7 @@ def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
     shutil.copytree(short["DATA_PATH"], tmp_path / "data")
     mine = {k: short[k] for k in ("TOKENIZER_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "DTYPE")}
     mine |= {"RECIPE": str(folder), "DATA_PATH": str(tmp_path / "data"), "PYTHON": sys.executable, "DEVICE": "cpu",
-             "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_STRIDE": "0", "MODEL_DIM": "64",
+             "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_STRIDE": "0", "MODEL_DIM": "64", "ROPE_DIMS": "8",
              "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1"}
     done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], env=clean_environment(mine), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
