@@ -35,7 +35,7 @@ def test_leaderboard_run_checks_before_it_trains(tiny, tmp_path):
 
 
 def test_leaderboard_run_trains_each_seed_and_reports_it(tiny):
-    done = leaderboard(tiny | {"NPROC": "2", "ITERATIONS": "3", "EVAL_STRIDE": "0"}, "91", "92")
+    done = leaderboard(tiny | {"NPROC": "2", "ITERATIONS": "3", "EVAL_STRIDE": "0", "AUDIT": "0"}, "91", "92")
     assert done.returncode == 0, done.stderr
     results = [read_result(ROOT / f"logs/defaults_seed{seed}") for seed in (91, 92)]
     assert [(r["seed"], r["world_size"], r["steps"]) for r in results] == [(91, 2, 3), (92, 2, 3)]
