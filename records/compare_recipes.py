@@ -20,6 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+PLAIN = {"BIGRAM_VOCAB_SIZE": "0", "VARLEN_ENABLED": "0", "SMEAR_GATE_ENABLED": "0", "MUON_NS": "quintic",
+         "MUON_ROW_NORMALIZE": "0"}  # without what the smoke run adds of its own
 
 
 def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
@@ -31,6 +33,7 @@ def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
         settings = {"NUM_LAYERS": "11", "SEED": str(seed), "ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0",
                     "ARTIFACT_DIR": str(folder), "DEVICE": "cpu", "OMP_NUM_THREADS": str(threads), "EVAL_STRIDE": "0",
                     "WARMUP_STEPS": "0", "TTT_MODE": "none", "PYTHON": sys.executable, "RECIPE": str(recipe or "")}
+        settings |= {} if recipe else PLAIN
         done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{folder.name}: {(done.stderr.splitlines() or ['failed'])[-1]}")
