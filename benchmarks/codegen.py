@@ -97,6 +97,7 @@ def pretend_driver() -> None:
         get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0,
         get_current_stream=lambda device: 0))
     triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # a kernel out of a cache would not come by ptxas
     config.fx_graph_cache = False
     logging.getLogger("torch._inductor.runtime.triton_heuristics").setLevel(logging.CRITICAL)  # report() has it
 
@@ -265,7 +266,7 @@ def main(arguments: list[str]) -> int:
               file=sys.stderr)
         return 1
     rows, known = {}, {}
-    with tempfile.TemporaryDirectory() as folder:  # a kernel out of a cache would not come by ptxas
+    with tempfile.TemporaryDirectory() as folder:  # Inductor's cache of another run would not ask Triton
         os.environ |= {"TRITON_CACHE_DIR": folder, "TORCHINDUCTOR_CACHE_DIR": folder}
         pretend_driver()
         for form in args.forms or [*FORMS, *RECIPES]:
