@@ -25,7 +25,6 @@ Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf 
 """
 
 import dataclasses
-import glob
 import hashlib
 import importlib
 import inspect
@@ -37,6 +36,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import sys
 import threading
 import time
@@ -899,17 +899,35 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: str) -> None:
 
 
 def find_shards(folder: str, split: str) -> list[str]:
-    """Paths of the `train`, `val` or `val_bytes` shards in a folder, in order."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), f"fineweb_{split}_[0-9]*.bin")))
+    """Paths of the `train`, `val` or `val_bytes` shards in a folder, in order.
+
+    RunError where a file beside them looks like a shard and has another name (a copy would be text counted twice), or
+    where their numbers do not run from 0 without a gap.
+    """
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    looks_like_one = re.compile(rf"(?!\.).*fineweb_{split}(?!_bytes).*\.bin", re.IGNORECASE)
+    shards = [name for name in names if re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", name, re.ASCII)]
+    strangers = [name for name in names if looks_like_one.fullmatch(name) and name not in shards]
+    if strangers:
+        raise RunError(f"{os.path.join(folder, strangers[0])}: looks like a shard and is not named like one; takes "
+                       f"fineweb_{split}_000000.bin, _000001.bin and so on, and no other {split} files beside them")
+    for number, name in enumerate(shards):
+        if name != (expected := f"fineweb_{split}_{number:06}.bin"):
+            raise RunError(f"{os.path.join(folder, expected)}: missing; the shards are numbered from 0 without a gap, "
+                           f"and {name} is there")
+    return [os.path.join(folder, name) for name in shards]
 
 
 def shard_paths(cfg: Settings, split: str) -> list[str]:
-    """Paths of the `train` or `val` shards of the run; RunError when there are none."""
+    """Paths of the `train` or `val` shards; RunError when there are none, or more than the manifest lists."""
     paths = find_shards(cfg.data_path, split)
     if not paths:
         raise RunError(f"DATA_PATH={cfg.data_path}: no fineweb_{split}_*.bin there; "
                        "data/cached_challenge_fineweb.py downloads them, data/tokenize_docs.py makes them, "
                        "./run_smoke_1gpu.sh makes a small set")
+    listed = manifest_stats(cfg.data_path).get(f"files_{split}", len(paths))
+    if len(paths) > listed:
+        raise RunError(f"{paths[listed]}: not in the manifest, which lists {listed} {split} shards")
     return paths
 
 
@@ -931,11 +949,12 @@ class ByteTable(NamedTuple):
         return F.pad(self.length[tokens[1:]] + space, (1, 0))
 
 
-def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
-    """Byte table of a SentencePiece model; RunError if it does not fit VOCAB_SIZE or cannot spell a space.
+def read_tokenizer(path: str, vocab_size: int, bos: int | None = None) -> ByteTable:
+    """Byte table of a SentencePiece model. `bos`: the token that starts documents; None: the tokenizer's own.
 
-    Without a stand-alone "▁" piece SentencePiece spells a lone space as three byte tokens, which would inflate the
-    byte count; such a tokenizer is refused.
+    RunError where the model does not fit VOCAB_SIZE, or bytes could not be counted exactly: without a stand-alone "▁"
+    piece SentencePiece spells a lone space as three byte tokens; a mark of documents that is a piece of text would take
+    text out of the count; and some models spell or decode other text than was encoded.
     """
     import sentencepiece
 
@@ -960,9 +979,28 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
         else:
             space[i] = piece.startswith("▁")
             length[i] = len(piece[space[i]:].replace("▁", " ").encode())
+    if bos is not None:
+        if bos >= vocab_size or not (boundary[bos] or is_user_defined(sp, bos)):
+            raise RunError(f"BOS_ID={bos}: takes a control or user-defined piece of {path}; a document's mark costs no "
+                           "bytes, so it must not be a piece of text")
+        boundary[bos], length[bos], space[bos] = 1, 0, 0
     keeps_space = sp.decode_pieces(["▁", "a"]).startswith(" ")
     tensors = torch.from_numpy(length), torch.from_numpy(space), torch.from_numpy(boundary).bool()
-    return ByteTable(*tensors, int(keeps_space), sp.bos_id(), pieces.issuperset(CASE_MARKERS))
+    table = ByteTable(*tensors, int(keeps_space), sp.bos_id() if bos is None else bos, pieces.issuperset(CASE_MARKERS))
+    probe, mark = "Bytes of a probe", max(table.bos, 0)
+    ids = sp.encode(probe)
+    counted, decoded = int(table.of(torch.tensor([mark, *ids])).sum()), len(sp.decode(ids).encode())
+    known = table.boundary[mark] and sp.unk_id() not in ids
+    if known and not counted == decoded == len(probe):
+        raise RunError(f"TOKENIZER_PATH={path}: spells {probe!r} in pieces of {counted} bytes that decode to {decoded}, "
+                       f"not {len(probe)}, so bytes would be miscounted")
+    return table
+
+
+def is_user_defined(sp: Any, token: int) -> bool:
+    """Whether a piece is user-defined. The library does not tell; the model has it as piece, score and kind (4)."""
+    entry = sp.id_to_piece(token).encode() + b"\x15" + struct.pack("<f", sp.get_score(token)) + b"\x18\x04"
+    return entry in sp.serialized_model_proto()
 
 
 def case_restorer() -> Callable[[str], str]:
@@ -1006,7 +1044,7 @@ class Validation(NamedTuple):
     bytes: Tensor  # (N,) int32: bytes charged to each
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
-    bos: int = -1
+    bos: int = -1  # the token that starts a document
 
     @classmethod
     def load(cls, cfg: Settings, table: ByteTable, device: str | torch.device = "cpu") -> "Validation":
@@ -1015,7 +1053,7 @@ class Validation(NamedTuple):
         if len(tokens) < 2:
             raise RunError(f"DATA_PATH={cfg.data_path}: the validation shards hold {len(tokens)} tokens, nothing to "
                            "score")
-        bos = table.bos if cfg.bos_id is None else cfg.bos_id
+        bos = table.bos
         docs = int((tokens == bos).sum())
         if not docs and (cfg.varlen_enabled or cfg.bos_id is not None or cfg.ttt_mode in ("lora", "phased")):
             raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur; BOS_ID takes the one "
@@ -1027,21 +1065,30 @@ class Validation(NamedTuple):
         return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos)
 
 
-def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
-    """Whether the counts equal those in manifest.json (beside datasets/, or in the folder); None if it has none."""
+def manifest_stats(data_path: str) -> dict[str, int]:
+    """Counts of this data set in manifest.json, beside datasets/ or in the folder; empty where no manifest lists it.
+
+    Other programs write files of that name too, so what is not a list of data sets is passed over.
+    """
     folder = os.path.abspath(data_path)
     for path in (os.path.join(folder, "..", "..", "manifest.json"), os.path.join(folder, "manifest.json")):
-        if os.path.exists(path):
-            try:
-                with open(path, encoding="utf-8") as file:
-                    datasets = json.load(file)["datasets"]
-                stats = next((dict(d["stats"]) for d in datasets if d["name"] == os.path.basename(folder)), {})
-            except (ValueError, KeyError, TypeError):
-                raise RunError(f"{os.path.normpath(path)}: not a manifest of data/tokenize_docs.py") from None
-            shared = [k for k in found if k in stats]
-            if shared:
-                return all(found[k] == stats[k] for k in shared)
-    return None
+        try:
+            with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
+                datasets = json.load(file)["datasets"]
+            stats = next(d["stats"] for d in datasets if d["name"] == os.path.basename(folder))
+            counts = {name: count for name, count in stats.items() if type(count) is int}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            continue
+        if counts:
+            return counts
+    return {}
+
+
+def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
+    """Whether the counts equal the manifest's; None where it has none of them."""
+    stats = manifest_stats(data_path)
+    shared = [name for name in found if name in stats]
+    return all(found[name] == stats[name] for name in shared) if shared else None
 
 
 class Batch(NamedTuple):
@@ -3832,7 +3879,7 @@ class Run:
         self.stages: dict[str, Score] = {}
         self.scorer, self.faults = None, []  # of the last stage; what an audit is to say of all
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
-        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
+        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
         self.attention, ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
         self.code = pack_code(read_code()) if rt.rank == 0 else b""
