@@ -25,6 +25,7 @@ Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf 
 """
 
 import dataclasses
+import fcntl
 import hashlib
 import importlib
 import inspect
@@ -71,6 +72,7 @@ except ImportError:  # not on every machine; the kernels' plain forms run instea
 
 
 MIN_ROWS = 64  # of a step, where rows longer than a window are chosen
+LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 
 
 class RunError(Exception):
@@ -92,7 +94,7 @@ def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases
 class Settings:
     """Every setting of a run. A field's environment name is its name in capitals. An instance is always valid."""
 
-    run_id: str | None = setting(None, "run", "name of the run; auto: time and seed")
+    run_id: str | None = setting(None, "run", "name of the run; auto: time, seed and a random number")
     artifact_dir: str | None = setting(None, "run", "folder for everything a run writes; auto: logs/<RUN_ID>")
     seed: int = setting(1337, "run", "seed of initial weights and of the data order", high=2**63 - 1)
     device: str = setting("auto", "run", "where to run", choices="auto cpu cuda")
@@ -270,7 +272,7 @@ class Settings:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
-        run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}"
+        run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}-{os.urandom(4).hex()}"
         case = "_caseops" if self.caseops_enabled else ""
         for name, value in {
             "run_id": run_id,
@@ -400,6 +402,8 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
     if kind in (int, float) and not low <= value <= (math.inf if high is None else high):  # `not` also stops nan
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
+    if kind is float and abs(value) > LARGEST:
+        raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
 
 
 def kind_of(f: dataclasses.Field) -> type:
@@ -605,7 +609,7 @@ class Runtime:
                            "DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if cuda and cfg.device != "cpu" else torch.device("cpu")
         self.dtype = pick_dtype(cfg.dtype, self.device)
-        self.folder, self.log_file, self.metrics_file, self.events = cfg.artifact_dir, None, None, []
+        self.log_file, self.metrics_file, self.events = None, None, []
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.cuda.reset_peak_memory_stats()
@@ -614,16 +618,42 @@ class Runtime:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             with self.exchange("start"):
                 dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # rank 0's: each process chose a name of its own
+        self.folder = os.fsdecode(self.share_bytes(os.fsencode(cfg.artifact_dir)))
 
-    def open_logs(self, append: bool) -> None:
-        """Start writing into the run's folder; only once its inputs are known to be good."""
-        if self.rank == 0:
-            os.makedirs(self.folder, exist_ok=True)
-            if os.path.exists(self.path("result.json")):
-                os.remove(self.path("result.json"))  # a result is of the run that finished, never of the one before
-            mode = "a" if append else "w"
-            self.log_file = open(self.path("train.log"), mode, encoding="utf-8")
-            self.metrics_file = open(self.path("metrics.jsonl"), mode, encoding="utf-8")
+    def open_logs(self, append: bool, training: bool = True) -> None:
+        """Start writing into the run's folder; only once its inputs are known to be good.
+
+        The folder is this process's as long as it runs: a lock on train.log keeps a second run out. RunError where
+        another one holds it, or where a run without `training` would replace the result of one with it.
+        """
+        if self.rank:
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        self.log_file = open(self.path("train.log"), "a", encoding="utf-8", errors="backslashreplace")
+        try:
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"ARTIFACT_DIR={self.folder}: another run is writing there; takes a folder of its "
+                           "own") from None
+        except OSError:  # a file system without locks
+            pass
+        if os.path.exists(self.path("result.json")):
+            if not training and self.holds_training():
+                raise RunError(f"ARTIFACT_DIR={self.folder}: holds the result of a training run, which EVAL_ONLY would "
+                               "replace; takes another folder")
+            os.remove(self.path("result.json"))  # a result is of the run that finished, never of the one before
+        if not append:
+            self.log_file.truncate(0)
+        self.metrics_file = open(self.path("metrics.jsonl"), "a" if append else "w", encoding="utf-8")
+
+    def holds_training(self) -> bool:
+        """Whether the folder's result.json is of a run that trained, or cannot be read."""
+        try:
+            with open(self.path("result.json"), encoding="utf-8") as file:
+                return json.load(file)["steps"] != 0
+        except (ValueError, LookupError, TypeError):
+            return True
 
     def forget_after(self, step: int) -> None:
         """Take from metrics.jsonl what was logged after `step`, from where a resumed run logs again."""
@@ -652,14 +682,20 @@ class Runtime:
     def log(self, message: str) -> None:
         """One line to the console and train.log, from rank 0."""
         if self.rank == 0:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
             self.note(message)
+            try:
+                tqdm.write(message, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # nobody reads the console any more, which is no reason to lose a run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def note(self, message: str) -> None:
         """One line to train.log alone: what a reader of the console can do without."""
         if self.rank == 0:
-            print(message, file=self.log_file, flush=True)
+            try:
+                print(message, file=self.log_file, flush=True)
+            except OSError as e:  # a full disk ends the run where a result cannot be written, not a line
+                print(f"note: {self.path('train.log')} misses a line: {e.strerror}", file=sys.stderr)
 
     def metric(self, **values) -> None:
         if self.rank == 0:
@@ -992,8 +1028,8 @@ def read_tokenizer(path: str, vocab_size: int, bos: int | None = None) -> ByteTa
     counted, decoded = int(table.of(torch.tensor([mark, *ids])).sum()), len(sp.decode(ids).encode())
     known = table.boundary[mark] and sp.unk_id() not in ids
     if known and not counted == decoded == len(probe):
-        raise RunError(f"TOKENIZER_PATH={path}: spells {probe!r} in pieces of {counted} bytes that decode to {decoded}, "
-                       f"not {len(probe)}, so bytes would be miscounted")
+        raise RunError(f"TOKENIZER_PATH={path}: spells {probe!r} in pieces of {counted} bytes that decode to "
+                       f"{decoded}, not {len(probe)}, so bytes would be miscounted")
     return table
 
 
@@ -1123,6 +1159,15 @@ class Windows:
             raise RunError(f"DATA_PATH={cfg.data_path}: no train shard holds one row of {self.length} tokens and the "
                            "next token; lower TRAIN_SEQ_LEN")
         self.epoch, self.order = -1, None
+
+    def identity(self) -> dict[str, str]:
+        """By shard, its name, what it holds: a count of tokens, and a hash of its first and last ones.
+
+        A checkpoint keeps this. The order of rows follows from the shards, so over others it would be another run.
+        """
+        ends = [np.concatenate((shard[:4096], shard[-4096:])).tobytes() for shard in self.shards]
+        return {os.path.basename(path): f"{len(shard)} tokens, hash {hashlib.sha256(end).hexdigest()[:16]}"
+                for path, shard, end in zip(self.paths, self.shards, ends)}
 
     def window(self, g: int) -> np.ndarray:
         """(length + 1,) uint16 tokens of the run's g-th row."""
@@ -2237,8 +2282,9 @@ def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
 class Trainer:
     """What one training step needs: the model, its compiled forward, optimizer and weight averages."""
 
-    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
-        self.cfg, self.rt, self.model, self.forward = cfg, rt, model, forward
+    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, shards: dict[str, str] | None = None):
+        """`shards`: the training text, as Windows.identity() has it."""
+        self.cfg, self.rt, self.model, self.forward, self.shards = cfg, rt, model, forward, shards or {}
         self.plan, self.hooks = StepPlan.of(cfg, rt.world), Hooks(fp8=cfg.fp8)
         self.qat_hooks = self.hooks._replace(fake_quant=fake_quantizer(cfg))
         self.reset()
@@ -2281,9 +2327,9 @@ class Trainer:
         return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
 
     def must_match(self) -> dict[str, Any]:
-        """What a resumed run shares with the one that wrote the checkpoint: model, training, data; not when to stop."""
+        """Settings that a resumed run shares with the one that wrote the checkpoint: all but those of when to stop."""
         free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
-        names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed", "data_path"]
+        names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed"]
         return {name: getattr(self.cfg, name) for name in names if name not in free and not name.startswith("gptq")}
 
     def save(self, step: int, seconds: float) -> None:
@@ -2294,9 +2340,10 @@ class Trainer:
         momentum = self.optimizer.muon.state()
         if self.rt.rank == 0:
             save_tensors(self.rt.path("checkpoint.pt"), {
-                "step": step, "seconds": seconds, "settings": self.must_match(), "muon": momentum,
-                "params": [p.detach() for p in self.params], "adamw": self.optimizer.adamw.state_dict(),
-                "ema": self.ema, "swa": self.swa, "snapshots": self.snapshots})
+                "step": step, "seconds": seconds, "settings": self.must_match(), "shards": self.shards,
+                "params": [p.detach() for p in self.params], "muon": momentum,
+                "adamw": self.optimizer.adamw.state_dict(), "ema": self.ema, "swa": self.swa,
+                "snapshots": self.snapshots})
 
     def load(self) -> tuple[int, float]:
         """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another run."""
@@ -2308,6 +2355,9 @@ class Trainer:
             for name, value in self.must_match().items():
                 if (was := saved["settings"].get(name)) != value:
                     raise RunError(f"{path}: made with {name.upper()}={was}, this run has {value}")
+            if other := min(saved["shards"].items() ^ self.shards.items(), default=None):
+                was, now = (shards.get(other[0], "absent") for shards in (saved["shards"], self.shards))
+                raise RunError(f"{path}: made with other training text; {other[0]} was {was}, is {now}")
             torch._foreach_copy_([p.detach() for p in self.params], saved["params"])
             self.optimizer.muon.load(saved["muon"])
             self.optimizer.adamw.load_state_dict(saved["adamw"])
@@ -3883,7 +3933,7 @@ class Run:
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
         self.attention, ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
         self.code = pack_code(read_code()) if rt.rank == 0 else b""
-        rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
+        rt.open_logs(append=bool(cfg.resume or cfg.eval_only), training=not cfg.eval_only)
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
         compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"
         rt.note(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
@@ -3922,7 +3972,8 @@ class Run:
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
-        cfg, rt, trainer = self.cfg, self.rt, Trainer(self.cfg, self.rt, self.model, self.forward)
+        cfg, rt = self.cfg, self.rt
+        trainer = Trainer(cfg, rt, self.model, self.forward, self.windows.identity())
         plan, first = trainer.plan, 0
         rt.log(f"training: {self.windows.count} rows of {cfg.row_tokens} tokens; a step is {plan.windows} of them, "
                f"{plan.micro} forward passes of {plan.size} on each rank")
@@ -4029,11 +4080,11 @@ class Run:
         if rt.rank == 0:
             with atomic_write(rt.path("train_gpt.packed.py")) as file:
                 file.write(self.code)
-            part = "; of a PARTIAL validation set" if self.val.complete is False else ""
-            rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
-                   f"in {rt.path('result.json')}{part}")
             with atomic_write(rt.path("result.json")) as file:
                 file.write(json.dumps(result, indent=1, allow_nan=False).encode())
+        part = "; of a PARTIAL validation set" if self.val.complete is False else ""
+        rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
+               f"in {rt.path('result.json')}{part}")
         rt.largest(0.0)  # all wait for the files: torchrun ends everyone when the first process ends with a status
         failed = audit and not all(check["ok"] for check in audit.values() if check)
         return 0 if rt.rank else 3 if failed else 0 if fits else 2
@@ -4067,9 +4118,26 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     return status
 
 
+def explain(error: Exception) -> str:
+    """In one line what the user can do about an error of PyTorch's; empty for what is a defect of this script."""
+    text, module = str(error), type(error).__module__
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    if memory:
+        where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+        return f"out of {where}memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
+    if "without overflow" in text:
+        return "a learning rate, weight decay or initial value is too large for float32; lower it"
+    if module.startswith(("torch._dynamo", "torch._inductor", "triton")) or "C compiler" in text:
+        said = next((line for line in reversed(text.splitlines()) if "rror" in line or "ompiler" in line), text)
+        return f"COMPILE=1: the model could not be compiled ({said.strip()[:300]}); COMPILE=0 does without"
+    return ""
+
+
 def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
     launch, status, message = Launch.read(dict(os.environ)), 1, ""
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot print is no reason to lose a run
+        stream.reconfigure(errors="backslashreplace")
     if launch.world > 1:
         leave_when_told(launch)
     else:  # unwind, so that no temporary file stays
@@ -4078,12 +4146,14 @@ def main() -> int:
         status = start(sys.argv[1:], launch, dict(os.environ))
     except RunError as e:
         message = str(e)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
     except OSError as e:
         message = f"{e.filename}: {e.strerror}" if e.filename else f"reading or writing failed: {e.strerror or e}"
     except KeyboardInterrupt:
         message = "interrupted"
+    except Exception as e:  # of PyTorch, what the user can mend
+        message = explain(e)
+        if not message:
+            raise
     if message:
         tell(launch, message)
     if launch.world > 1:

@@ -1,11 +1,13 @@
 """The training techniques against loops in float64; the packed loader, checkpoints, recompilation, and whole runs."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,9 +50,13 @@ def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     shards = np.split(np.array(stream[: sum(sizes)], dtype="<u2"), np.cumsum(sizes)[:-1])
     for i, tokens in enumerate(shards):
-        header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
-        (folder / "data" / f"fineweb_train_{i:06}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        write_shard(folder / "data" / f"fineweb_train_{i:06}.bin", tokens)
     return shards
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
+    path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
@@ -90,6 +96,8 @@ class Stop(Exception):
 def run(cfg: tg.Settings, rt: tg.Runtime, model: tg.GPT, crash_after: int | None = None, resume: bool = False,
         forward=None) -> tuple[dict[int, float], tg.Trainer]:
     """The training loop as Run.train has it; losses by step."""
+    if rt.log_file:
+        rt.log_file.close()  # and with it the lock of the run before
     rt.open_logs(append=False)
     trainer = tg.Trainer(cfg, rt, model, forward or model)
     first = trainer.load()[0] if resume else 0
@@ -597,6 +605,48 @@ def test_a_checkpoint_does_not_change_when_training_goes_on(rt, tmp_path):
     assert not torch.equal(trainer.params[0], state[0])
     assert trainer.load() == (8, 12.5)
     assert all(torch.equal(p, q) for p, q in zip(trainer.params, state))
+
+
+def rewrite(path: Path, place: int) -> None:
+    """Another token at this place of a shard."""
+    tokens = np.array(tg.read_shard(str(path)))
+    tokens[place] = (tokens[place] + 1) % 29
+    write_shard(path, tokens)
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: write_shard(folder / "fineweb_train_000005.bin", np.arange(40, dtype=np.uint16) % 29),
+    lambda folder: (folder / "fineweb_train_000004.bin").unlink(),
+    lambda folder: rewrite(folder / "fineweb_train_000004.bin", 0),
+    lambda folder: rewrite(folder / "fineweb_train_000001.bin", -1),
+    lambda folder: write_shard(folder / "fineweb_train_000000.bin", np.zeros(151, np.uint16)),
+], ids=["arrived", "gone", "first token", "last token", "length"])
+def test_a_checkpoint_of_other_training_text_is_refused(rt, tmp_path, change):
+    cfg = tiny(tmp_path)
+
+    def trainer() -> tg.Trainer:
+        model = random_model(cfg)
+        return tg.Trainer(cfg, rt, model, model, tg.Windows(cfg, rt, BOS).identity())
+
+    rt.open_logs(append=False)
+    trainer().save(4, 1.5)
+    assert trainer().load() == (4, 1.5)
+    change(tmp_path / "data")
+    with pytest.raises(tg.RunError, match="checkpoint.pt: made with other training text; fineweb_train_00000"):
+        trainer().load()
+
+
+def test_the_same_training_text_may_stand_elsewhere(rt, tmp_path):
+    cfg, elsewhere = tiny(tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in (tmp_path / "data").glob("*.bin"):
+        (elsewhere / path.name).write_bytes(path.read_bytes())
+    moved = dataclasses.replace(cfg, data_path=str(elsewhere))
+    assert tg.Windows(cfg, rt, BOS).identity() == tg.Windows(moved, rt, BOS).identity()
+    rt.open_logs(append=False)
+    model = random_model(cfg)
+    tg.Trainer(cfg, rt, model, model).save(4, 1.5)
+    assert tg.Trainer(moved, rt, model, model).load() == (4, 1.5)
 
 
 def spoilt(content: dict, name: str) -> dict:
