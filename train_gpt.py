@@ -234,7 +234,10 @@ class Settings:
     audit: bool = setting(False, "eval", "after scoring, prove on the artifact that the score is legal; see AUDIT in "
                           "README")
     eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
-    eval_budget_seconds: float = setting(600.0, "eval", "test-time training stops adapting to end in time; 0: no limit")
+    eval_budget_seconds: float = setting(600.0, "eval", "from loading the artifact to the last score, kept by adapting "
+                                         "to less of the text; 0: no limit")
+    eval_stages: str = setting("all", "eval", "scores taken on the evaluation's clock; final: only the last",
+                               choices="all final")
     ttt_mode: str = setting("none", "eval", "test-time training on scored tokens", choices="none chunk lora phased",
                             aliases={"TTT_ENABLED": {"1": "chunk", "0": None},
                                      "PHASED_TTT_ENABLED": {"1": "phased", "0": None}})
@@ -3315,9 +3318,12 @@ class Scorer:
     kept by position and added in float64 in stream order, so the score does not depend on batches or ranks.
     """
 
-    def __init__(self, rt: Runtime, target_bytes: Tensor, audited: bool = False):
-        """target_bytes (N,) int32: bytes charged to each token. `audited`: note faults for the audit, do not raise."""
+    def __init__(self, rt: Runtime, target_bytes: Tensor, audited: bool = False, loaded: float | None = None):
+        """target_bytes (N,) int32: bytes charged to each token. `audited`: note faults for the audit, do not raise.
+        `loaded`: when the artifact was loaded, from where EVAL_BUDGET_SECONDS counts; None: now.
+        """
         self.rt, self.target_bytes, self.began = rt, target_bytes, time.perf_counter()
+        self.loaded = self.began if loaded is None else loaded
         self.losses = torch.zeros(len(target_bytes), dtype=torch.float32, device=rt.device)
         self.times = torch.zeros(len(target_bytes), dtype=torch.int32, device=rt.device)
         self.turns = torch.zeros_like(self.times) if audited else None  # on this rank: in which call of add()
@@ -3484,7 +3490,7 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
     number = windows[:, 0] // (max(1, cfg.ttt_chunk_tokens // stride) * stride)  # of the chunk each is in
     chunks, trained, plain = windows.split(number.unique_consecutive(return_counts=True)[1].tolist()), 0, 0
     scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
-    budget = Budget(cfg, rt, scorer.began, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
+    budget = Budget(cfg, rt, scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
     for i, chunk in enumerate(rt.progress(chunks, "ttt", scorer.running)):
         adapt = rt.largest(float(not budget.allows(len(chunk)))) == 0  # every rank or none
         score_windows(cfg, rt, forward, val, scorer, chunk, "chunk")
@@ -3645,7 +3651,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
     for i, (low, high) in enumerate(pairwise(cuts)):
         mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
         work = sum(padded_tokens(batch) for batch in mine)
-        budget = Budget(cfg, rt, scorer.began, work, 0.5)  # at most: no backward pass, and wider chunks
+        budget = Budget(cfg, rt, scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
         for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", scorer.running):
             late = not budget.allows(padded_tokens(batch)) or late
             if late:
@@ -3928,6 +3934,7 @@ class Run:
         self.cfg, self.rt, self.started = cfg, rt, datetime.now(timezone.utc)
         self.stages: dict[str, Score] = {}
         self.scorer, self.faults = None, []  # of the last stage; what an audit is to say of all
+        self.loaded = None  # when the evaluation's clock began
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
@@ -3957,7 +3964,7 @@ class Run:
 
     def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
         """Run an evaluation with a scorer, log its score and return it."""
-        self.scorer = Scorer(self.rt, self.val.bytes, self.cfg.audit)
+        self.scorer = Scorer(self.rt, self.val.bytes, self.cfg.audit, self.loaded)
         score = evaluation(self.scorer)
         if self.scorer.fault:
             self.faults.append(f"{name}: {self.scorer.fault}")
@@ -4018,22 +4025,38 @@ class Run:
                 artifact = file.read()
         return rt.share_bytes(artifact)
 
-    def score(self, artifact: bytes, name: str) -> float:
-        """Load the artifact over poisoned weights and run the stages; returns their seconds."""
-        start = time.perf_counter()
+    def load(self, artifact: bytes, name: str) -> None:
+        """Put the artifact's weights into the model."""
         with torch.no_grad():
             for p in self.model.parameters():
                 p.fill_(math.nan)  # nothing of the trained model may reach the score but through these bytes
         load_weights(self.model, self.cfg, read_artifact(artifact, name)[1], name)
-        self.stages["quantized"] = self.window_stage("quantized", self.cfg.eval_seq_len)
-        if self.cfg.eval_stride:
-            self.stages["sliding"] = self.window_stage("sliding", self.cfg.eval_stride)
-        if self.cfg.ttt_mode != "none":
+
+    def score(self, artifact: bytes, name: str) -> float:
+        """Load the artifact and run the stages; returns the seconds from loading to the last score.
+
+        EVAL_STAGES=final leaves only the last stage in that time. A run that trained has then taken the score of the
+        compressed weights before it.
+        """
+        cfg = self.cfg
+        stages = ["quantized", *["sliding"] * bool(cfg.eval_stride), *["ttt"] * (cfg.ttt_mode != "none")]
+        if cfg.eval_stages == "final":
+            if not cfg.eval_only and len(stages) > 1:
+                self.load(artifact, name)
+                self.stages["quantized"] = self.window_stage("quantized", cfg.eval_seq_len)
+            stages = stages[-1:]
+        self.loaded = time.perf_counter()
+        self.load(artifact, name)
+        for stage in stages:
+            if stage != "ttt":
+                stride = cfg.eval_stride if stage == "sliding" else cfg.eval_seq_len
+                self.stages[stage] = self.window_stage(stage, stride)
+                continue
             if self.forward is not self.model:
-                warm_up_ttt(self.cfg, self.rt, self.model, self.final_forward, self.val)
-            self.stages["ttt"] = self.stage("ttt", lambda scorer: final_stage(
-                self.cfg, self.rt, self.model, self.final_forward, self.val, scorer))
-        return time.perf_counter() - start
+                warm_up_ttt(cfg, self.rt, self.model, self.final_forward, self.val)
+            self.stages[stage] = self.stage(stage, lambda scorer: final_stage(
+                cfg, self.rt, self.model, self.final_forward, self.val, scorer))
+        return self.rt.largest(time.perf_counter() - self.loaded)
 
     def audit(self, artifact: bytes, name: str, eval_seconds: float) -> dict[str, Any] | None:
         """With AUDIT=1 the checks, on the artifact loaded anew, as result.json has them."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
@@ -276,6 +277,52 @@ def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp
     assert told < next(i for i, line in enumerate(lines) if line.startswith("stage:quantized"))
     result = read_result(tmp_path)
     assert not result["fits"] and f"OVER by {result['bytes_total'] - budget};" in lines[told]
+
+
+# ----- the evaluation's clock
+
+
+@pytest.mark.parametrize("settings,stages,seconds", [
+    ({}, ["quantized", "sliding"], 33), ({"eval_stages": "final"}, ["quantized", "sliding"], 23),
+    ({"eval_stride": 0}, ["quantized"], 13), ({"eval_stride": 0, "eval_stages": "final"}, ["quantized"], 13),
+    ({"ttt_mode": "lora"}, ["quantized", "sliding", "ttt"], 73),
+    ({"ttt_mode": "lora", "eval_stages": "final"}, ["quantized", "ttt"], 43),
+    ({"ttt_mode": "lora", "eval_only": "x"}, ["quantized", "sliding", "ttt"], 73),
+    ({"ttt_mode": "lora", "eval_only": "x", "eval_stages": "final"}, ["ttt"], 43),
+])
+def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, settings, stages, seconds):
+    """By a clock that loading advances by 3 seconds and the stages by 10, 20 and 40."""
+    clock, began = SimpleNamespace(now=500.0), []
+
+    def advance(seconds: float):
+        clock.now += seconds
+        return seconds
+
+    def stage(name: str, _) -> float:
+        began.append(run.loaded)
+        return advance({"quantized": 10, "sliding": 20, "ttt": 40}[name])
+
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    run = SimpleNamespace(cfg=tg.Settings(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
+                          window_stage=stage, load=lambda *_: advance(3), rt=SimpleNamespace(largest=float))
+    assert tg.Run.score(run, b"", "x") == seconds
+    assert list(run.stages) == stages
+    assert run.loaded == clock.now - seconds and began[-1] == run.loaded  # from where the budget counts
+
+
+def test_only_the_final_score_on_the_clock(tiny, tmp_path):
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path / "run"), "ITERATIONS": "2", "EVAL_STAGES": "final",
+                       "TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "1024", "TTT_EPOCHS": "1"}
+    done = run_script(settings)
+    assert done.returncode == 0, done.stderr
+    trained = read_result(tmp_path / "run")
+    assert list(trained["stages"]) == ["pre_quant", "quantized", "ttt"]
+    assert trained["val_bpb"] == trained["stages"]["ttt"]["val_bpb"]
+    artifact = str(tmp_path / "run/final_model.int6.ptz")
+    done = run_script(settings | {"EVAL_ONLY": artifact, "ARTIFACT_DIR": str(tmp_path / "eval")})
+    assert done.returncode == 0, done.stderr
+    scored = read_result(tmp_path / "eval")
+    assert list(scored["stages"]) == ["ttt"] and scored["val_bpb"] == pytest.approx(trained["val_bpb"], abs=1e-6)
 
 
 # ----- the folder of a run

@@ -67,10 +67,10 @@ class Rank(FakeRuntime):
         return max(self.meet(value))
 
 
-def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None):
+def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None, loaded=None):
     """(score, losses by position) of test-time training, or with TTT_MODE=none of the sliding window."""
     val, rt = validation(tokens), rt or Rank()
-    scorer = tg.Scorer(rt, val.bytes)
+    scorer = tg.Scorer(rt, val.bytes, loaded=loaded)
     return tg.final_stage(cfg, rt, model, forward or model, val, scorer), scorer.losses[1:].clone()
 
 
@@ -569,8 +569,11 @@ def test_ranks_agree_on_score_and_weights(mode, world):
 # ----- the budget
 
 
-def timed(cfg, monkeypatch, lengths):
-    """Score, losses, messages, when batches began to adapt, by a clock that a forward pass advances by a second."""
+def timed(cfg, monkeypatch, lengths, spent=0.0):
+    """Score, losses, messages, when batches began to adapt, by a clock that a forward pass advances by a second.
+
+    `spent`: seconds since the artifact was loaded, before this.
+    """
     clock, starts, rt = SimpleNamespace(now=100.0), [], Rank()
     model, tokens, reset = random_model(cfg), stream(lengths), tg.DocumentAdapters.reset
 
@@ -584,7 +587,7 @@ def timed(cfg, monkeypatch, lengths):
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(tg.DocumentAdapters, "reset", spy)
-    return *adapt_to(cfg, model, tokens, rt, forward), rt.said, starts
+    return *adapt_to(cfg, model, tokens, rt, forward, clock.now - spent), rt.said, starts
 
 
 @pytest.mark.parametrize("budget", [0.001, 7.0, 10.0, 16.0])
@@ -606,6 +609,19 @@ def test_what_the_budget_cuts_off_is_scored_without_adaptation(monkeypatch, budg
             logits = random_model(cfg)(ids[None, first:target])[0, -1].double()
             expected = float((logits.logsumexp(0) - logits[ids[target]]).detach())
             assert float(losses[target - 1]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["lora", "phased", "chunk"])
+def test_what_was_spent_before_counts(monkeypatch, mode):
+    """Loading, earlier scores, compiling: the budget is one for all that follows the loading of the artifact."""
+    def losses(budget: float, spent: float) -> torch.Tensor:
+        cfg = config(ttt_mode=mode, ttt_batch_size=1, ttt_doc_order="sequential", eval_budget_seconds=budget,
+                     ttt_chunk_tokens=9, eval_seq_len=6, eval_stride=3)
+        return timed(cfg, monkeypatch, [9] * 6, spent)[1]
+
+    assert torch.equal(losses(512.0, 500.0), losses(12.0, 0.0))
+    assert not torch.equal(losses(512.0, 500.0), losses(512.0, 0.0))
+    assert not torch.equal(losses(512.0, 500.0), losses(512.0, 512.0))
 
 
 @pytest.mark.parametrize("budget", [0.0, 19.0])
