@@ -259,6 +259,8 @@ class Settings:
     ttt_k_lora: bool = setting(True, "eval", "lora: adapt the keys")
     ttt_v_lora: bool = setting(True, "eval", "lora: adapt the values")
     ttt_o_lora: bool = setting(True, "eval", "lora: adapt attention's output")
+    ttt_lora_o_input: str = setting("norm", "eval", "lora: what that adapter reads, the normed stream or what "
+                                    "attention's output matrix reads", choices="norm attention")
     ttt_mlp_lora: bool = setting(True, "eval", "lora: an adapter beside the MLP")
     ttt_head_lora: bool = setting(True, "eval", "lora: adapt the head")
     ttt_doc_order: str = setting("bucketed", "eval", "lora: as they stand, by length in windows of them, or in all",
@@ -1092,7 +1094,7 @@ class Validation(NamedTuple):
         if len(tokens) < 2:
             raise RunError(f"DATA_PATH={cfg.data_path}: the validation shards hold {len(tokens)} tokens, nothing to "
                            "score")
-        bos = table.bos
+        bos = table.bos if cfg.bos_id is None else cfg.bos_id
         docs = int((tokens == bos).sum())
         if not docs and (cfg.varlen_enabled or cfg.bos_id is not None or cfg.ttt_mode in ("lora", "phased")):
             raise RunError(f"DATA_PATH={cfg.data_path}: token {bos} (BOS) does not occur; BOS_ID takes the one "
@@ -1661,7 +1663,7 @@ def pick_ops(cfg: Settings, device: torch.device) -> Ops:
 class Site(NamedTuple):
     """One use of one weight matrix: its role, its physical layer, and which visit of that layer this is."""
 
-    role: str  # q, k, v, o, up, down, head, ...; mlp: the whole MLP, which only an adapter stands beside
+    role: str  # q, k, v, o, up, down, head, ...; attn, mlp: a whole half, which only an adapter stands beside
     layer: int = -1  # -1: outside the layers
     visit: int = 0
 
@@ -1878,7 +1880,7 @@ class GPT(nn.Module):
         """
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
         rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
-        x, values = embed(ids, bounds, hooks.at())
+        x, values = embed(ids, hooks.at())
         shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds)
         order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
         half, skips, lane, outputs = len(order) // 2, [], None, {}
@@ -1912,9 +1914,9 @@ class GPT(nn.Module):
             None if blend is None else blend[layer - self.cfg.loop_start],
             of("lane_keep", late), of("lane_write", late), layer >= n - self.cfg.xsa_last_n, late >= 0)
 
-    def embed(self, ids: Tensor, bounds: Bounds | None, here: Hooks) -> tuple[Tensor, Tensor | None]:
+    def embed(self, ids: Tensor, here: Hooks) -> tuple[Tensor, Tensor | None]:
         """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
-        cfg, starts = self.cfg, document_starts(ids, bounds, self.bos)
+        cfg, starts = self.cfg, document_starts(ids, self.bos)
         x = lookup(self.tok_emb, ids, "emb", here, self.dtype)
         if cfg.embedding_dim:
             x = linear(x, self.embed_in_bank[0], "embed_in", here)
@@ -2011,7 +2013,7 @@ class GPT(nn.Module):
             y = exclude_self(y, v, gate)
         elif gate is not None:
             y = y * gate[..., None]
-        return linear(y.flatten(2), own.weights["o"], "o", here)
+        return adapt(linear(y.flatten(2), own.weights["o"], "o", here), n, "attn", here)
 
     def mlp_half(self, n: Tensor, own: Layer, here: Hooks) -> Tensor:
         """The MLP on the normed stream n (B, T, d)."""
@@ -2044,14 +2046,9 @@ def mix(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
     return (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
 
 
-def document_starts(ids: Tensor, bounds: Bounds | None, bos: int) -> Tensor:
-    """(B, T) bool: tokens with no token before them in their document. Rows start one, and so does `bos`."""
-    if bounds is None:
-        inner = ids[:, 1:] == bos
-    else:
-        segment = bounds.segment.view_as(ids)
-        inner = segment[:, 1:] != segment[:, :-1]
-    return F.pad(inner, (1, 0), value=True)
+def document_starts(ids: Tensor, bos: int) -> Tensor:
+    """(B, T) bool: tokens with no token before them in their row or document. Attention may be cut elsewhere too."""
+    return F.pad(ids[:, 1:] == bos, (1, 0), value=True)
 
 
 def previous(x: Tensor, starts: Tensor) -> Tensor:
@@ -2264,22 +2261,21 @@ class Phase(NamedTuple):
 
 
 def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
-    """QAT-lite (PR 1894): mean over the weights of q and k of the later layers of what rounding would change, squared.
+    """QAT-lite (PR 1894): what rounding would change in q and k of the later layers, squared. 0-dim.
 
-    mse: (W - grid(W))²; clip: the excess over the grid's ends, squared; hybrid: both. 0-dim.
+    A mean of the matrices' means, in which layer i weighs (i + 1)^QAT_LITE_DEPTH_POWER. mse: (W - grid(W))²; clip: the
+    excess over the grid's ends, squared; hybrid: half of both.
     """
-    total, weights = torch.zeros((), device=model.tok_emb.device), 0
+    total, weights, bits, sigmas = 0.0, 0.0, cfg.qat_lite_bits, cfg.qat_lite_clip_sigmas
     for layer in range(cfg.qat_lite_layer_start, cfg.num_layers):
         depth = ((layer + 1) / cfg.num_layers) ** cfg.qat_lite_depth_power
         for w in (model.qo_bank[layer], model.kv_bank[layer]):
-            bits, sigmas = cfg.qat_lite_bits, cfg.qat_lite_clip_sigmas
             limit = clip_scales(w.detach(), bits, sigmas).float()[:, None] * (2 ** (bits - 1) - 1)
-            if cfg.qat_lite_penalty != "clip":
-                total = total + depth * (w - on_grid(w.detach(), bits, sigmas)).square().sum()
-            if cfg.qat_lite_penalty != "mse":
-                total = total + depth * F.relu(w.abs() - limit).square().sum()
-            weights += w.numel()
-    return total / max(weights, 1)
+            mse = (w - on_grid(w.detach(), bits, sigmas)).square().mean()
+            clip = F.relu(w.abs() - limit).square().mean()
+            total = total + depth * {"mse": mse, "clip": clip, "hybrid": 0.5 * (mse + clip)}[cfg.qat_lite_penalty]
+            weights += depth
+    return total / weights
 
 
 class Trainer:
@@ -2641,8 +2637,11 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
 
 
 def clip_scales(weight: Tensor, bits: int, sigmas: float) -> Tensor:
-    """SDClip (PR 1394): step of each row's symmetric grid, (..., rows) fp16, for weight (..., rows, cols)."""
-    scale = sigmas * weight.float().std(dim=-1, correction=0) / (2 ** (bits - 1) - 1)
+    """SDClip (PR 1394): step of each row's symmetric grid, (..., rows) fp16, for weight (..., rows, cols).
+
+    It follows from the row's standard deviation, the unbiased one.
+    """
+    scale = sigmas * weight.float().std(dim=-1) / (2 ** (bits - 1) - 1)
     return scale.clamp(2.0**-14, 60000.0).half()  # the least normal fp16: rows of zeros get a step too
 
 
@@ -3419,24 +3418,32 @@ def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, sco
 class Sgd:
     """Momentum SGD on all weights, from tokens that have been scored; the same on every rank."""
 
-    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, lr: float, momentum: float,
-                 size: int):
-        """`size`: tokens of a usual step, which set how many rows a forward pass has: always the same, one graph."""
-        self.cfg, self.rt, self.forward, self.lr, length = cfg, rt, forward, lr, cfg.eval_seq_len
-        self.rows = max(1, min(cfg.eval_batch_tokens // length, -(-size // (length * rt.world))))
+    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
+        """How many rows a forward pass has follows from the usual step alone: one size, one graph.
+
+        Phased: one row holds a whole step, with attention inside its documents (PR 1626); a rank computes it.
+        """
+        self.cfg, self.rt, self.forward, self.phased = cfg, rt, forward, cfg.ttt_mode == "phased"
+        self.lr, self.length, self.rows = cfg.global_ttt_lr, cfg.global_ttt_chunk_tokens, 1
+        if not self.phased:
+            self.lr, self.length = cfg.ttt_lr, cfg.eval_seq_len
+            self.rows = max(1, min(cfg.eval_batch_tokens // self.length,
+                                   -(-cfg.ttt_chunk_tokens // (self.length * rt.world))))
         self.params = list(model.parameters())
-        self.optimizer = torch.optim.SGD(self.params, lr=lr, momentum=momentum)
+        self.optimizer = torch.optim.SGD(self.params, lr=self.lr, momentum=(
+            cfg.global_ttt_momentum if self.phased else cfg.ttt_momentum))
 
     def step(self, tokens: Tensor, bos: int, lr_scale: float) -> None:
-        """One step on the mean loss of tokens (n,), in rows of EVAL_SEQ_LEN dealt to ranks; norm clipped to 1."""
-        length, rows, count = self.cfg.eval_seq_len, self.rows, len(tokens) - 1
+        """One step on the mean loss of tokens (n,), in rows dealt to ranks; the gradient's norm clipped to 1."""
+        length, rows, count = self.length, self.rows, len(tokens) - 1
         place = torch.arange(-(-count // (rows * length)) * rows * length, device=tokens.device).view(-1, length)
         ids, targets = gather(tokens, place, place < count, bos)
         for p in self.params:
             p.requires_grad_(True).grad = torch.zeros_like(p)
         for first in range(self.rt.rank * rows, len(ids), self.rt.world * rows):
             part = ids[first : first + rows]
-            bounds = Bounds.find(part, bos, length) if self.cfg.varlen_enabled else None
+            inside = self.phased or self.cfg.varlen_enabled
+            bounds = Bounds.find(part, bos, self.cfg.eval_seq_len) if inside else None
             losses = self.forward(part, targets[first : first + rows], bounds=bounds, loops=self.cfg.num_loops)
             (losses.sum() / count).backward()
         flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.params]))
@@ -3449,9 +3456,9 @@ class Sgd:
             p.requires_grad_(False).grad = None
 
 
-def cosine(i: int, count: int) -> float:
-    """From 1 at i = 0 towards 0 at i = count."""
-    return 0.5 * (1 + math.cos(math.pi * i / count))
+def cosine(i: int, last: int) -> float:
+    """From 1 at i = 0 to 0 at i = last."""
+    return 0.5 * (1 + math.cos(math.pi * i / max(last, 1)))
 
 
 class Budget:
@@ -3484,23 +3491,26 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
 
     No chunk is trained on any more when the rest would not end within EVAL_BUDGET_SECONDS.
     """
-    sgd = Sgd(cfg, rt, model, forward, cfg.ttt_lr, cfg.ttt_momentum, cfg.ttt_chunk_tokens)
+    sgd = Sgd(cfg, rt, model, forward)
     stride, length = cfg.eval_stride or cfg.eval_seq_len, cfg.eval_seq_len
     windows = find_windows(cfg, val, stride)
-    number = windows[:, 0] // (max(1, cfg.ttt_chunk_tokens // stride) * stride)  # of the chunk each is in
-    chunks, trained, plain = windows.split(number.unique_consecutive(return_counts=True)[1].tolist()), 0, 0
+    number = windows[:, 1] // cfg.ttt_chunk_tokens  # of the chunk that holds the first token a window scores
+    chunks = windows.split(number.unique_consecutive(return_counts=True)[1].tolist())
+    last, trained, plain = (len(val.tokens) - 2) // cfg.ttt_chunk_tokens, 0, 0
     scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
     budget = Budget(cfg, rt, scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
     for i, chunk in enumerate(rt.progress(chunks, "ttt", scorer.running)):
         adapt = rt.largest(float(not budget.allows(len(chunk)))) == 0  # every rank or none
         score_windows(cfg, rt, forward, val, scorer, chunk, "chunk")
-        scored = int(chunk[-1, 0]) + length  # the last target of the chunk
+        scored = min(int(chunk[-1, 0]) + length, len(val.tokens) - 1)  # the last target of these windows
         if i + 1 < len(chunks) and adapt:
+            # whole chunks, of which windows have scored all targets; by number: nothing here depends on later text
+            stop = scored // cfg.ttt_chunk_tokens * cfg.ttt_chunk_tokens
             for _ in range(cfg.ttt_epochs):
-                # by where it starts, not by its number of all: that would depend on where later documents start
-                sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(int(chunk[0, 0]), len(val.tokens)))
-            trained = scored
-        plain += 0 if adapt else min(scored, len(val.tokens) - 1) - int(chunk[0, 1])
+                sgd.step(val.tokens[trained : stop + 1], val.bos,
+                         cosine(int(chunk[0, 1]) // cfg.ttt_chunk_tokens, last))
+            trained = stop
+        plain += 0 if adapt else scored - int(chunk[0, 1])
     return finish_ttt(cfg, rt, scorer, plain)
 
 
@@ -3551,7 +3561,8 @@ class DocumentAdapters:
         self.cfg, generator = cfg, torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
         d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
         shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
-        sites = [(Site(role, *virtual), *shape) for virtual in virtual_layers(cfg, cfg.num_loops)
+        beside = {"o": "attn"} if cfg.ttt_lora_o_input == "norm" else {}
+        sites = [(Site(beside.get(role, role), *virtual), *shape) for virtual in virtual_layers(cfg, cfg.num_loops)
                  for role, shape in shapes.items() if getattr(cfg, f"ttt_{role}_lora")]
         if cfg.ttt_head_lora:
             sites.append((Site("head"), model.tok_emb.size(1), cfg.vocab_size))
@@ -3588,8 +3599,8 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
                     adapters: DocumentAdapters | None) -> None:
     """Score a batch of documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
 
-    A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk, in one of a few widths. A document's last
-    chunk is only scored. Without adapters the chunks are as wide as a quarter of that, and nothing is learned.
+    A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, in one of a few widths. A
+    document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of that length.
     """
     longest, size, device = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device
     chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
@@ -3601,7 +3612,8 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
         while width < min(high, cfg.ttt_eval_seq_len):
             width *= 2
         width = min(width, cfg.ttt_eval_seq_len)
-        place = starts + max(0, high - width) + torch.arange(width, device=device)
+        first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
+        place = first + torch.arange(width, device=device)
         scored = (place >= starts + low) & (place < starts + high) & (place < ends)
         ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
         goes_on = (starts + high < ends).float()  # (size, 1)
@@ -3629,9 +3641,8 @@ def warm_up_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
         windows = torch.zeros(rt.world * (cfg.eval_batch_tokens // cfg.eval_seq_len), 2, dtype=torch.long)
         score_windows(cfg, rt, forward, val._replace(tokens=tokens), scorer, windows.to(rt.device), "warm-up")
     if cfg.ttt_mode != "lora":
-        size = cfg.ttt_chunk_tokens if cfg.ttt_mode == "chunk" else cfg.global_ttt_chunk_tokens
-        sgd = Sgd(cfg, rt, model, forward, 0.0, 0.0, size)
-        sgd.step(tokens.repeat(rt.world * sgd.rows), val.bos, 1.0)  # something for each rank
+        sgd = Sgd(cfg, rt, model, forward)
+        sgd.step(tokens.repeat(rt.world * sgd.rows), val.bos, 0.0)  # something for each rank
 
 
 def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
@@ -3659,11 +3670,10 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
             score_documents(cfg, forward, val.tokens, scorer, batch, None if late else adapters)
         late = rt.largest(float(late)) > 0
         if low < high < len(documents) and not late:
-            end, size = documents[high - 1][1], cfg.global_ttt_chunk_tokens
-            sgd = Sgd(cfg, rt, model, forward, cfg.global_ttt_lr, cfg.global_ttt_momentum, size)
-            for first in range(0, end, size):  # all of it has been scored, on whatever rank
-                stop = min(first + size, end)
-                sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
+            sgd, size = Sgd(cfg, rt, model, forward), cfg.global_ttt_chunk_tokens
+            last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
+            for step in range(last):
+                sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, cosine(step, last))
     return finish_ttt(cfg, rt, scorer, int(rt.sum_(torch.tensor(plain, device=rt.device))))
 
 
@@ -3820,8 +3830,7 @@ def document_leak(cfg: Settings, model: GPT, ids: Tensor, start: int, bos: int) 
     """How much the input x0 of the document at `start` changes with the tokens before it; ids (2, n) differ there."""
     ids = ids.long()
     ids[1, start:] = ids[0, start:]
-    bounds = Bounds.find(ids, bos, ids.size(1)) if cfg.varlen_enabled else None
-    x = model.embed(ids, bounds, NO_HOOKS.at())[0].float()
+    x = model.embed(ids, NO_HOOKS.at())[0].float()
     return float((x[0, start:] - x[1, start:]).abs().max())
 
 

@@ -389,7 +389,7 @@ def on_grid_by_hand(weight: torch.Tensor, bits: int, sigmas: float, seen: torch.
     """
     levels, rows = 2 ** (bits - 1) - 1, []
     for row, points in zip(weight.double(), seen.double()):
-        exact = sigmas * ((row - row.mean()) ** 2).mean().sqrt() / levels
+        exact = sigmas * (((row - row.mean()) ** 2).sum() / (len(row) - 1)).sqrt() / levels
         steps = {float((exact * (1 + e)).half()) for e in (-1e-6, 1e-6)}
         step = next((s for s in steps if torch.equal((points / s).round() * s, points)), max(steps))
         place, code = (row / step).clamp(-levels, levels), (points / step).round()
@@ -473,24 +473,25 @@ def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
     cfg = tiny(tmp_path, qat_lite_enabled=True, qat_lite_bits=3, qat_lite_clip_sigmas=1.5, qat_lite_penalty=kind,
                qat_lite_depth_power=power, qat_lite_layer_start=2, grad_clip_norm=0.0)
     model = random_model(cfg)
-    total, count, gradients = 0.0, 0, {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    total, weights, gradients = 0.0, 0.0, {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
     for layer in (2, 3):
         depth = ((layer + 1) / 4) ** power
         for name in ("qo_bank", "kv_bank"):
             matrix = dict(model.named_parameters())[name][layer].detach()
-            grid = on_grid_by_hand(matrix, 3, 1.5, tg.on_grid(matrix, 3, 1.5))
+            grid, share = on_grid_by_hand(matrix, 3, 1.5, tg.on_grid(matrix, 3, 1.5)), depth / matrix.numel()
+            weights += depth
             for i, row in enumerate(matrix.tolist()):
-                std = float((matrix[i].double() - matrix[i].double().mean()).square().mean().sqrt())
+                deviations = (matrix[i].double() - matrix[i].double().mean()).square().sum()
+                std = math.sqrt(float(deviations) / (len(row) - 1))
                 edge = float(torch.tensor(1.5 * std / 3).half()) * 3
                 for j, w in enumerate(row):
                     off, over = w - float(grid[i, j]), max(abs(w) - edge, 0.0)
-                    parts = {"mse": off**2, "clip": over**2, "hybrid": off**2 + over**2}
-                    slopes = {"mse": off, "clip": math.copysign(over, w), "hybrid": off + math.copysign(over, w)}
-                    total, count = total + depth * parts[kind], count + 1
-                    gradients[name][layer, i, j] = 2 * depth * slopes[kind]
-    assert count == 2 * (256 + 128)
+                    parts = {"mse": off**2, "clip": over**2, "hybrid": (off**2 + over**2) / 2}
+                    slopes = {"mse": off, "clip": math.copysign(over, w), "hybrid": (off + math.copysign(over, w)) / 2}
+                    total += share * parts[kind]
+                    gradients[name][layer, i, j] = 2 * share * slopes[kind]
     penalty = tg.qat_lite_penalty(cfg, model)
-    assert penalty.item() == pytest.approx(total / count, rel=1e-4)
+    assert penalty.item() == pytest.approx(total / weights, rel=1e-4)
     grads = []
     for weight in (0.0, 7.0):  # through a whole step
         trainer = tg.Trainer(cfg, rt, model, model)
@@ -499,8 +500,8 @@ def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     for (name, gradient), plain, penalised in zip(gradients.items(), *grads):
-        assert (penalised - plain - 7.0 * gradient / count).abs().max() < 1e-4 * (1 + plain.abs().max()), name
-    assert max(g.abs().max() for g in gradients.values()) * 7 / count > 0.002
+        assert (penalised - plain - 7.0 * gradient / weights).abs().max() < 1e-4 * (1 + plain.abs().max()), name
+    assert max(g.abs().max() for g in gradients.values()) * 7 / weights > 0.002
 
 
 # ----- the packed loader
