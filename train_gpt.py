@@ -7,7 +7,7 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   runtime       device, processes, log files, the training clock
   data          token shards, the tokenizer's byte counts, shuffled windows or packed documents
   kernels       causal attention, dense or inside documents, behind one signature with four backends; what lies between
-                matrix products in plain forms, some of it as Triton kernels (FUSED=1); products in FP8
+                matrix products in plain forms, some of it as Triton kernels (FUSED=1)
   model         one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
   optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
   training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
@@ -166,8 +166,6 @@ class Settings:
     iterations: int = setting(20000, "train", "most optimizer steps; schedules follow the nearer limit; 0: the clock")
     max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
     warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
-    fp8: str = setting("none", "train", "training's products of these in fp8; not measured yet",
-                       choices="none mlp head both")
     warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
     warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
     min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0)
@@ -1464,30 +1462,6 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap)
 
 
-def product_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times weight (out, in), rows of both scaled to reach 448, e4m3's largest number, and rounded to e4m3.
-    """
-    rows, cols = (m.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448 for m in (x, weight))
-    a, b = ((m / scale).to(torch.float8_e4m3fn) for m, scale in ((x, rows), (weight, cols)))
-    y = torch._scaled_mm(a.flatten(0, -2), b.contiguous().mT, rows.flatten(0, -2), cols.mT, out_dtype=x.dtype,
-                         use_fast_accum=True)
-    return y.unflatten(0, x.shape[:-1])
-
-
-class LinearFp8(torch.autograd.Function):
-    """F.linear by products of e4m3 (the format: arXiv 2209.05433), but for the weight's gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product_fp8(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return product_fp8(grad, weight.mT), grad.flatten(0, -2).mT @ x.flatten(0, -2)
-
-
 def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Losses (B, T) fp32 in nats of targets (B, T) under logits (B, T, V) softly capped; 0 where IGNORE."""
     losses = F.cross_entropy(softcap(logits, cap).flatten(0, 1), targets.flatten(), reduction="none",
@@ -1686,16 +1660,14 @@ class Hooks(NamedTuple):
     hessians: dict[str, Tensor] | None = None  # role -> (layers, in, in) fp32; sums of x xᵀ are added in place
     moments: dict[str, Tensor] | None = None  # role -> (layers, out) fp32: sums of squares of the gradients of x Wᵀ
     fake_quant: Callable[[Tensor, Site], Tensor] | None = None
-    fp8: str | bool = "none"  # as the setting; of one layer, whether
 
     def at(self, layer: int = -1, visit: int = 0) -> "Hooks":
         """Those of one visit of a layer, or of what is outside the layers."""
-        adapters, *sums, fake_quant, fp8 = self
+        adapters, *sums, fake_quant = self
         return Hooks(
             adapters and {site.role: a for site, a in adapters.items() if site[1:] == (layer, visit)},
             *(s and {role: of[layer] for role, of in s.items() if layer < len(of)} for s in sums),
-            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))),
-            fp8 in ("both", "head" if layer < 0 else "mlp"))
+            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))))
 
 
 NO_HOOKS = Hooks()
@@ -1728,8 +1700,7 @@ def linear(x: Tensor, weight: Tensor, role: str, here: Hooks) -> Tensor:
     capture(x, role, here)
     if here.fake_quant is not None:
         weight = here.fake_quant(weight, role)
-    product = LinearFp8.apply if here.fp8 and role in ("up", "down", "head") else F.linear
-    y = product(x, weight.to(x.dtype))
+    y = F.linear(x, weight.to(x.dtype))
     feel(y, role, here)
     return adapt(y, x, role, here)
 
@@ -2284,8 +2255,7 @@ class Trainer:
     def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, shards: dict[str, str] | None = None):
         """`shards`: the training text, as Windows.identity() has it."""
         self.cfg, self.rt, self.model, self.forward, self.shards = cfg, rt, model, forward, shards or {}
-        self.plan, self.hooks = StepPlan.of(cfg, rt.world), Hooks(fp8=cfg.fp8)
-        self.qat_hooks = self.hooks._replace(fake_quant=fake_quantizer(cfg))
+        self.plan, self.qat_hooks = StepPlan.of(cfg, rt.world), Hooks(fake_quant=fake_quantizer(cfg))
         self.reset()
 
     def reset(self) -> None:
@@ -2298,7 +2268,7 @@ class Trainer:
     def step(self, batches: list[Batch], phase: Phase) -> Tensor:
         """Forward, backward and update over one global batch; returns this rank's share of the mean loss, 0-dim."""
         total = torch.zeros((), device=self.rt.device)
-        hooks = self.qat_hooks if phase.qat else self.hooks
+        hooks = self.qat_hooks if phase.qat else NO_HOOKS
         for ids, targets, bounds in batches:
             loss = self.forward(ids, targets, bounds=bounds, hooks=hooks, loops=phase.loops).sum()
             loss = loss / self.cfg.train_batch_tokens
@@ -3926,10 +3896,6 @@ def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:
     """Resolve the `auto` values that depend on the device."""
     most = 8192
     if rt.device.type == "cuda":
-        if cfg.fp8 != "none" and (
-                math.gcd(16, cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim), cfg.vocab_size, cfg.embedding_dim) < 16
-                or rt.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rt.device)[0] < 9):
-            raise RunError(f"FP8={cfg.fp8}: needs a Hopper GPU, bf16 and widths in sixteens; takes none here")
         most = int(98304 * min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9))
     micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, most)
     return dataclasses.replace(cfg, micro_batch_tokens=micro,

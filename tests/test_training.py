@@ -460,7 +460,7 @@ def test_late_qat_trains_as_its_phase_says(rt, tmp_path):
     for phase in (tg.Phase(0.5, 0.9, qat=True), tg.Phase(0.5, 0.9)):
         model = random_model(cfg)
         trainer = tg.Trainer(cfg, rt, model, model)
-        hooks = trainer.qat_hooks if phase.qat else trainer.hooks
+        hooks = trainer.qat_hooks if phase.qat else tg.NO_HOOKS
         expected = sum(model(b.ids, b.targets, hooks=hooks).sum() for b in random_batches(cfg)).item() / 48
         losses.append(float(trainer.step(random_batches(cfg), phase)))
         assert losses[-1] == pytest.approx(expected, rel=1e-5)
