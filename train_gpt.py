@@ -3101,8 +3101,28 @@ def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compres
     return ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
 
 
-def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and tensors of a container. RunError, naming the file `name`, on anything that is not a whole one."""
+class Artifact(NamedTuple):
+    """An artifact whose checksum holds: what its header says, and the streams that its tensors are still packed in."""
+
+    settings: dict[str, Any]
+    compressor: str
+    header: dict[str, Any]
+    streams: list[bytes]
+
+
+@contextmanager
+def only_artifacts(name: str) -> Iterator[None]:
+    """RunError where something that has the checksum of an artifact is none, whatever broke (Rust panics too)."""
+    try:
+        yield
+    except (RunError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:
+        raise RunError(f"{name}: checksum holds, content is not an artifact ({type(e).__name__}: {e})") from None
+
+
+def open_artifact(data: bytes, name: str) -> Artifact:
+    """An artifact without its tensors. RunError, naming the file `name`, on anything that is not a whole one."""
     if data[:4] != ARTIFACT_MAGIC:
         raise RunError(f"{name}: not an artifact of this script (no {ARTIFACT_MAGIC.decode()} at its start)")
     body = data[20:]
@@ -3111,30 +3131,30 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Ten
     if len(body) < 6 or body[0] != ARTIFACT_VERSION or body[1] >= len(COMPRESSORS):
         raise RunError(f"{name}: another version of artifact (this script reads {ARTIFACT_VERSION})")
     compressor, size = COMPRESSORS[body[1]], int.from_bytes(body[2:6], "little")
-    try:
+    with only_artifacts(name):
         header = json.loads(decompress(body[6 : 6 + size], compressor))
         ends = np.cumsum([6 + size] + header["bytes"])
-        packed = [body[a:b] for a, b in pairwise(ends)]
+        return Artifact(dict(header["settings"]), compressor, header, [body[a:b] for a, b in pairwise(ends)])
+
+
+def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Settings and tensors of an artifact. RunError, naming the file `name`, on anything that is not a whole one."""
+    settings, compressor, header, streams = open_artifact(data, name)
+    with only_artifacts(name):
         shapes = {n: shape for n, shape, _ in header["codes"]}
         dtypes = {n: {1: torch.int8, 2: torch.int16}[size] for n, _, size in header["codes"]}
         if sum(map(math.prod, shapes.values())) > MOST_CODES:
             raise ValueError("too many codes")
         with ThreadPoolExecutor() as pool:
-            plain = packed[:1] if compressor == "ans" else packed
+            plain = streams[:1] if compressor == "ans" else streams
             half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
         values = from_stream(half, torch.float16, [-1]).split([math.prod(s) for _, s in header["halves"]])
         tensors = {n: v.view(s) for (n, s), v in zip(header["halves"], values, strict=True)}
         if compressor == "ans":
-            tensors |= unpack_integers(shapes, dtypes, packed[1:])
+            tensors |= unpack_integers(shapes, dtypes, streams[1:])
         else:
             tensors |= {n: from_stream(stream, dtypes[n], shapes[n]) for n, stream in zip(shapes, raw, strict=True)}
-        return dict(header["settings"]), tensors
-    except RunError:
-        raise
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:  # the checksum held, so someone built it wrong: say so, whatever broke (Rust panics too)
-        raise RunError(f"{name}: checksum holds, content is not an artifact ({type(e).__name__}: {e})") from None
+        return settings, tensors
 
 
 def artifact_settings(cfg: Settings) -> dict[str, Any]:
@@ -4102,7 +4122,7 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
             raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
         with open(path, "rb") as file:
             artifact = file.read()
-        cfg = adopt_settings(notes, read_artifact(artifact, path)[0], path)
+        cfg = adopt_settings(notes, open_artifact(artifact, path).settings, path)
     else:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:
