@@ -81,6 +81,8 @@ from shards import (
 )
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # of train_gpt, imported late: it takes torch along
+
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces
 DEFAULT_VAL_DOCS = 50_000  # of the published documents
@@ -584,22 +586,34 @@ class Dataset:
         ValueError if they are more than that allows (a few stand twice in the published documents themselves), or if
         a shard cannot be read.
         """
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from train_gpt import OVERLAP_TOLERANCE, RunError, find_overlap  # late: it takes torch along
+        from train_gpt import OVERLAP_TOLERANCE
 
-        paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
+        paths = {split: [self.folder / shard["name"] for shard in writer.shards]
                  for split, writer in self.writers.items()}
         val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
-        which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
-        try:
-            numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
-        except RunError as error:
-            raise ValueError(str(error)) from error
+        numbers = np.flatnonzero(find_overlap(val, paths["train"], bos)) + 1
         if len(numbers) > OVERLAP_TOLERANCE * docs:
             listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "
                              f"training (numbers {listed}); remove them there")
         return len(numbers)
+
+
+def find_overlap(val: np.ndarray, paths: list[Path], bos: int) -> np.ndarray:
+    """(documents,) bool: the documents of `val` (n,) uint16 that also start one in the training shards `paths`.
+
+    The shards are read from the last to the first: a document may go on in any number of those that follow.
+    """
+    from train_gpt import OVERLAP_TOKENS, document_hashes
+
+    wanted, known, following = document_hashes(val, bos), np.zeros(0, np.uint64), np.zeros(0, np.uint16)
+    for path in tqdm(paths[::-1], "overlap", unit="shard", disable=None):
+        tokens = read_shard(path)
+        stream = np.concatenate((tokens, following))
+        hashes = document_hashes(stream, bos)[: np.count_nonzero(tokens == bos)]
+        known = np.union1d(known, hashes[np.isin(hashes, wanted)])
+        following = stream[:OVERLAP_TOKENS]
+    return np.isin(wanted, known)
 
 
 # ----- data sets

@@ -7,6 +7,7 @@ import json
 import lzma
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -134,6 +135,36 @@ def test_damaged_shards_are_refused(tmp_path, content, message):
     with pytest.raises(ValueError, match="damaged.bin: ") as caught:
         shards.read_shard(path, vocab_size=600)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["train_000000 (1)", "train_000000_old", "train_1", "train_0000001", "val_copy",
+                                  "train_00000\u0661", "", "test_000000"])
+def test_a_file_that_only_looks_like_a_shard_is_refused(tmp_path, name):
+    for each in ("train_000000", "train_000001", "val_000000", "val_bytes_000000"):
+        shards.write_shard(tmp_path / f"fineweb_{each}.bin", np.ones(3, np.uint16))
+    for split, count in (("train", 2), ("val", 1), ("val_bytes", 1)):
+        assert shards.find_shards(tmp_path, split) == [tmp_path / each for each in shards.shard_names(split, count)]
+    (tmp_path / "Copy of fineweb_train_000000.bin").write_bytes(b"")  # no tool reads these two
+    (tmp_path / "fineweb_train_000000.bin.bak").write_bytes(b"")
+    assert len(shards.find_shards(tmp_path, "train")) == 2
+    (tmp_path / f"fineweb_{name}.bin").write_bytes((tmp_path / "fineweb_train_000000.bin").read_bytes())
+    with pytest.raises(ValueError, match=re.escape(f"fineweb_{name}.bin: not the name of a shard")):
+        shards.find_shards(tmp_path, "train")
+
+
+@pytest.mark.parametrize(("numbers", "missing"), [((1,), 0), ((0, 2), 1), ((0, 1, 2, 4, 5), 3)])
+def test_a_gap_in_the_shards_is_refused(tmp_path, numbers, missing):
+    for number in numbers:
+        shards.write_shard(tmp_path / f"fineweb_val_{number:06d}.bin", np.ones(3, np.uint16))
+    assert shards.find_shards(tmp_path, "train") == []
+    with pytest.raises(ValueError, match=f"fineweb_val_00000{missing}.bin: no such file, but fineweb_val_"):
+        shards.find_shards(tmp_path, "val")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_a_manifest_saved_with_a_byte_order_mark_is_read(tmp_path, encoding):
+    (tmp_path / "manifest.json").write_text(json.dumps({"datasets": [{"name": "caf\u00e9"}]}), encoding=encoding)
+    assert shards.find_entry(shards.read_manifest(tmp_path / "manifest.json"), "datasets", "caf\u00e9")
 
 
 def test_other_arrays_and_failed_writes_leave_nothing(tmp_path):
@@ -413,18 +444,46 @@ def test_few_documents_that_begin_alike_are_counted(model, tmp_path, capsys):
 
 
 def test_a_shard_that_cannot_be_read_again_is_one_line(corpus, model, tmp_path, monkeypatch, capsys):
-    """The script that compares the documents has an exception of its own."""
-    import train_gpt
+    def find_overlap(val: np.ndarray, paths: list[Path], bos: int) -> np.ndarray:
+        paths[0].write_bytes(paths[0].read_bytes()[:-2])
+        return found(val, paths, bos)
 
-    def fail(*_: object) -> None:
-        raise train_gpt.RunError("fineweb_train_000000.bin: not a token shard")
-
-    monkeypatch.setattr(train_gpt, "find_overlap", fail)
+    found = tokenize_docs.find_overlap
+    monkeypatch.setattr(tokenize_docs, "find_overlap", find_overlap)
     (tmp_path / "train.jsonl").write_bytes(jsonl(make_documents(20, 3)))
     status = tokenize_docs.main(["--train", str(tmp_path / "train.jsonl"), "--val", str(corpus[0] / "val.jsonl"),
                                  "--out", str(tmp_path / "out"), "--tokenizer", str(model), "--workers", "1"])
     done = subprocess.CompletedProcess([], status, "", capsys.readouterr().err)
-    assert_refused(done, "fineweb_train_000000.bin: not a token shard")
+    assert_refused(done, "fineweb_train_000000.bin: expected", "bytes for")
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 2, 30, 63, 64, 65, 200, 10_000])
+def test_overlap_is_found_whatever_the_shards(tmp_path, shard_tokens):
+    """Against a comparison of the documents as lists, which are shorter and longer than what is compared."""
+    rng = np.random.default_rng(shifted(shard_tokens))
+    lengths = [0, 1, 1, 2, 30, 63, 64, 65, 66, 100, 130]
+    train = [[1, *rng.integers(2, 5, length)] for length in rng.permutation(lengths * 2)]
+    val = [[1, *rng.integers(2, 5, length)] for length in lengths]
+    val += [train[3], train[-1], [*train[5], 2], [*train[7][:65], 9, 9], [*train[8], 9]]
+    stream = np.concatenate(train).astype(np.uint16)
+    for index in range(0, len(stream), shard_tokens):
+        shards.write_shard(tmp_path / f"fineweb_train_{index // shard_tokens:06d}.bin",
+                           stream[index : index + shard_tokens])
+    known = [document[:65] for document in train]
+    found = tokenize_docs.find_overlap(np.concatenate(val).astype(np.uint16), shards.find_shards(tmp_path, "train"), 1)
+    assert found.tolist() == [document[:65] in known for document in val]
+
+
+@pytest.mark.parametrize("shard_tokens", [1, 30, 64])
+def test_overlap_is_refused_in_small_shards(model, tmp_path, capsys, shard_tokens):
+    (tmp_path / "docs.jsonl").write_bytes(jsonl([text[:100] for text in make_documents(3, 7)]))
+    arguments = ["--train", "--val", "--out", "--tokenizer"]
+    values = [tmp_path / "docs.jsonl", tmp_path / "docs.jsonl", tmp_path / "out", model]
+    status = tokenize_docs.main([str(each) for pair in zip(arguments, values) for each in pair]
+                                + ["--workers", "1", "--shard-tokens", str(shard_tokens)])
+    done = subprocess.CompletedProcess([], status, "", capsys.readouterr().err)
+    assert_refused(done, "3 of 3 validation documents also stand in training (numbers 1, 2, 3)")
+    assert tree(tmp_path / "out") == {}
 
 
 # ----- the published documents
@@ -636,9 +695,11 @@ def test_caseops(corpus, tmp_path):
     assert entry["stats"]["bytes_val"] == charges.sum()
     assert entry["stats"]["docs_lossy_val"] == sum("\u2581" in text for text in val)
     assert sorted(shard["name"] for shard in entry["shard_files"]) == sorted(path.name for path in folder.iterdir())
-    cached_challenge_fineweb.check_validation(folder, entry, tokenizer.bos_id())  # as the downloader checks such a set
+    check = cached_challenge_fineweb.check_counts  # as the downloader checks such a set
+    check(folder, entry, tokenizer.bos_id(), training=True)
+    entry["stats"]["bytes_val"] += 1
     with pytest.raises(ValueError, match="the manifest says bytes_val"):
-        cached_challenge_fineweb.check_counts(folder, entry, {"bytes_val": int(charges.sum()) + 1})
+        check(folder, entry, tokenizer.bos_id(), training=True)
 
 
 @pytest.mark.parametrize("rule", ["identity", "nmt_nfkc", "nfkc_cf"])
