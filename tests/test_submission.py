@@ -12,6 +12,7 @@ import math
 import re
 import shutil
 import string
+import subprocess
 from decimal import Decimal
 from pathlib import Path
 
@@ -31,6 +32,22 @@ import train_gpt as tg
 SEEDS, MODEL = ("1", "2", "3"), "final_model_seed1.int6.ptz"
 AUTHOR = ["--author", "A. Nonymous", "--github-id", "nobody"]
 H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """What environment() answered for the same settings before; it takes most of a check's time."""
+    answers, answer = {}, s.environment
+
+    def environment(config: dict) -> dict[str, str]:
+        key = repr(config)
+        if key not in answers:
+            answers[key] = answer(config)
+        return dict(answers[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s, "environment", environment)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -556,8 +573,14 @@ def test_validation_shards_that_do_not_start_with_bos_are_caught(folder, tiny, t
             check_submission.check_bos(sub)
 
 
-def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path):
-    """A forger who edits result, log, submission.json and README alike is caught by running it."""
+def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path, monkeypatch):
+    """A forger who edits result, log, submission.json and README alike is caught by what running it gives."""
+
+    def score(*_: object, cwd: str, **options: object) -> subprocess.CompletedProcess:
+        (Path(cwd) / "out").mkdir()  # the test above runs it; what comes out is what the run had
+        shutil.copy(runs / "1/result.json", Path(cwd) / "out")
+        return subprocess.CompletedProcess([], 0, "", "")
+
     folder = make(runs, tmp_path, s.OTHER_TRACK)
     for seed in SEEDS:
         run = json.loads((folder / f"result_seed{seed}.json").read_text())
@@ -570,6 +593,7 @@ def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path)
     assert caught(folder) == set()
     sub = check_submission.Submission(folder)
     sub.data_path = Path(tiny["DATA_PATH"])
+    monkeypatch.setattr(check_submission.subprocess, "run", score)
     with pytest.raises(check_submission.Verdict, match="seed 1: ") as refused:
         check_submission.check_score(sub)
     right, told = map(float, re.search(r"seed 1: ([\d.]+), its run says ([\d.]+)", str(refused.value)).groups())
