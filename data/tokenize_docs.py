@@ -8,7 +8,7 @@ Notable features:
 - with CaseOps, transforms the documents first, and writes the bytes of each validation token beside the shards
 - splits the published documents as the challenge does: the first 50,000 are validation, and no others
 - refuses a tokenizer whose bytes cannot be counted exactly, and training shards that know the validation documents
-- encodes on all cores with bounded memory; the output does not depend on the number of workers
+- encodes on all cores with bounded memory; the output does not depend on their number
 - goes on where a killed run ended, with the same output; a data set appears whole or not at all, the manifest last
 
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --name mine_sp8192 --vocab-size 8192
@@ -40,23 +40,17 @@ import heapq
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
 from itertools import count, islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import BinaryIO
 
@@ -370,40 +364,39 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with the serialized `model`, transformed if `caseops`; can be sent to another process."""
+    """Encodes documents with the serialized `model`, transformed if `caseops`, on `threads` threads of SentencePiece.
+    """
 
-    def __init__(self, model: bytes, name: str, caseops: bool = False) -> None:
-        self.model, self.name, self.caseops = model, name, caseops
+    def __init__(self, model: bytes, name: str, caseops: bool = False, threads: int = 1) -> None:
+        self.model, self.name, self.caseops, self.threads = model, name, caseops, threads
         self.tokenizer = load_tokenizer(model, name, caseops)
         self.tables = piece_bytes(self.tokenizer)
-
-    def __reduce__(self) -> tuple:
-        return Encoder, (self.model, self.name, self.caseops)
 
     def counted_bytes(self, tokens: np.ndarray) -> int:
         """Bytes the scorer will count for the document `tokens` (count,), BOS first, without CaseOps."""
         size, space, boundary = self.tables
         return int(size[tokens[1:]].sum() + (space[tokens[1:]] & ~boundary[tokens[:-1]]).sum())
 
+    def encode(self, documents: list[str], split: str) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids of each of the `documents`, and what each id is charged where that does not follow from the ids."""
+        if self.caseops and split == "val":
+            pairs = [token_bytes(self.tokenizer, text) for text in documents]
+            return [ids.tolist() for ids, _ in pairs], [charged for _, charged in pairs]
+        documents = [transform(text) for text in documents] if self.caseops else documents
+        return self.tokenizer.encode(documents, num_threads=self.threads), [np.zeros(0, np.uint16)] * len(documents)
+
     def __call__(self, documents: list[tuple[str, str]], split: str) -> Encoded:
         """Tokens of the (place, text) pairs. ValueError, naming the place, if the scorer would miscount the bytes."""
         nothing = np.zeros(0, np.uint16)
         tokens, charges, result = [nothing], [nothing], Encoded(nothing, nothing)
-        for place, text in documents:
-            charged = nothing
-            if self.caseops and split == "val":
-                ids, charged = token_bytes(self.tokenizer, text)
-                ids = ids.tolist()
-            else:
-                ids = self.tokenizer.encode(transform(text) if self.caseops else text)
-            if not ids:
-                result.docs_empty += 1
-                continue
-            decoded = self.tokenizer.decode(ids)
+        encoded = zip(documents, *self.encode([text for _, text in documents], split))
+        kept = [(place, text, ids, charged) for (place, text), ids, charged in encoded if ids]
+        result.docs, result.docs_empty = len(kept), len(documents) - len(kept)
+        decoded = self.tokenizer.decode([ids for _, _, ids, _ in kept], num_threads=self.threads) if kept else []
+        for (place, text, ids, charged), back in zip(kept, decoded):
             tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
-            if self.caseops:
-                decoded = restore(decoded, strict=False)
-            length = len(decoded.encode())
+            back = restore(back, strict=False) if self.caseops else back
+            length = len(back.encode())
             if not self.caseops:
                 counted = self.counted_bytes(tokens[-1])
             else:
@@ -412,63 +405,10 @@ class Encoder:
                 raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document of {length}")
             if len(charged):
                 charges += [np.zeros(1, np.uint16), charged]  # BOS is charged nothing
-            result.docs += 1
-            result.docs_lossy += decoded != text
+            result.docs_lossy += back != text
             result.bytes += length
         result.tokens, result.charges = np.concatenate(tokens), np.concatenate(charges)
         return result
-
-
-_encoders: list[Encoder] = []  # of this worker process; filled once by start_worker
-
-
-def start_worker(encoders: list[Encoder]) -> None:
-    """Prepare a worker process: keep the `encoders`, leave Ctrl-C to the parent, end when the parent is gone."""
-    _encoders.extend(encoders)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def encode(batch: Batch, encoders: list[Encoder]) -> list[Encoded]:
-    """`batch` under each of the `encoders`."""
-    documents = list(texts(batch))
-    return [encoder(documents, batch.split) for encoder in encoders]
-
-
-def encode_in_worker(batch: Batch) -> list[Encoded]:
-    """`batch` under each of the encoders of a worker process prepared by start_worker."""
-    return encode(batch, _encoders)
-
-
-def encode_all(batches: Iterable[Batch], encoders: list[Encoder],
-               workers: int) -> Iterator[tuple[Batch, list[Encoded]]]:
-    """Each batch and what became of it, in order; by `workers` processes, with a bounded number of batches in flight.
-    """
-    if workers == 1:
-        yield from ((batch, encode(batch, encoders)) for batch in batches)
-        return
-    context = multiprocessing.get_context("spawn")  # the same on every system, and safe with threads
-    pool = ProcessPoolExecutor(workers, context, start_worker, (encoders,))
-    pending = deque()
-    try:
-        for batch in batches:
-            pending.append((replace(batch, lines=[]), pool.submit(encode_in_worker, batch)))
-            if len(pending) > 2 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError("a worker process died (out of memory?)") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ----- shards
@@ -721,7 +661,8 @@ class Work:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, work: Work) -> list[Encoder]:
+def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, workers: int,
+                       work: Work) -> list[Encoder]:
     """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents, and kept in `work`."""
     sample: list[str] | None = None
     encoders = []
@@ -740,11 +681,11 @@ def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, w
             check_round_trip(Encoder(model, spec.tokenizer_name, spec.caseops), sample[:200])
             with atomic_write(kept) as file:
                 file.write(model)
-        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops))
+        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops, workers))
     return encoders
 
 
-def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int, workers: int,
+def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int,
                     work: Work) -> list[Dataset]:
     """Encode all documents into a data set for each of `specs` in `work`, from where its state says it is."""
     datasets = []
@@ -762,9 +703,10 @@ def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources
     if done:
         print(f"going on after {done:,} bytes of documents", flush=True)
     with progress(sources, "encoding", done) as bar:
-        for batch, encoded in encode_all(batches, encoders, workers):
-            for dataset, part in zip(datasets, encoded):
-                dataset.add(batch.split, part)
+        for batch in batches:
+            documents = list(texts(batch))
+            for dataset, encoder in zip(datasets, encoders):
+                dataset.add(batch.split, encoder(documents, batch.split))
             work.state["batches"] += 1
             bar.update(batch.consumed)
             if time.monotonic() - saved > SAVE_SECONDS:
@@ -790,11 +732,11 @@ def place_folder(new: Path, final: Path, old: Path) -> None:
 
 def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Work) -> None:
     """Make the data sets and tokenizers of `specs` and put them, and the manifest, in place."""
-    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), work)
+    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), args.workers, work)
     for encoder in encoders:
         check_standing(args.out, manifest, specs, encoder.model, encoder.name)
     if "overlap" not in work.state:
-        datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, args.workers, work)
+        datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, work)
         overlap = {spec.name: dataset.overlap(encoder.tokenizer.bos_id())
                    for spec, encoder, dataset in zip(specs, encoders, datasets)}
         work.state |= {"overlap": overlap, "docs_sha256": sources.docs_sha256}
@@ -872,7 +814,7 @@ def tokenize(args: argparse.Namespace) -> None:
 
 
 def worker_count(text: str) -> int:
-    """Number of processes for the command-line value `text`: "auto" is the number of cores this process may use."""
+    """Number of threads for the command-line value `text`: "auto" is the number of cores this process may use."""
     if text != "auto":
         if int(text) < 1:
             raise ValueError
@@ -903,7 +845,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
                         help="tokens in a full shard (default: 100000000)")
     parser.add_argument("--workers", type=worker_count, default="auto", metavar="N",
-                        help="processes that encode (default: auto, one a core)")
+                        help="threads that encode (default: auto, one a core)")
     interrupt_on_sigterm()
     try:
         tokenize(parser.parse_args(argv))
