@@ -9,7 +9,7 @@ Notable features:
 - splits the published documents as the challenge does: the first 50,000 are validation, and no others
 - refuses a tokenizer whose bytes cannot be counted exactly, and training shards that know the validation documents
 - encodes on all cores with bounded memory; the output does not depend on their number
-- goes on where a killed run ended, with the same output; a data set appears whole or not at all, the manifest last
+- a data set appears whole or not at all, the manifest last
 
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --name mine_sp8192 --vocab-size 8192
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --specs tokenizers.json
@@ -31,7 +31,7 @@ tokenizers.json is a list of one object a data set: its "name" (or none, for loc
     [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"},
      {"name": "mine_sp8192", "vocab_size": 8192, "caseops": true}]
 
-What is unfinished stands in datasets/.tokenize. The same command goes on with it, another one begins anew.
+What is unfinished stands in datasets/.tokenize, which goes when the program ends or, killed, when it runs again.
 """
 
 import argparse
@@ -44,13 +44,12 @@ import os
 import re
 import shutil
 import sys
-import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -71,6 +70,7 @@ from shards import (
     read_manifest,
     read_shard,
     shard_header,
+    shard_names,
     write_manifest,
 )
 from tqdm import tqdm
@@ -80,7 +80,6 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # of train_gpt, im
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces
 DEFAULT_VAL_DOCS = 50_000  # of the published documents
-SAVE_SECONDS = 1  # a killed run has this much to do again
 TRAINER_SENTENCE_CHARS = 30_000  # the trainer stores positions in 16 bits and drops what is too long
 ROUND_TRIP_PROBES = (
     "plain", " leading", "trailing ", "two  spaces", "a\nb\n\n c\r\n", "\ttab\t", "7 + 1234.5", "na\u00efve e\u0301",
@@ -198,12 +197,6 @@ class Sources:
             raise ValueError(f"{self.docs}: expected SHA-256 {expected}, as its source manifest says, found "
                              f"{self.docs_sha256}")
 
-    def identity(self) -> list:
-        """What changes when the documents may have."""
-        stats = [path.stat() for path in self.paths]
-        files = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.paths, stats)]
-        return [files, len(self.val), self.val_docs, self.published]
-
 
 def hash64(data: bytes) -> int:
     """64-bit hash of `data`, the same in every run."""
@@ -229,10 +222,10 @@ def sample_texts(sources: Sources, sample_bytes: int) -> list[str]:
     return [text for _, _, text in sorted(heap, reverse=True)]
 
 
-def progress(sources: Sources, label: str, done: int = 0) -> tqdm:
-    """Progress bar over the bytes of the documents on disk, `done` of them already; none where nobody looks at it."""
+def progress(sources: Sources, label: str) -> tqdm:
+    """Progress bar over the bytes of the documents on disk; none where nobody looks at it."""
     total = sum(os.path.getsize(path) for path in sources.paths)
-    return tqdm(total=total, desc=label, initial=done, unit="B", unit_scale=True, disable=None)
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None)
 
 
 def train_tokenizer(sample: Iterable[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
@@ -417,73 +410,49 @@ class Encoder:
 class ShardWriter:
     """A stream of tokens, in files `folder`/fineweb_<split>_<6 digits>.bin of `shard_tokens` each, the last shorter.
 
-    Documents are cut where a shard is full, as in the published data. `shards` lists those that are complete, `filled`
-    counts the tokens of the one that is not: what another ShardWriter needs to go on, whatever was written since.
+    Documents are cut where a shard is full, as in the published data. `shards` lists those that are complete.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, shards: list[dict] = (), filled: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards, self.filled = list(shards), filled
+        self.shards: list[dict] = []
         self.file: BinaryIO | None = None
-        if filled:
-            final, unfinished = self.paths()
-            if final.exists():  # complete when the last run ended, but not yet when that was noted
-                final.rename(unfinished)
-            if not unfinished.exists() or unfinished.stat().st_size < HEADER_BYTES + 2 * filled:
-                raise ValueError(f"{unfinished}: has lost tokens in a crash of the machine; run again to begin anew")
-            self.file = open(unfinished, "r+b")
-            self.file.seek(HEADER_BYTES + 2 * filled)
-
-    def paths(self) -> tuple[Path, Path]:
-        """The current shard, complete and unfinished."""
-        name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
-        return self.folder / name, self.folder / f".{name}.unfinished"
+        self.filled = 0  # tokens of the current shard
 
     def add(self, tokens: np.ndarray) -> None:
         """Append `tokens` (count,) uint16 to the stream."""
         while len(tokens):
             if not self.file:
-                self.file = open(self.paths()[1], "wb")
+                self.file = open(self.folder / shard_names(self.split, len(self.shards) + 1)[-1], "wb")
                 self.file.write(bytes(HEADER_BYTES))
             taken = min(len(tokens), self.shard_tokens - self.filled)
             self.file.write(tokens[:taken].astype("<u2").data)
             self.filled, tokens = self.filled + taken, tokens[taken:]
             if self.filled == self.shard_tokens:
-                self.finish_shard()
+                self.close()
 
-    def finish_shard(self) -> None:
-        """Complete the current shard."""
-        final, unfinished = self.paths()
-        self.file.truncate()
+    def close(self) -> None:
+        """Complete the current shard, if there is one."""
+        if not self.file:
+            return
         self.file.seek(0)
         self.file.write(shard_header(self.filled))
         self.file.close()
-        unfinished.rename(final)
-        self.shards.append({"name": final.name, "tokens": self.filled, "sha256": file_sha256(final)})
+        path = Path(self.file.name)
+        self.shards.append({"name": path.name, "tokens": self.filled, "sha256": file_sha256(path)})
         self.file, self.filled = None, 0
-
-    def close(self) -> None:
-        """Complete the last shard."""
-        if self.filled:
-            self.finish_shard()
-
-    def state(self) -> dict:
-        """How far it is; all of that has been handed to the system."""
-        if self.file:
-            self.file.flush()
-        return {"shards": self.shards, "filled": self.filled}
 
 
 class Dataset:
-    """One tokenizer's shards of both splits in `folder`, and their totals; goes on from a `state` that is not empty.
+    """One tokenizer's shards of both splits in `folder`, and their totals.
 
     With `caseops` the charges of the validation tokens are a stream of their own, cut where the tokens are.
     """
 
-    def __init__(self, folder: Path, shard_tokens: int, caseops: bool, state: dict) -> None:
+    def __init__(self, folder: Path, shard_tokens: int, caseops: bool) -> None:
         self.folder = folder
-        self.totals = {split: Counter(state["totals"][split]) if state else Counter() for split in ("train", "val")}
-        self.writers = {split: ShardWriter(folder, split, shard_tokens, **(state["writers"][split] if state else {}))
+        self.totals = {split: Counter() for split in ("train", "val")}
+        self.writers = {split: ShardWriter(folder, split, shard_tokens)
                         for split in (*self.totals, *["val_bytes"] * caseops)}
 
     def add(self, split: str, encoded: Encoded) -> None:
@@ -501,10 +470,6 @@ class Dataset:
                 raise ValueError(f"no document with text for {split}")
         for writer in self.writers.values():
             writer.close()
-
-    def state(self) -> dict:
-        """How far it is, for a run that goes on with it."""
-        return {"totals": self.totals, "writers": {split: writer.state() for split, writer in self.writers.items()}}
 
     def stats(self) -> dict:
         """The manifest's numbers: files, tokens, docs (and those empty or lossy) and bytes of both splits."""
@@ -583,11 +548,6 @@ class Spec:
         tokenizer_name = model.stem if model else f"{prefix}_{vocab_size}_bpe{suffix}"
         return cls(name, tokenizer_name, vocab_size, data, caseops)
 
-    def identity(self) -> list:
-        """What its data set depends on, besides the documents."""
-        model = sha256(self.model).hexdigest() if self.model else None
-        return [self.name, self.tokenizer_name, self.vocab_size, model, self.caseops]
-
 
 def read_specs(path: Path) -> list[Spec]:
     """The data sets that the file `path` asks for; ValueError or OSError if it cannot be understood."""
@@ -633,43 +593,12 @@ def check_standing(out: Path, manifest: dict, specs: list[Spec], model: bytes, t
         raise ValueError(f"{standing}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
 
 
-class Work:
-    """The folder of what is unfinished, and the `state` it is in: a dictionary that save() writes to it.
-
-    What was left there by a run with another `key` is removed.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.path = folder, folder / "state.json"
-        try:
-            self.state = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            self.state = {}
-        if self.state.get("key") != key:
-            self.state = {"key": key, "batches": 0, "datasets": {}}
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self.save()
-
-    def save(self) -> None:
-        """Write the state. Raises OSError."""
-        with atomic_write(self.path) as file:
-            file.write(json.dumps(self.state).encode())
-
-    def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, workers: int,
-                       work: Work) -> list[Encoder]:
-    """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents, and kept in `work`."""
+def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, workers: int) -> list[Encoder]:
+    """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents."""
     sample: list[str] | None = None
     encoders = []
     for spec in specs:
-        model, kept = spec.model, work.folder / f"{spec.tokenizer_name}.model"
-        if not model and kept.exists():
-            model = kept.read_bytes()
+        model = spec.model
         if not model:
             if sample is None:
                 sample = sample_texts(sources, sample_bytes)
@@ -679,42 +608,24 @@ def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, w
             else:
                 model = train_tokenizer(sample, spec.vocab_size)
             check_round_trip(Encoder(model, spec.tokenizer_name, spec.caseops), sample[:200])
-            with atomic_write(kept) as file:
-                file.write(model)
         encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops, workers))
     return encoders
 
 
 def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int,
-                    work: Work) -> list[Dataset]:
-    """Encode all documents into a data set for each of `specs` in `work`, from where its state says it is."""
-    datasets = []
-    for spec in specs:
-        (work.folder / spec.name).mkdir(exist_ok=True)
-        state = work.state["datasets"].get(spec.name, {})
-        datasets.append(Dataset(work.folder / spec.name, shard_tokens, spec.caseops, state))
-
-    def save() -> None:
-        work.state["datasets"] = {spec.name: dataset.state() for spec, dataset in zip(specs, datasets)}
-        work.save()
-
-    batches, saved = sources.batches(), time.monotonic()
-    done = sum(batch.consumed for batch in islice(batches, work.state["batches"]))
-    if done:
-        print(f"going on after {done:,} bytes of documents", flush=True)
-    with progress(sources, "encoding", done) as bar:
-        for batch in batches:
+                    work: Path) -> list[Dataset]:
+    """Encode all documents into a data set for each of `specs`, in a folder of its name in `work`."""
+    datasets = [Dataset(work / spec.name, shard_tokens, spec.caseops) for spec in specs]
+    for dataset in datasets:
+        dataset.folder.mkdir()
+    with progress(sources, "encoding") as bar:
+        for batch in sources.batches():
             documents = list(texts(batch))
             for dataset, encoder in zip(datasets, encoders):
                 dataset.add(batch.split, encoder(documents, batch.split))
-            work.state["batches"] += 1
             bar.update(batch.consumed)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                save()
-                saved = time.monotonic()
     for dataset in datasets:
         dataset.close()
-    save()
     return datasets
 
 
@@ -730,36 +641,28 @@ def place_folder(new: Path, final: Path, old: Path) -> None:
         raise
 
 
-def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Work) -> None:
-    """Make the data sets and tokenizers of `specs` and put them, and the manifest, in place."""
-    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), args.workers, work)
+def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Path) -> None:
+    """Make the data sets and tokenizers of `specs` in `work` and put them, and the manifest, in place."""
+    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), args.workers)
     for encoder in encoders:
         check_standing(args.out, manifest, specs, encoder.model, encoder.name)
-    if "overlap" not in work.state:
-        datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, work)
-        overlap = {spec.name: dataset.overlap(encoder.tokenizer.bos_id())
-                   for spec, encoder, dataset in zip(specs, encoders, datasets)}
-        work.state |= {"overlap": overlap, "docs_sha256": sources.docs_sha256}
-        work.save()  # from here on a killed run has only things to put in place
+    datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, work)
+    overlaps = [dataset.overlap(encoder.tokenizer.bos_id()) for encoder, dataset in zip(encoders, datasets)]
 
     (args.out / "tokenizers").mkdir(exist_ok=True)
-    for spec, encoder in zip(specs, encoders):
-        state = work.state["datasets"][spec.name]
-        dataset = Dataset(work.folder / spec.name, args.shard_tokens, spec.caseops, state)
+    for spec, encoder, dataset, overlap in zip(specs, encoders, datasets, overlaps):
         folder = args.out / "datasets" / spec.name
-        if dataset.folder.exists():
-            place_folder(dataset.folder, folder, work.folder / f"old {spec.name}")
+        place_folder(dataset.folder, folder, work / f"old {spec.name}")
         model_path = Path("tokenizers", f"{encoder.name}.model")
         vocab_path = model_path.with_suffix(".vocab")
         for path, content in ((model_path, encoder.model), (vocab_path, vocab_lines(encoder.tokenizer))):
             with atomic_write(args.out / path) as file:
                 file.write(content)
-        overlap = work.state["overlap"][spec.name]
         entry = {"name": spec.name, "tokenizer_name": encoder.name}
         if spec.caseops:
             entry["caseops"] = True
         if sources.docs:
-            entry["docs_sha256"] = work.state["docs_sha256"]
+            entry["docs_sha256"] = sources.docs_sha256
         entry["stats"] = dataset.stats() | {"docs_val_overlapping": overlap}
         entry["shard_files"] = dataset.shard_files()
         merge_manifest(manifest, "datasets", entry)
@@ -769,14 +672,20 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources,
             "model_path": model_path.as_posix(),
             "vocab_path": vocab_path.as_posix(),
         })
-        print(f"{spec.name} with {encoder.name} -> {folder}")
-        for split in ("train", "val"):
-            names = ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty")
-            files, tokens, size, docs, lossy, empty = (entry["stats"][f"{name}_{split}"] for name in names)
-            print(f"  {split}: {files} files, {tokens:,} tokens, {size:,} bytes, {docs:,} documents ({lossy:,} decode "
-                  f"to another text), {empty:,} empty ones skipped")
-        print(f"  {overlap} validation documents begin like a training document")
+        report(entry, folder)
     write_manifest(args.out / "manifest.json", manifest)
+
+
+def report(entry: dict, folder: Path) -> None:
+    """Print what the manifest's `entry` of the data set in `folder` says."""
+    stats = entry["stats"]
+    print(f"{entry['name']} with {entry['tokenizer_name']} -> {folder}")
+    for split in ("train", "val"):
+        names = ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty")
+        files, tokens, size, docs, lossy, empty = (stats[f"{name}_{split}"] for name in names)
+        print(f"  {split}: {files} files, {tokens:,} tokens, {size:,} bytes, {docs:,} documents ({lossy:,} decode to "
+              f"another text), {empty:,} empty ones skipped")
+    print(f"  {stats['docs_val_overlapping']} validation documents begin like a training document")
 
 
 # ----- command line
@@ -797,20 +706,17 @@ def tokenize(args: argparse.Namespace) -> None:
         specs = read_specs(args.specs)
     else:
         specs = [Spec.make(args.name, args.vocab_size, args.tokenizer, args.caseops)]
-    programs = [file_sha256(Path(__file__).with_name(name)) for name in ("tokenize_docs.py", "caseops.py", "shards.py")]
-    key = [sources.identity(), [spec.identity() for spec in specs], args.shard_tokens, args.tokenizer_sample_mb,
-           programs, spm.__version__]
     args.out.mkdir(parents=True, exist_ok=True)
     with only_one(args.out):
         manifest = read_manifest(args.out / "manifest.json")
         check_names(manifest, specs)
-        work = Work(args.out / "datasets" / ".tokenize", sha256(json.dumps(key).encode()).hexdigest())
+        work = args.out / "datasets" / ".tokenize"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         try:
             make_datasets(args, specs, sources, manifest, work)
-        except ValueError:  # the input is at fault: nothing to go on with
-            work.remove()
-            raise
-        work.remove()
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def worker_count(text: str) -> int:
