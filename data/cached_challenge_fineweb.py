@@ -300,6 +300,7 @@ def strangers(folder: Path, entry: dict) -> list[Path]:
 def check_folder(out: Path, entry: dict, tokenizer: dict) -> None:
     """ValueError if the published set would replace what data/tokenize_docs.py made, or mix with other shards."""
     manifest = read_manifest(out / "manifest.json")
+    listed(find_entry(manifest, "datasets", entry["name"]) or {}, out / "manifest.json")
     for other in manifest["datasets"]:
         used = find_entry(manifest, "tokenizers", other.get("tokenizer_name")) or {}
         same = other["name"] == entry["name"] or used.get("model_path") == tokenizer["model_path"]
@@ -310,15 +311,23 @@ def check_folder(out: Path, entry: dict, tokenizer: dict) -> None:
         raise ValueError(f"{path}: {NO_PART}")
 
 
+def listed(entry: dict, where: Path) -> dict[str, dict]:
+    """What the `entry` of a data set, in the manifest `where`, says of each shard; ValueError if that is no list."""
+    try:
+        return {shard["name"]: dict(shard) for shard in entry.get("shard_files", ())}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {entry['name']}: expected shard_files, a list of objects with a name") from error
+
+
 def record(out: Path, entry: dict, tokenizer: dict, wanted: Iterable[Path], hashes: dict[Path, str]) -> None:
     """Put both entries in the manifest in `out`, with the `hashes` of their files; what else it lists stays.
 
     Shards that an earlier run listed stay too, unless they are `wanted` and, without a hash, not found right.
     """
     manifest, folder = read_manifest(out / "manifest.json"), out / "datasets" / entry["name"]
-    old = find_entry(manifest, "datasets", entry["name"]) or {}
-    shards = {folder / shard["name"]: shard for shard in old.get("shard_files", ())}
-    shards = {path: shard for path, shard in shards.items() if path.exists() and path not in wanted}
+    old = listed(find_entry(manifest, "datasets", entry["name"]) or {}, out / "manifest.json")
+    shards = {folder / name: shard for name, shard in old.items() if folder / name not in wanted}
+    shards = {path: shard for path, shard in shards.items() if path.exists()}
     for path, digest in hashes.items():
         if path.parent == folder:
             shards[path] = {"name": path.name, "tokens": len(read_shard(path)), "sha256": digest}
@@ -425,13 +434,10 @@ def faults_of_set(out: Path, manifest: dict, variant: str, train_shards: int, wo
     where = out / "manifest.json"
     entry, tokenizer = published_entries(manifest, variant, str(where))
     folder, vocab_size = out / "datasets" / entry["name"], vocabulary(variant)
-    try:
-        digests = {folder / shard["name"]: shard.get("sha256") for shard in entry.get("shard_files", ())}
-        digests |= {out / tokenizer[key]: None for key in ("model_path", "vocab_path") if tokenizer.get(key)}
-        digests |= {out / "tokenizers" / name: digest for name, digest in dict(tokenizer.get("sha256", {})).items()}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise ValueError(f"{where}: {variant}: expected shard_files and sha256 as a download leaves them, found "
-                         f"{error!r}; download again") from error
+    known = tokenizer["sha256"] if isinstance(tokenizer.get("sha256"), dict) else {}
+    digests = {folder / name: shard.get("sha256") for name, shard in listed(entry, where).items()}
+    digests |= {out / tokenizer[key]: None for key in ("model_path", "vocab_path") if tokenizer.get(key)}
+    digests |= {out / "tokenizers" / name: digest for name, digest in known.items()}
     strange = strangers(folder, entry)
     here = {path.name for path in folder.glob("fineweb_*.bin") if path not in strange}
     last = max((int(name[14:20]) for name in here if name.startswith("fineweb_train_")), default=-1)

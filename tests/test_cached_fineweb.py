@@ -420,13 +420,13 @@ def test_verify_finds_each_fault(run, hub, model, tmp_path, capsys):
         (lambda entry, _: entry["shard_files"][0].update(sha256="abc"), ("expected its sha256", "found abc")),
         (lambda entry, _: entry["shard_files"][0].update(sha256=""), ("expected its sha256",)),
         (lambda entry, _: entry["shard_files"][0].update(sha256=7), ("expected its sha256", "found 7")),
-        (lambda entry, _: entry["shard_files"][0].pop("name"), ("expected shard_files and sha256 as a download",)),
-        (lambda entry, _: entry.update(shard_files=7), ("expected shard_files and sha256 as a download",)),
+        (lambda entry, _: entry["shard_files"][0].pop("name"), ("expected shard_files, a list of objects with",)),
+        (lambda entry, _: entry.update(shard_files=7), ("expected shard_files, a list of objects with a name",)),
         (lambda entry, _: entry.pop("shard_files"), ("val_000001.bin: expected its sha256",)),
         (lambda entry, _: entry.pop("stats"), ("expected stats.files_train",)),
         (lambda _, tokenizer: tokenizer.pop("sha256"), ("bpe.model: expected its sha256", "bpe.vocab: expected its")),
         (lambda _, tokenizer: tokenizer.update(sha256=[]), ("bpe.model: expected its sha256",)),
-        (lambda _, tokenizer: tokenizer.update(sha256=7), ("expected shard_files and sha256 as a download",)),
+        (lambda _, tokenizer: tokenizer.update(sha256=7), ("bpe.model: expected its sha256",)),
         (lambda _, tokenizer: tokenizer["sha256"].update({"fineweb_320_bpe.model": "0" * 63}), ("found 000",)),
     ):
         bad = without(change)
@@ -710,6 +710,10 @@ def test_command_line_refusals(capsys, monkeypatch, run, hub, model, tmp_path):
     assert_refused(run(hub, tmp_path), "expected model_path")
     # A set of one's own with this name, or a tokenizer of one's own, is left alone.
     publish(hub, model)
+    for shard_files in (7, [7], [{"tokens": 1}]):
+        mine = {"datasets": [{"name": "fineweb10B_sp320", "repo": REPO, "shard_files": shard_files}]}
+        (tmp_path / "manifest.json").write_text(json.dumps(mine))
+        assert_refused(run(hub, tmp_path), "manifest.json: fineweb10B_sp320: expected shard_files, a list of objects")
     for name in ("fineweb10B_sp320", "mine"):
         mine = {"datasets": [{"name": name, "tokenizer_name": "mine", "stats": {}, "shard_files": []}],
                 "tokenizers": [{"name": "mine", "model_path": "tokenizers/fineweb_320_bpe.model"}]}
