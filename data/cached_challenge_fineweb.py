@@ -42,7 +42,7 @@ import httpx2
 import numpy as np
 import sentencepiece as spm
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
@@ -81,15 +81,22 @@ def hub_errors(repo: str) -> Iterator[None]:
     """Raise what the client raises about `repo` as ValueError with one line; errors of the system as they are."""
     try:
         yield
-    except RepositoryNotFoundError as error:
-        raise ValueError(f"{repo}: no such repository, or not yours to read (HF_TOKEN)") from error
-    except HfHubHTTPError as error:
-        says = f"HTTP {error.response.status_code} {error.response.reason_phrase}"
-        raise ValueError(f"{repo}: {error.response.request.url.path}: {says}") from error
     except (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-        if isinstance(error, OSError) and error.errno is not None:
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        if isinstance(reason, RepositoryNotFoundError):
+            says = "no such repository, or not yours to read (HF_TOKEN)"
+        elif isinstance(reason, HfHubHTTPError):
+            answer = reason.response
+            says = f"{answer.request.url.path}: HTTP {answer.status_code} {answer.reason_phrase}"
+        elif isinstance(reason, OSError) and reason.errno is not None:
             raise
-        raise ValueError(f"{repo}: {one_line(error.__cause__ or error)}") from error
+        else:
+            says = one_line(reason)
+        raise ValueError(f"{repo}: {says}") from error
+
+
+class Missing(ValueError):
+    """The repository has no such file."""
 
 
 class Hub:
@@ -105,10 +112,10 @@ class Hub:
             self.files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def find(self, name: str) -> RepoFile:
-        """The file that the manifest calls `name`; ValueError if there is none."""
+        """The file that the manifest calls `name`; Missing if there is none."""
         path = f"{self.prefix}/{name}".lstrip("/")
         if path not in self.files:
-            raise ValueError(f"{self.repo}: {path}: no such file")
+            raise Missing(f"{self.repo}: {path}: no such file")
         return self.files[path]
 
     def fetch(self, wanted: dict[Path, RepoFile], vocab_size: int, workers: int) -> dict[Path, str]:
@@ -351,9 +358,14 @@ def is_right(path: Path, published: RepoFile, vocab_size: int) -> str | None:
 
 def find_docs(hub: Hub, args: argparse.Namespace) -> tuple[Hub, dict[Path, RepoFile]]:
     """The published documents and the repository that has them; their source manifest is fetched here already."""
-    if "MATCHED_FINEWEB_REPO_ID" not in os.environ and not any(name.endswith(DOCS_SOURCE) for name in hub.files):
+    try:
+        source = hub.find(DOCS_SOURCE)
+    except Missing:
+        if "MATCHED_FINEWEB_REPO_ID" in os.environ:
+            raise
         hub = Hub(DEFAULT_REPO)  # has the documents all variants are made of
-    source, docs = hub.find(DOCS_SOURCE), hub.find(DOCS)
+        source = hub.find(DOCS_SOURCE)
+    docs = hub.find(DOCS)
     hub.fetch({args.out / DOCS_SOURCE: source}, 0, args.workers)
     expected, found = docs_sha256(args.out), docs.lfs.sha256 if docs.lfs else None
     if found != expected:

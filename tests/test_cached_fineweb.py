@@ -483,6 +483,7 @@ def test_what_passes_is_waited_for(run, hub, model, tmp_path):
         (OTHERS[2], "corrupted", ("fineweb_320_bpe.vocab", "expected Git hash")),
         (TRAIN[1], "503", ("fineweb_train_000001.bin: HTTP 503",)),
         ("manifest.json", "503", ("manifest.json: HTTP 503",)),
+        (VAL[0], "HEAD 503", ("fineweb_val_000000.bin: HTTP 503",)),
         (TRAIN[0], "404", (f"{REPO}: datasets/{TRAIN[0]}: no such file",)),
         ("manifest.json", "404", (f"{REPO}: datasets/manifest.json: no such file",)),
     ],
