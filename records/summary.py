@@ -62,7 +62,7 @@ def comparison(result: dict, expected: dict) -> str:
 
 
 def validation_text(config: dict) -> bytes:
-    """UTF-8 of the validation documents of plain shards as they were before tokenization, one after another."""
+    """UTF-8 of the validation documents as they were before tokenization, one after another."""
     sp = sentencepiece.SentencePieceProcessor(model_file=config["tokenizer_path"])
     cfg = tg.Settings(data_path=config["data_path"], vocab_size=config["vocab_size"])
     tokens = [t for path in tg.shard_paths(cfg, "val") for t in tg.read_shard(path, cfg.vocab_size).tolist()]
@@ -70,7 +70,8 @@ def validation_text(config: dict) -> bytes:
     for end in [i for i, t in enumerate(tokens) if t == sp.bos_id() and i] + [len(tokens)]:
         documents.append(tokens[start:end])
         start = end
-    return "".join(sp.decode(documents)).encode()
+    raw = tg.case_restorer() if config["caseops_enabled"] else str
+    return "".join(map(raw, sp.decode(documents))).encode()
 
 
 def summary(result: dict) -> str:
@@ -82,7 +83,7 @@ def summary(result: dict) -> str:
              "sliding": f"the same, sliding window of {config['eval_stride']}",
              "ttt": f"the same, with test-time training ({config['ttt_mode']})"}
     lines += [f"  {stage['val_bpb']:.4f} bits per byte   {names.get(name, name)}" for name, stage in stages.items()]
-    if result["val_bytes"] < 50e6 and not config["caseops_enabled"]:
+    if result["val_bytes"] < 50e6:
         text = validation_text(config)
         for name, data in (("gzip -9", gzip.compress(text, 9)),
                            ("xz -9e", lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))):
