@@ -560,6 +560,7 @@ def test_killed_and_continued(run, hub, model, tmp_path):
         try:
             wait_for(lambda: ("GET", "cdn", f"{REPO}/datasets/{TRAIN[1]}") in hub.requests, process)
             wait_for(lambda: list(tmp_path.rglob("*.incomplete")), process)
+            wait_for(lambda: list(tmp_path.rglob(f".download/**/{Path(TRAIN[0]).name}.metadata")), process)
             if end == signal.SIGKILL:
                 assert_refused(run(hub, tmp_path), "another program is putting data there")
             process.send_signal(end)
@@ -577,6 +578,7 @@ def test_killed_and_continued(run, hub, model, tmp_path):
     done = run(hub, tmp_path, "--train-shards", 4)
     assert (done.returncode, done.stderr) == (0, "")
     assert f"datasets/{TRAIN[1]}" in hub.fetched() and f"datasets/{VAL[0]}" not in hub.fetched()
+    assert f"datasets/{TRAIN[0]}" not in hub.fetched()  # received whole before the kill, though not in its place yet
     assert names(tmp_path) == sorted(VAL + TRAIN + OTHERS)
     assert not list(tmp_path.rglob(".download"))
     assert_sound(hub, tmp_path)
