@@ -3,10 +3,9 @@
 
 Notable features:
 - the manifest of the repository says what there is: the first N training shards, every validation shard, the tokenizer
-- a file is compared with the hub's size and hash, a shard also with its own header and its vocabulary, the validation
-  set with the manifest's counts of files, tokens and documents; CaseOps sets also with their byte counts
-- several files at a time; what stands here and is right is not fetched again, what was cut off is continued
-- dropped connections and an overloaded server are waited for, with growing pauses, a bounded number of times
+- huggingface_hub receives the files, several at a time; what stands here and is right is not fetched again
+- a file is compared with the hub's hash, a shard also with its own header and its vocabulary, the validation set with
+  the manifest's counts of files, tokens and documents; CaseOps sets also with their byte counts
 - `--verify` checks again what is here, without a network, and names every file that is bad
 
     python data/cached_challenge_fineweb.py --variant sp8192 --train-shards 80
@@ -20,7 +19,7 @@ writes, below --out (this folder, unless told otherwise):
     docs_selected.jsonl, docs_selected.source_manifest.json
     manifest.json (other entries in it stay)
 
-An unfinished file is called .<name>.<version>.partial, beside its final name. MATCHED_FINEWEB_REPO_ID and
+Files are received in .download, beside their final place. MATCHED_FINEWEB_REPO_ID and
 MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another repository and folder in it; HF_ENDPOINT, HF_TOKEN and the like are
 huggingface_hub's.
 """
@@ -31,223 +30,156 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, replace
-from hashlib import sha1
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from hashlib import sha1, sha256
 from pathlib import Path
-from typing import BinaryIO
 
 import httpx2
 import numpy as np
 import sentencepiece as spm
-from huggingface_hub import get_hf_file_metadata, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
-from huggingface_hub.file_download import http_get
-from huggingface_hub.utils import build_hf_headers, disable_progress_bars
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
 from shards import (
+    SHARD_NAME,
     Parser,
     file_sha256,
     find_entry,
-    interrupt_on_sigterm,
+    find_shards,
     merge_manifest,
     one_line,
     only_one,
     read_manifest,
     read_shard,
+    shard_names,
     write_manifest,
 )
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 DEFAULT_REPO = "willdepueoai/parameter-golf"
 CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"
 REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 DEFAULT_VARIANT = "sp8192"
 DEFAULT_TRAIN_SHARDS = 80
-LONGEST_PAUSE = 30  # seconds between two attempts
+VARIANT = re.compile(r"sp(\d+)(_[\w.-]+)?")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-VARIANT = r"sp\d+(_[\w.-]+)?"
-SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_\d{6}\.bin")
+NO_PART = "not part of the published set (a run would read it); remove it"
 DOCS, DOCS_SOURCE = "docs_selected.jsonl", "docs_selected.source_manifest.json"
 
 
 # ----- the hub
 
 
+@contextmanager
+def hub_errors(repo: str) -> Iterator[None]:
+    """Raise what the client raises about `repo` as ValueError with one line; errors of the system as they are."""
+    try:
+        yield
+    except (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+        reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        if isinstance(reason, RepositoryNotFoundError):
+            says = "no such repository, or not yours to read (HF_TOKEN)"
+        elif isinstance(reason, HfHubHTTPError):
+            answer = reason.response
+            says = f"{answer.request.url.path}: HTTP {answer.status_code} {answer.reason_phrase}"
+        elif isinstance(reason, OSError) and reason.errno is not None:
+            raise
+        else:
+            says = one_line(reason)
+        raise ValueError(f"{repo}: {says}") from error
+
+
 class Missing(ValueError):
-    """The hub has no such file or repository."""
-
-
-class Stopped(Exception):
-    """Another thread has failed, or the user wants to end; this one need not say why it ends."""
-
-
-@dataclass(frozen=True)
-class File:
-    """A published file: its `name` in the repository, the `path` it gets here, and what the hub says of it.
-
-    `size` is in bytes; `etag` is the SHA-256 of a large file, the Git hash of a small one.
-    """
-
-    name: str
-    path: Path
-    size: int
-    etag: str
-
-    @property
-    def partial(self) -> Path:
-        """Where it is received; another version of it has another name."""
-        return self.path.with_name(f".{self.path.name}.{re.sub(r'[^0-9a-zA-Z]', '_', self.etag)[:16]}.partial")
-
-    @property
-    def received(self) -> int:
-        """Bytes of it that are here, from this run or an earlier one."""
-        return self.partial.stat().st_size if self.partial.exists() else 0
-
-
-class Sink:
-    """What a file is received into: `file`, the progress `bar`, and an event that ends the transfer."""
-
-    def __init__(self, file: BinaryIO, bar: tqdm, stop: threading.Event) -> None:
-        self.file, self.bar, self.stop = file, bar, stop
-        self.seek, self.tell = file.seek, file.tell
-
-    def count(self, received: int) -> None:
-        """Move the bar on by `received` bytes."""
-        with self.bar.get_lock():
-            self.bar.update(received)
-
-    def write(self, data: bytes) -> None:
-        """Append `data`. Stopped if there is no more use for it."""
-        if self.stop.is_set():
-            raise Stopped
-        self.file.write(data)
-        self.count(len(data))
-
-    def truncate(self) -> None:
-        """Drop what follows the position: the server sends the file from there again."""
-        end = os.fstat(self.file.fileno()).st_size
-        self.file.truncate()
-        self.count(self.file.tell() - end)
-
-
-def is_passing(error: Exception) -> bool:
-    """Whether `error` may be gone a little later: a lost connection, a body cut short, an overloaded server."""
-    if isinstance(error, HfHubHTTPError):
-        return error.response.status_code in (408, 429) or error.response.status_code >= 500
-    cut_short = type(error) is OSError and error.errno is None  # the client's own; those of the system have a number
-    return cut_short or isinstance(error, httpx2.TransportError)
-
-
-def hub_says(error: Exception) -> str:
-    """One line for what went wrong with a request."""
-    if isinstance(error, RepositoryNotFoundError):
-        return "no such repository, or not yours to read (HF_TOKEN)"
-    if isinstance(error, HfHubHTTPError):
-        return f"HTTP {error.response.status_code} {error.response.reason_phrase}"
-    return one_line(error)
+    """The repository has no such file."""
 
 
 class Hub:
-    """Dataset repository `repo` of the hub, all of it at the commit that was current at the first request.
+    """Dataset repository `repo` of the hub at its current commit, `revision`, and its `files` by name."""
 
-    A request is made 1 + `retries` times before it counts as failed, with pauses of 1, 2, 4, ... seconds; one that
-    brought new bytes begins to count anew. Setting `stop` ends all requests.
+    def __init__(self, repo: str) -> None:
+        self.repo, api = repo, HfApi()
+        self.prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
+        with hub_errors(repo):
+            self.revision = api.dataset_info(repo).sha
+            tree = api.list_repo_tree(repo, self.prefix or None, recursive=True, revision=self.revision,
+                                      repo_type="dataset")
+            self.files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
-    Files are received by the client's http_get, which can go on where a killed run has ended. Its hf_hub_download no
-    longer does so, which hurts with 48 GB of documents, and keeps a second copy of everything behind links.
-    """
+    def find(self, name: str) -> RepoFile:
+        """The file that the manifest calls `name`; Missing if there is none."""
+        path = f"{self.prefix}/{name}".lstrip("/")
+        if path not in self.files:
+            raise Missing(f"{self.repo}: {path}: no such file")
+        return self.files[path]
 
-    def __init__(self, repo: str, retries: int, stop: threading.Event) -> None:
-        self.repo, self.retries, self.stop = repo, retries, stop
-        self.revision = "main"
-        self.headers = build_hf_headers() | {"Accept-Encoding": "identity"}  # or a server may ignore where to continue
+    def fetch(self, wanted: dict[Path, RepoFile], vocab_size: int, workers: int) -> dict[Path, str]:
+        """Receive the `wanted` files, each to be had at its path, check them and put them there; their SHA-256.
 
-    def url(self, name: str) -> str:
-        """Where file `name` of the repository is asked for."""
-        return hf_hub_url(self.repo, name, repo_type="dataset", revision=self.revision)
-
-    def insist(self, name: str, request: Callable[[], object], received: Callable[[], int] = lambda: 0) -> object:
-        """`request()`, again after a failure that may pass; `received()` counts the bytes that are here.
-
-        ValueError, naming repository and file, when it fails for good; OSError of the system's as it is.
+        What was received completely by a run that was killed is not received again.
         """
-        failures, before = 0, received()
-        while True:
+        hashes: dict[Path, str] = {}
+
+        def place(path: Path) -> None:
+            new = staged(path, wanted[path])
             try:
-                return request()
-            except (OSError, httpx2.HTTPError, httpx2.InvalidURL) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise
-                status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-                if status == 404 or isinstance(error, RepositoryNotFoundError):
-                    raise Missing(f"{self.repo}: {name}: {hub_says(error)}") from error
-                if received() > before:
-                    failures, before = 0, received()
-                failures += 1
-                if failures > self.retries or not is_passing(error):
-                    tries = f" ({failures} attempts)" if is_passing(error) else ""
-                    raise ValueError(f"{self.repo}: {name}: {hub_says(error)}{tries}") from error
-            if self.stop.wait(min(2 ** (failures - 1), LONGEST_PAUSE)):
-                raise Stopped
+                hashes[path] = check_published(new, wanted[path], vocab_size)
+            except ValueError:
+                new.unlink()
+                raise
+            os.replace(new, path)
 
-    def look_up(self, name: str, path: Path) -> File:
-        """File `name` of the repository, which is to become `path`. Missing if there is none."""
-        metadata = self.insist(name, lambda: get_hf_file_metadata(self.url(name)))
-        if metadata.size is None or not metadata.etag:
-            raise ValueError(f"{self.repo}: {name}: expected its size and ETag from the hub, found "
-                             f"{metadata.size} and {metadata.etag}")
-        if self.revision == "main" and metadata.commit_hash:
-            self.revision = metadata.commit_hash
-        return File(name, path, metadata.size, metadata.etag)
+        for folder in dict.fromkeys(path.parent for path in wanted):
+            paths, staging = [path for path in wanted if path.parent == folder], folder / ".download"
+            for unfinished in staging.rglob("*.incomplete"):
+                unfinished.unlink()
+            with hub_errors(self.repo):
+                snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_dir=staging,
+                                  allow_patterns=[glob.escape(wanted[path].path) for path in paths],
+                                  max_workers=workers)
+            thread_map(place, paths, max_workers=workers, desc="checking", disable=None)
+            shutil.rmtree(staging)
+        return hashes
 
-    def fetch(self, file: File, bar: tqdm) -> None:
-        """Receive what is missing of `file.partial`, removing what was received of other versions."""
-        file.path.parent.mkdir(parents=True, exist_ok=True)
-        for other in file.path.parent.glob(f".{glob.escape(file.path.name)}.*.partial"):
-            if other != file.partial:
-                other.unlink()
 
-        def receive() -> None:
-            if file.received > file.size:
-                file.partial.unlink()
-            with open(file.partial, "ab") as out:
-                start = out.tell()
-                try:
-                    http_get(self.url(file.name), Sink(out, bar, self.stop), resume_size=start, headers=self.headers,
-                             expected_size=file.size)
-                except HfHubHTTPError as error:
-                    if error.response.status_code != 416:
-                        raise
-                    raise OSError(f"expected {file.size} bytes, the server's file ends after {start}") from error
-
-        self.insist(file.name, receive, lambda: file.received)
+def staged(path: Path, published: RepoFile) -> Path:
+    """Where the `published` file is received that is to be had at `path`."""
+    return path.parent / ".download" / published.path
 
 
 # ----- checks
 
 
-def check_hash(path: Path, etag: str) -> str:
-    """SHA-256 of the file at `path`; ValueError unless `etag` is that, or its Git hash, or no hash at all."""
+def check_hash(path: Path, expected: object) -> str:
+    """SHA-256 of the file at `path`; ValueError unless it is the `expected` one."""
     found = file_sha256(path)
-    if SHA256.fullmatch(etag) and found != etag:
-        raise ValueError(f"{path}: expected SHA-256 {etag}, found {found}")
-    if re.fullmatch(r"[0-9a-f]{40}", etag):
-        data = path.read_bytes()  # the hub stores large files by SHA-256
-        git_hash = sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if git_hash != etag:
-            raise ValueError(f"{path}: expected Git hash {etag}, found {git_hash}")
+    if found != expected:
+        raise ValueError(f"{path}: expected SHA-256 {expected}, found {found}")
     return found
 
 
-def check_shard(path: Path, name: str, vocab_size: int) -> int:
-    """Number of tokens of the shard at `path`, which is to be called `name`; ValueError if it is not a sound one."""
-    holds_tokens = SHARD_NAME.fullmatch(name)[1] != "val_bytes"
-    return len(read_shard(path, vocab_size if holds_tokens else None))
+def check_published(path: Path, published: RepoFile, vocab_size: int) -> str:
+    """SHA-256 of the file at `path`; ValueError unless it is the `published` one, and a shard is a sound one."""
+    if published.lfs:
+        digest = check_hash(path, published.lfs.sha256)
+    else:  # the hub knows small files by their Git hash
+        data = path.read_bytes()
+        digest, found = sha256(data).hexdigest(), sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        if found != published.blob_id:
+            raise ValueError(f"{path}: expected Git hash {published.blob_id}, found {found}")
+    check_shard(path, vocab_size)
+    return digest
+
+
+def check_shard(path: Path, vocab_size: int) -> None:
+    """ValueError if the file at `path` has the name of a shard and is not a sound one."""
+    if name := SHARD_NAME.fullmatch(path.name):
+        read_shard(path, None if name[1] == "val_bytes" else vocab_size)
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> int:
@@ -262,62 +194,36 @@ def check_tokenizer(path: Path, vocab_size: int) -> int:
     return tokenizer.bos_id()
 
 
-def read_split(folder: Path, split: str) -> list[np.ndarray]:
-    """The shards of `split` ("train", "val" or "val_bytes") in `folder`, in order; ValueError for an unsound one."""
-    names = sorted(path.name for path in folder.glob(f"fineweb_{split}_*.bin"))
-    return [read_shard(folder / name) for name in names if SHARD_NAME.fullmatch(name)[1] == split]
+def check_counts(folder: Path, entry: dict, bos: int, training: bool) -> None:
+    """ValueError unless the shards in `folder` hold all that their manifest `entry` says.
 
-
-def check_counts(folder: Path, entry: dict, found: dict[str, int]) -> None:
-    """ValueError unless the numbers `found` in the shards of `folder` are those of its manifest `entry`, if it has any.
+    Those of validation are counted in files, tokens, documents (`bos` tokens) and, for CaseOps, bytes; those of
+    `training`, if all are there, in tokens.
     """
-    for key, number in found.items():
-        if entry["stats"].get(key, number) != number:
-            raise ValueError(f"{folder}: the manifest says {key} {entry['stats'][key]}, the shards hold {number}")
-
-
-def check_validation(folder: Path, entry: dict, bos: int) -> None:
-    """ValueError unless the validation shards in `folder` hold all that their manifest `entry` says.
-
-    They are counted in files, tokens, documents (`bos` tokens) and, for CaseOps, bytes.
-    """
-    shards = read_split(folder, "val")
+    stats, shards = entry["stats"], [read_shard(path) for path in find_shards(folder, "val")]
     found = {"files_val": len(shards), "tokens_val": sum(map(len, shards)),
              "docs_val": sum(int(np.count_nonzero(tokens == bos)) for tokens in shards)}
     if entry.get("caseops"):
-        counts = read_split(folder, "val_bytes")
+        counts = [read_shard(path) for path in find_shards(folder, "val_bytes")]
         expected, lengths = list(map(len, shards)), list(map(len, counts))
         if lengths != expected:
             raise ValueError(f"{folder}: expected fineweb_val_bytes_*.bin to count the bytes of {expected} tokens, "
                              f"found {lengths} counts")
         found["bytes_val"] = sum(int(part.sum(dtype=np.int64)) for part in counts)
-    check_counts(folder, entry, found)
-
-
-def check_training(folder: Path, entry: dict) -> None:
-    """ValueError unless the training shards in `folder`, if all are there, hold the tokens their `entry` says."""
-    shards = read_split(folder, "train")
-    if len(shards) == entry["stats"]["files_train"]:
-        check_counts(folder, entry, {"tokens_train": sum(map(len, shards))})
-
-
-def check_docs(out: Path) -> None:
-    """ValueError unless docs_selected.jsonl in `out` has the hash that its source manifest gives."""
-    expected, found = docs_sha256(out), file_sha256(out / DOCS)
-    if found != expected:
-        raise ValueError(f"{out / DOCS}: expected SHA-256 {expected}, found {found}")
+    if training and len(paths := find_shards(folder, "train")) == stats["files_train"]:
+        found["tokens_train"] = sum(len(read_shard(path)) for path in paths)
+    for key, number in found.items():
+        if stats.get(key, number) != number:
+            raise ValueError(f"{folder}: the manifest says {key} {stats[key]}, the shards hold {number}")
 
 
 def docs_sha256(out: Path) -> str:
     """Hash of the documents as their source manifest in `out` gives it; ValueError if it does not."""
     path = out / DOCS_SOURCE
     try:
-        found = json.loads(path.read_bytes())["docs_sha256"]
-    except (ValueError, KeyError, TypeError):
-        found = None
-    if not isinstance(found, str):
-        raise ValueError(f"{path}: expected a JSON object with docs_sha256")
-    return found
+        return str(json.loads(path.read_bytes())["docs_sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected a JSON object with docs_sha256") from error
 
 
 # ----- the manifest
@@ -325,14 +231,14 @@ def docs_sha256(out: Path) -> str:
 
 def variant_name(text: str) -> str:
     """The command-line value, if it names a variant; ValueError otherwise."""
-    if not re.fullmatch(VARIANT, text):
+    if not VARIANT.fullmatch(text):
         raise ValueError
     return text
 
 
 def vocabulary(variant: str) -> int:
     """Number of pieces of the variant's tokenizer."""
-    return int(re.match(r"sp(\d+)", variant)[1])
+    return int(VARIANT.fullmatch(variant)[1])
 
 
 def repository(variant: str) -> str:
@@ -368,258 +274,168 @@ def published_entries(manifest: dict, variant: str, where: str) -> tuple[dict, d
     return entry, tokenizer
 
 
-def local_entry(published: dict, variant: str, manifest: dict, hub: Hub) -> dict:
-    """The data set's entry for the manifest here: without paths, but with where it comes from."""
-    entry = {key: value for key, value in published.items() if key not in ("path", "train_glob", "val_glob")}
+def local_entries(published: tuple[dict, dict], manifest: dict, variant: str, hub: Hub) -> tuple[dict, dict]:
+    """The `published` entries of data set and tokenizer for the manifest here, with where they come from.
+
+    The tokenizer of `sp<V>_caseops` gets the name train_gpt.py looks for.
+    """
+    entry = {key: value for key, value in published[0].items() if key not in ("path", "train_glob", "val_glob")}
     entry |= {"name": f"fineweb10B_{variant}", "repo": hub.repo, "revision": hub.revision}
-    if "caseops" in published["name"]:
+    if "caseops" in published[0]["name"]:
         entry["caseops"] = True
     docs = manifest.get("docs_meta")
     if isinstance(docs, dict) and docs.get("docs_sha256"):
         entry["docs_sha256"] = docs["docs_sha256"]
-    return entry
+    tokenizer = dict(published[1])
+    if variant == f"sp{vocabulary(variant)}_caseops":
+        name = f"fineweb_{vocabulary(variant)}_bpe_caseops"
+        tokenizer |= {"name": name, "model_path": f"tokenizers/{name}.model"}
+        if tokenizer.get("vocab_path"):
+            tokenizer["vocab_path"] = f"tokenizers/{name}.vocab"
+    entry["tokenizer_name"] = tokenizer["name"]
+    return entry, tokenizer
 
 
-def local_tokenizer(published: dict, variant: str) -> dict:
-    """The tokenizer's entry for the manifest here: that of `sp<V>_caseops` gets the name train_gpt.py looks for."""
-    if variant != f"sp{vocabulary(variant)}_caseops":
-        return dict(published)
-    name = f"fineweb_{vocabulary(variant)}_bpe_caseops"
-    entry = published | {"name": name, "model_path": f"tokenizers/{name}.model"}
-    if published.get("vocab_path"):
-        entry["vocab_path"] = f"tokenizers/{name}.vocab"
-    return entry
-
-
-def shard_names(split: str, count: int) -> list[str]:
-    """Names of the first `count` shards of `split`."""
-    return [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
-
-
-def strangers(folder: Path, entry: dict) -> dict[str, str]:
-    """Shards in `folder` that are not part of the published set `entry`, which a run would take along; and what to do.
-    """
+def strangers(folder: Path, entry: dict) -> list[Path]:
+    """Shards in `folder` that are not part of the published set `entry`, and that a run would take along."""
     stats = entry["stats"]
-    names = set(shard_names("train", stats["files_train"]) + shard_names("val", stats["files_val"]))
+    names = {*shard_names("train", stats["files_train"]), *shard_names("val", stats["files_val"])}
     names.update(shard_names("val_bytes", stats["files_val"]) if entry.get("caseops") else ())
-    found = sorted(path.name for path in folder.glob("fineweb_*.bin") if path.name not in names)
-    return {name: f"{folder / name}: not part of the published set (a run would read it); remove it" for name in found}
+    return sorted(path for path in folder.glob("fineweb_*.bin") if path.name not in names)
+
+
+def check_folder(out: Path, entry: dict, tokenizer: dict) -> None:
+    """ValueError if the published set would replace what data/tokenize_docs.py made, or mix with other shards."""
+    manifest = read_manifest(out / "manifest.json")
+    listed(find_entry(manifest, "datasets", entry["name"]) or {}, out / "manifest.json")
+    for other in manifest["datasets"]:
+        used = find_entry(manifest, "tokenizers", other.get("tokenizer_name")) or {}
+        same = other["name"] == entry["name"] or used.get("model_path") == tokenizer["model_path"]
+        if same and "shard_files" in other and "repo" not in other:
+            raise ValueError(f"{out}: {other['name']} was made by data/tokenize_docs.py and would lose its shards or "
+                             "its tokenizer; --out takes another place")
+    for path in strangers(out / "datasets" / entry["name"], entry):
+        raise ValueError(f"{path}: {NO_PART}")
+
+
+def listed(entry: dict, where: Path) -> dict[str, dict]:
+    """What the `entry` of a data set, in the manifest `where`, says of each shard; ValueError if that is no list."""
+    try:
+        return {shard["name"]: dict(shard) for shard in entry.get("shard_files", ())}
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{where}: {entry['name']}: expected shard_files, a list of objects with a name") from error
+
+
+def record(out: Path, entry: dict, tokenizer: dict, wanted: Iterable[Path], hashes: dict[Path, str]) -> None:
+    """Put both entries in the manifest in `out`, with the `hashes` of their files; what else it lists stays.
+
+    Shards that an earlier run listed stay too, unless they are `wanted` and, without a hash, not found right.
+    """
+    manifest, folder = read_manifest(out / "manifest.json"), out / "datasets" / entry["name"]
+    old = listed(find_entry(manifest, "datasets", entry["name"]) or {}, out / "manifest.json")
+    shards = {folder / name: shard for name, shard in old.items() if folder / name not in wanted}
+    shards = {path: shard for path, shard in shards.items() if path.exists()}
+    for path, digest in hashes.items():
+        if path.parent == folder:
+            shards[path] = {"name": path.name, "tokens": len(read_shard(path)), "sha256": digest}
+    entry["shard_files"] = [shards[path] for path in sorted(shards)]
+    tokenizer["sha256"] = {path.name: digest for path, digest in hashes.items() if path.parent.name == "tokenizers"}
+    merge_manifest(manifest, "datasets", entry)
+    merge_manifest(manifest, "tokenizers", tokenizer)
+    write_manifest(out / "manifest.json", manifest)
 
 
 # ----- the download
 
 
-class Download:
-    """One run of the program: what to fetch, where to, and what is known of each file.
+def is_right(path: Path, published: RepoFile, vocab_size: int) -> str | None:
+    """SHA-256 of the `published` file at `path`; None if it is not there or wrong, or only linked to."""
+    try:
+        return None if path.is_symlink() else check_published(path, published, vocab_size)
+    except (FileNotFoundError, ValueError):
+        return None
 
-    `hashes` gives the SHA-256 of every file below `out` that was found right; `wrong` were not there, or not right.
-    """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.out, self.variant, self.vocab_size = args.out, args.variant, vocabulary(args.variant)
-        self.stop = threading.Event()
-        self.pool = ThreadPoolExecutor(args.workers)
-        self.prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
-        self.hub = Hub(repository(self.variant), args.retries, self.stop)
-        self.retries = args.retries
-        self.hashes: dict[Path, str] = {}
-        self.wrong: set[Path] = set()
-
-    def parallel(self, function: Callable, items: Iterable, label: str | None = None) -> list:
-        """`function` of every item on the pool's threads, in order; the first failure ends the others and is raised."""
-        futures = [self.pool.submit(function, item) for item in items]
-        try:
-            for future in tqdm(as_completed(futures), label, len(futures), disable=None if label else True):
-                future.result()
-        except BaseException:
-            self.stop.set()
-            self.pool.shutdown(wait=False, cancel_futures=True)
+def find_docs(hub: Hub, args: argparse.Namespace) -> tuple[Hub, dict[Path, RepoFile]]:
+    """The published documents and the repository that has them; their source manifest is fetched here already."""
+    try:
+        source = hub.find(DOCS_SOURCE)
+    except Missing:
+        if "MATCHED_FINEWEB_REPO_ID" in os.environ:
             raise
-        return [future.result() for future in futures]
-
-    def remote(self, name: str) -> str:
-        """Name in the repository of the published file `name`."""
-        return f"{self.prefix}/{name}" if self.prefix else name
-
-    def check(self, path: Path, file: File) -> None:
-        """ValueError unless `path` holds `file`, and a shard is a sound one."""
-        if path.stat().st_size != file.size:
-            raise ValueError(f"{path}: expected {file.size} bytes, found {path.stat().st_size}")
-        digest = check_hash(path, file.etag)
-        if SHARD_NAME.fullmatch(file.path.name):
-            check_shard(path, file.path.name, self.vocab_size)
-        self.hashes[file.path] = digest
-
-    def is_here(self, file: File) -> bool:
-        """Whether `file` stands under its final name, as it should be; one that is wrong stays until it is replaced."""
-        if file.path.is_file() and not file.path.is_symlink():
-            try:
-                self.check(file.path, file)
-                return True
-            except ValueError:
-                pass
-        self.wrong.add(file.path)
-        return False
-
-    def obtain(self, hub: Hub, file: File, bar: tqdm) -> None:
-        """Fetch `file`, check it, and give it its name, from which it takes what stood there."""
-        hub.fetch(file, bar)
-        try:
-            self.check(file.partial, file)
-        except ValueError:
-            file.partial.unlink()
-            raise
-        os.replace(file.partial, file.path)
-
-    def published_manifest(self) -> dict:
-        """The repository's manifest, read and not kept."""
-        file = self.hub.look_up(self.remote("manifest.json"), self.out / "published_manifest.json")
-        self.hub.fetch(file, tqdm(disable=True))
-        try:
-            check_hash(file.partial, file.etag)
-            return read_manifest(file.partial)
-        finally:
-            file.partial.unlink()
-
-    def find_docs(self) -> tuple[Hub, File]:
-        """The published documents and the repository that has them; their source manifest is fetched here already."""
-        hub = self.hub
-        try:
-            source = hub.look_up(self.remote(DOCS_SOURCE), self.out / DOCS_SOURCE)
-        except Missing:
-            if "MATCHED_FINEWEB_REPO_ID" in os.environ:
-                raise
-            hub = Hub(DEFAULT_REPO, self.retries, self.stop)  # has the documents all variants are made of
-            source = hub.look_up(self.remote(DOCS_SOURCE), self.out / DOCS_SOURCE)
-        docs = hub.look_up(self.remote(DOCS), self.out / DOCS)
-        if not self.is_here(source):
-            self.obtain(hub, source, tqdm(disable=True))
-        expected = docs_sha256(self.out)
-        if SHA256.fullmatch(docs.etag) and docs.etag != expected:
-            raise ValueError(f"{hub.repo}: {docs.name}: expected SHA-256 {expected} as in {DOCS_SOURCE}, found "
-                             f"{docs.etag}")
-        return hub, replace(docs, etag=expected)
-
-    def record(self, entry: dict, tokenizer: dict) -> None:
-        """Put both entries, with the hashes of their files, in the manifest here; what else it lists stays."""
-        manifest = read_manifest(self.out / "manifest.json")
-        folder = self.out / "datasets" / entry["name"]
-        old = find_entry(manifest, "datasets", entry["name"]) or {}
-        shards = {shard["name"]: shard for shard in old.get("shard_files", ())
-                  if (path := folder / shard["name"]).exists() and path not in self.wrong}
-        for file, digest in self.hashes.items():
-            if file.parent == folder:
-                shards[file.name] = {"name": file.name, "tokens": len(read_shard(file)), "sha256": digest}
-        entry["shard_files"] = [shards[name] for name in sorted(shards)]
-        tokenizer["sha256"] = {file.name: digest for file, digest in self.hashes.items()
-                               if file.parent == self.out / "tokenizers"}
-        merge_manifest(manifest, "datasets", entry)
-        merge_manifest(manifest, "tokenizers", tokenizer)
-        write_manifest(self.out / "manifest.json", manifest)
-
-    def run(self, train_shards: int | None, with_docs: bool) -> None:
-        """Fetch what is missing. ValueError or OSError if something cannot be had, or is not what it should be."""
-        manifest = self.published_manifest()
-        published, published_tokenizer = published_entries(manifest, self.variant,
-                                                           f"{self.hub.repo}: {self.remote('manifest.json')}")
-        entry = local_entry(published, self.variant, manifest, self.hub)
-        tokenizer = local_tokenizer(published_tokenizer, self.variant)
-        entry["tokenizer_name"] = tokenizer["name"]
-        stats, folder = entry["stats"], self.out / "datasets" / entry["name"]
-        count = min(DEFAULT_TRAIN_SHARDS, stats["files_train"]) if train_shards is None else train_shards
-        if count > stats["files_train"]:
-            raise ValueError(f"--train-shards: expected at most {stats['files_train']} for {published['name']}, found "
-                             f"{count}")
-        self.check_folder(folder, entry, tokenizer["model_path"])
-
-        names = shard_names("val", stats["files_val"]) + shard_names("train", count)
-        if entry.get("caseops"):
-            names += shard_names("val_bytes", stats["files_val"])
-        model = self.out / tokenizer["model_path"]
-        wanted = [(published_tokenizer[key], self.out / "tokenizers" / Path(tokenizer[key]).name)
-                  for key in ("model_path", "vocab_path") if tokenizer.get(key)]
-        wanted += [(f"datasets/{published['name']}/{name}", folder / name) for name in names]
-        files = self.parallel(lambda item: self.hub.look_up(self.remote(item[0]), item[1]), wanted)
-        sources = [(self.hub, file) for file in files] + ([self.find_docs()] if with_docs else [])
-        here = self.parallel(lambda source: self.is_here(source[1]), sources, "checking")
-        missing = [source for source, there in zip(sources, here) if not there]
-        self.check_space([file for _, file in missing])
-
-        with self.progress([file for _, file in missing]) as bar:
-            # The validation set is whole and in the manifest before the first training shard is fetched.
-            self.parallel(lambda source: self.obtain(*source, bar), [s for s in missing if not is_bulk(s[1])])
-            check_validation(folder, entry, check_tokenizer(model, self.vocab_size))
-            self.record(entry, tokenizer)
-            self.parallel(lambda source: self.obtain(*source, bar), [s for s in missing if is_bulk(s[1])])
-        check_training(folder, entry)
-        self.record(entry, tokenizer)
-        more = len(read_split(folder, "train")) - count
-        print(f"{folder}: {count} training shards{f' (and {more} more that were here)' if more else ''}, "
-              f"{stats['files_val']} of validation, {self.vocab_size} pieces: all verified")
-
-    def check_folder(self, folder: Path, entry: dict, model_path: str) -> None:
-        """ValueError if the published set would replace what data/tokenize_docs.py made, or mix with other shards."""
-        manifest = read_manifest(self.out / "manifest.json")
-        for other in manifest["datasets"]:
-            if "shard_files" in other and "repo" not in other:
-                tokenizer = find_entry(manifest, "tokenizers", other.get("tokenizer_name")) or {}
-                if other["name"] == entry["name"] or tokenizer.get("model_path") == model_path:
-                    raise ValueError(f"{folder}: {other['name']} was made by data/tokenize_docs.py and would lose its "
-                                     "shards or its tokenizer; --out takes another place")
-        for reason in strangers(folder, entry).values():
-            raise ValueError(reason)
-
-    def check_space(self, missing: list[File]) -> None:
-        """Say how much is to be fetched; ValueError if a disk has less room."""
-        needed = Counter()  # by folder, then by disk: one of them may be a link to elsewhere
-        for file in missing:
-            file.path.parent.mkdir(parents=True, exist_ok=True)
-            needed[file.path.parent] += max(0, file.size - file.received)
-        folders = {os.stat(folder).st_dev: folder for folder in (self.out, *needed)}
-        for device, folder in folders.items():
-            here = sum(size for other, size in needed.items() if os.stat(other).st_dev == device)
-            numbers = f"{here / 1e9:,.3f} GB needed, {shutil.disk_usage(folder).free / 1e9:,.3f} GB free"
-            if here > shutil.disk_usage(folder).free:
-                raise ValueError(f"{folder}: not enough disk space: {numbers}")
-            print(f"{folder}: {numbers}", flush=True)
-        print(f"{len(missing)} files to fetch from {self.hub.repo} at {self.hub.revision[:7]}", flush=True)
-
-    def progress(self, missing: list[File]) -> tqdm:
-        """Progress bar over the bytes of `missing`; none where nobody looks at it."""
-        return tqdm(total=sum(file.size for file in missing), initial=sum(file.received for file in missing),
-                    desc=self.variant, unit="B", unit_scale=True, disable=None)
+        hub = Hub(DEFAULT_REPO)  # has the documents all variants are made of
+        source = hub.find(DOCS_SOURCE)
+    docs = hub.find(DOCS)
+    hub.fetch({args.out / DOCS_SOURCE: source}, 0, args.workers)
+    expected, found = docs_sha256(args.out), docs.lfs.sha256 if docs.lfs else None
+    if found != expected:
+        raise ValueError(f"{hub.repo}: {DOCS}: expected SHA-256 {expected} as in {DOCS_SOURCE}, found {found}")
+    return hub, {args.out / DOCS: docs}
 
 
-def is_bulk(file: File) -> bool:
-    """Whether `file` waits until the validation set is here and right: training shards and documents."""
-    return file.path.name.startswith("fineweb_train_") or file.path.name == DOCS
+def check_space(missing: dict[Path, RepoFile]) -> None:
+    """Say how much is to be received; ValueError if a disk has less room."""
+    disks, needed = {}, Counter()
+    for path, published in missing.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        disk = path.parent.stat().st_dev  # a folder may be a link to elsewhere
+        disks[disk] = path.parent
+        needed[disk] += 0 if staged(path, published).exists() else published.size
+    for disk, folder in disks.items():
+        free = shutil.disk_usage(folder).free
+        numbers = f"{needed[disk] / 1e9:,.3f} GB needed, {free / 1e9:,.3f} GB free"
+        if needed[disk] > free:
+            raise ValueError(f"{folder}: not enough disk space: {numbers}")
+        print(f"{folder}: {numbers}", flush=True)
+
+
+def download(args: argparse.Namespace) -> None:
+    """Fetch what is missing. ValueError or OSError if something cannot be had, or is not what it should be."""
+    out, vocab_size, hub = args.out, vocabulary(args.variant), Hub(repository(args.variant))
+    path = out / ".published_manifest.json"
+    hub.fetch({path: hub.find("manifest.json")}, vocab_size, 1)
+    try:
+        manifest = read_manifest(path)
+    finally:
+        path.unlink()
+    published = published_entries(manifest, args.variant, f"{hub.repo}: {hub.prefix}/manifest.json")
+    entry, tokenizer = local_entries(published, manifest, args.variant, hub)
+    stats, folder = entry["stats"], out / "datasets" / entry["name"]
+    count = min(DEFAULT_TRAIN_SHARDS, stats["files_train"]) if args.train_shards is None else args.train_shards
+    if count > stats["files_train"]:
+        raise ValueError(f"--train-shards: expected at most {stats['files_train']} for {published[0]['name']}, found "
+                         f"{count}")
+    check_folder(out, entry, tokenizer)
+
+    def shards(split: str, number: int) -> dict[Path, RepoFile]:
+        return {folder / name: hub.find(f"datasets/{published[0]['name']}/{name}")
+                for name in shard_names(split, number)}
+
+    first = {out / tokenizer[key]: hub.find(published[1][key]) for key in ("model_path", "vocab_path")
+             if tokenizer.get(key)}
+    first |= shards("val", stats["files_val"])
+    first |= shards("val_bytes", stats["files_val"]) if entry.get("caseops") else {}
+    train = shards("train", count)
+    docs_hub, docs = find_docs(hub, args) if args.with_docs else (hub, {})
+    wanted = first | train | docs
+    digests = thread_map(lambda path: is_right(path, wanted[path], vocab_size), wanted, max_workers=args.workers,
+                         desc="checking", disable=None)
+    hashes = {path: digest for path, digest in zip(wanted, digests) if digest}
+    check_space({path: wanted[path] for path in wanted if path not in hashes})
+
+    # The validation set is whole and in the manifest before the first training shard is received.
+    for source, files in ((hub, first), (hub, train), (docs_hub, docs)):
+        missing = {path: files[path] for path in files if path not in hashes}
+        hashes |= source.fetch(missing, vocab_size, args.workers)
+        bos = check_tokenizer(out / tokenizer["model_path"], vocab_size)
+        check_counts(folder, entry, bos, training=files is not first)
+        record(out, entry, tokenizer, wanted, hashes)
+    more = len(find_shards(folder, "train")) - count
+    print(f"{folder}: {count} training shards{f' (and {more} more that were here)' if more else ''}, "
+          f"{stats['files_val']} of validation, {vocab_size} pieces: all verified")
 
 
 # ----- what is here
-
-
-def fault(check: Callable, *arguments: object) -> str | None:
-    """What `check` of these arguments objects to, in one line; None if it is content."""
-    try:
-        check(*arguments)
-    except (OSError, ValueError) as error:
-        return one_line(error)
-    return None
-
-
-def check_recorded(path: Path, digest: object, where: Path) -> None:
-    """ValueError unless `digest`, of the manifest at `where`, is a SHA-256, and that of the file at `path`."""
-    if not isinstance(digest, str) or not SHA256.fullmatch(digest):
-        raise ValueError(f"{path}: expected its sha256, of 64 digits, in {where}, found {digest}; download again")
-    check_hash(path, digest)
-
-
-def shards_listed(entry: dict, where: Path) -> dict[str, dict]:
-    """What `entry` of the manifest at `where` says of each shard, by name; ValueError if that cannot be understood."""
-    try:
-        return {shard["name"]: dict(shard) for shard in entry.get("shard_files", ())}
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {entry['name']}: expected shard_files, a list of objects with a name") from error
 
 
 def faults_of_set(out: Path, manifest: dict, variant: str, train_shards: int, workers: int) -> list[str]:
@@ -629,69 +445,67 @@ def faults_of_set(out: Path, manifest: dict, variant: str, train_shards: int, wo
     """
     where = out / "manifest.json"
     entry, tokenizer = published_entries(manifest, variant, str(where))
-    folder, vocab_size, listed = out / "datasets" / entry["name"], vocabulary(variant), shards_listed(entry, where)
+    folder, vocab_size = out / "datasets" / entry["name"], vocabulary(variant)
+    known = tokenizer["sha256"] if isinstance(tokenizer.get("sha256"), dict) else {}
+    digests = {folder / name: shard.get("sha256") for name, shard in listed(entry, where).items()}
+    digests |= {out / tokenizer[key]: None for key in ("model_path", "vocab_path") if tokenizer.get(key)}
+    digests |= {out / "tokenizers" / name: digest for name, digest in known.items()}
     strange = strangers(folder, entry)
-    present = {file.name for file in folder.glob("fineweb_*.bin")} - strange.keys()
-    validation = ["val", "val_bytes"] if entry.get("caseops") else ["val"]
-    wanted = [name for split in validation for name in shard_names(split, entry["stats"]["files_val"])]
-    wanted = {*wanted, *shard_names("train", train_shards), *listed} - strange.keys()
+    here = {path.name for path in folder.glob("fineweb_*.bin") if path not in strange}
+    last = max((int(name[14:20]) for name in here if name.startswith("fineweb_train_")), default=-1)
+    names = shard_names("val", entry["stats"]["files_val"]) + shard_names("train", max(train_shards, last + 1))
+    if entry.get("caseops"):
+        names += shard_names("val_bytes", entry["stats"]["files_val"])
 
-    def check(name: str) -> None:
-        path, known = folder / name, listed.get(name)
-        if name not in present:
-            raise ValueError(f"{path}: no such file; download again")
-        if known is None:
-            raise ValueError(f"{path}: not listed in {where} (an interrupted download?); download again")
-        check_recorded(path, known.get("sha256"), where)
-        if (tokens := check_shard(path, name, vocab_size)) != known.get("tokens"):
-            raise ValueError(f"{path}: expected {known.get('tokens')} tokens, as {where} says, found {tokens}")
+    def fault(path: Path) -> str | None:
+        try:
+            if path.exists() and not SHA256.fullmatch(str(digests.get(path))):
+                raise ValueError(f"{path}: expected its sha256 in {where}, found {digests.get(path)} (an interrupted "
+                                 "download?); download again")
+            check_hash(path, digests.get(path))
+            check_shard(path, vocab_size)
+        except (OSError, ValueError) as error:
+            return one_line(error)
 
-    names = sorted(present | wanted)
-    with ThreadPoolExecutor(workers) as pool:
-        checked = pool.map(lambda name: fault(check, name), names)
-        found = [*strange.values(), *tqdm(checked, "checking", len(names), disable=None)]
-    digests = tokenizer.get("sha256", {})
-    digests = digests if isinstance(digests, dict) else {}
-    files = {Path(tokenizer[key]).name for key in ("model_path", "vocab_path") if tokenizer.get(key)}
-    for name in sorted(digests.keys() | (files if "repo" in entry else ())):
-        found.append(fault(check_recorded, out / "tokenizers" / name, digests.get(name), where))
-    if not any(found):  # what follows is of all files together
-        found.append(fault(lambda: check_validation(folder, entry, check_tokenizer(out / tokenizer["model_path"],
-                                                                                   vocab_size))))
-        found.append(fault(check_training, folder, entry))
-    if not any(found):
-        print(f"{folder}: {len(listed)} shards and the tokenizer are as published")
-    return [reason for reason in found if reason]
+    paths = sorted(digests.keys() | {folder / name for name in names})
+    found = [f"{path}: {NO_PART}" for path in strange]
+    found += filter(None, thread_map(fault, paths, max_workers=workers, desc="checking", disable=None))
+    if not found:  # what follows is of all files together
+        check_counts(folder, entry, check_tokenizer(out / tokenizer["model_path"], vocab_size), training=True)
+        print(f"{folder}: {len(entry['shard_files'])} shards and the tokenizer are as published")
+    return found
 
 
-def verify(out: Path, variant: str | None, train_shards: int | None, with_docs: bool, workers: int) -> None:
-    """Check again everything the manifest in `out` lists of `variant`, or of every set that was downloaded.
+def verify(args: argparse.Namespace) -> None:
+    """Check again all that the manifest lists of a variant, or of every set that was downloaded.
 
     Each fault becomes a line on stdout; ValueError, at the end, if there was one.
     """
-    manifest = read_manifest(out / "manifest.json")
-    variants = [variant] if variant else [str(entry["name"]).removeprefix("fineweb10B_")
-                                          for entry in manifest["datasets"] if "repo" in entry]
+    where = args.out / "manifest.json"
+    manifest, found = read_manifest(where), []
+    variants = [args.variant] if args.variant else [str(entry["name"]).removeprefix("fineweb10B_")
+                                                    for entry in manifest["datasets"] if "repo" in entry]
     if not variants:
-        raise ValueError(f"{out / 'manifest.json'}: expected a downloaded data set, found none")
-    found = []
-    for each in variants:
+        raise ValueError(f"{where}: expected a downloaded data set, found none")
+    for variant in variants:
         try:
-            if not re.fullmatch(VARIANT, each):
-                raise ValueError(f"{out / 'manifest.json'}: {each}: expected the name fineweb10B_sp<vocabulary size>")
-            found += faults_of_set(out, manifest, each, train_shards or 0, workers)
-        except ValueError as error:
+            if not VARIANT.fullmatch(variant):
+                raise ValueError(f"{where}: {variant}: expected the name fineweb10B_sp<vocabulary size>")
+            found += faults_of_set(args.out, manifest, variant, args.train_shards or 0, args.workers)
+        except (OSError, ValueError) as error:
             found.append(one_line(error))
-    if with_docs and (reason := fault(check_docs, out)):
-        found.append(reason)
-    elif with_docs:
-        print(f"{out / DOCS}: as published")
+    if args.with_docs:
+        try:
+            check_hash(args.out / DOCS, docs_sha256(args.out))
+            print(f"{args.out / DOCS}: as published")
+        except (OSError, ValueError) as error:
+            found.append(one_line(error))
     found = list(dict.fromkeys(found))  # two sets may share a tokenizer
     for reason in found:
         print(f"bad: {reason}", flush=True)
     if found:
-        raise ValueError(found[0] if len(found) == 1 else f"{len(found)} faults, each a line above; the first: "
-                                                          f"{found[0]}")
+        others = f"{len(found)} faults, each a line above; the first: " if len(found) > 1 else ""
+        raise ValueError(others + found[0])
 
 
 # ----- command line
@@ -722,27 +536,31 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, metavar="DIR",
                         help="folder of datasets/, tokenizers/ and manifest.json (default: that of this script)")
     parser.add_argument("--workers", type=at_least(1), default=8, metavar="N", help="files at a time (default: 8)")
-    parser.add_argument("--retries", type=at_least(0), default=5, metavar="N",
-                        help="attempts after the first that brought nothing (default: 5)")
-    interrupt_on_sigterm()
-    disable_progress_bars()
     hub_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        disable_progress_bars()  # those of the client, which ours leave out by themselves
     try:
         args = parser.parse_args(argv)
         if args.verify:
-            verify(args.out, args.variant, args.train_shards, args.with_docs, args.workers)
+            verify(args)
             return 0
         args.variant = args.variant or DEFAULT_VARIANT
         args.out.mkdir(parents=True, exist_ok=True)
         with only_one(args.out):
-            Download(args).run(args.train_shards, args.with_docs)
-    except (OSError, ValueError, MemoryError, KeyboardInterrupt) as error:
+            download(args)
+    except (OSError, ValueError, MemoryError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     return 0
 
 
+def end_at_once(*_: object) -> None:
+    """Handler of Ctrl-C and SIGTERM: the client's threads would receive their files to the end first."""
+    print("error: interrupted", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status)  # a thread that waits for the network cannot be told to end
+    signal.signal(signal.SIGINT, end_at_once)
+    signal.signal(signal.SIGTERM, end_at_once)
+    sys.exit(main())

@@ -1,6 +1,7 @@
 """The shard format and the manifest in one place, and how the data tools put files in place.
 
 A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then little-endian uint16 tokens.
+Those of a split are called fineweb_<split>_<6 digits>.bin and numbered from 0; val_bytes counts the bytes of val.
 The manifest lists the data sets and tokenizers of a folder, by name; what else it says is kept as it is.
 """
 
@@ -8,11 +9,12 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,6 +25,7 @@ VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAX_VOCAB = 1 << 16  # a token is a uint16
+SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_([0-9]{6})\.bin")
 
 
 @contextmanager
@@ -83,13 +86,35 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
     return tokens
 
 
+def shard_names(split: str, count: int) -> list[str]:
+    """Names of the first `count` shards of `split`: "train", "val" or "val_bytes"."""
+    return [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
+
+
+def strange_shards(folder: Path) -> list[Path]:
+    """Files in `folder` that look like shards and have no such name: copies, or numbers of another width."""
+    return [path for path in sorted(folder.glob("fineweb_*.bin")) if not SHARD_NAME.fullmatch(path.name)]
+
+
+def find_shards(folder: Path, split: str) -> list[Path]:
+    """Paths of the shards of `split` in `folder`, in order.
+
+    ValueError, naming the file, for one that only looks like a shard, and for a gap in the numbers.
+    """
+    for path in strange_shards(folder):
+        raise ValueError(f"{path}: not the name of a shard, which is fineweb_<split>_<6 digits>.bin; remove it")
+    found = sorted(path.name for path in folder.glob("fineweb_*.bin") if SHARD_NAME.fullmatch(path.name)[1] == split)
+    for name, expected in zip(found, shard_names(split, len(found))):
+        if name != expected:
+            raise ValueError(f"{folder / expected}: no such file, but {name} is there; shards are numbered from 0 "
+                             "without a gap")
+    return [folder / name for name in found]
+
+
 def file_sha256(path: str | os.PathLike) -> str:
     """SHA-256 of a file, in hexadecimal. Raises OSError."""
-    digest = sha256()
     with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return file_digest(file, "sha256").hexdigest()
 
 
 def read_manifest(path: Path) -> dict:

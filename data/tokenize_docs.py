@@ -8,8 +8,8 @@ Notable features:
 - with CaseOps, transforms the documents first, and writes the bytes of each validation token beside the shards
 - splits the published documents as the challenge does: the first 50,000 are validation, and no others
 - refuses a tokenizer whose bytes cannot be counted exactly, and training shards that know the validation documents
-- encodes on all cores with bounded memory; the output does not depend on the number of workers
-- goes on where a killed run ended, with the same output; a data set appears whole or not at all, the manifest last
+- encodes on all cores with bounded memory; the output does not depend on their number
+- a data set appears whole or not at all, the manifest last
 
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --name mine_sp8192 --vocab-size 8192
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --specs tokenizers.json
@@ -31,7 +31,7 @@ tokenizers.json is a list of one object a data set: its "name" (or none, for loc
     [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"},
      {"name": "mine_sp8192", "vocab_size": 8192, "caseops": true}]
 
-What is unfinished stands in datasets/.tokenize. The same command goes on with it, another one begins anew.
+What is unfinished stands in datasets/.tokenize, which goes when the program ends or, killed, when it runs again.
 """
 
 import argparse
@@ -40,23 +40,16 @@ import heapq
 import io
 import json
 import lzma
-import multiprocessing
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
-import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
-from itertools import count, islice
-from multiprocessing.connection import wait
+from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
@@ -77,14 +70,16 @@ from shards import (
     read_manifest,
     read_shard,
     shard_header,
+    shard_names,
     write_manifest,
 )
 from tqdm import tqdm
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # of train_gpt, imported late: it takes torch along
+
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces
 DEFAULT_VAL_DOCS = 50_000  # of the published documents
-SAVE_SECONDS = 1  # a killed run has this much to do again
 TRAINER_SENTENCE_CHARS = 30_000  # the trainer stores positions in 16 bits and drops what is too long
 ROUND_TRIP_PROBES = (
     "plain", " leading", "trailing ", "two  spaces", "a\nb\n\n c\r\n", "\ttab\t", "7 + 1234.5", "na\u00efve e\u0301",
@@ -202,12 +197,6 @@ class Sources:
             raise ValueError(f"{self.docs}: expected SHA-256 {expected}, as its source manifest says, found "
                              f"{self.docs_sha256}")
 
-    def identity(self) -> list:
-        """What changes when the documents may have."""
-        stats = [path.stat() for path in self.paths]
-        files = [[str(path.resolve()), stat.st_size, stat.st_mtime_ns] for path, stat in zip(self.paths, stats)]
-        return [files, len(self.val), self.val_docs, self.published]
-
 
 def hash64(data: bytes) -> int:
     """64-bit hash of `data`, the same in every run."""
@@ -233,10 +222,10 @@ def sample_texts(sources: Sources, sample_bytes: int) -> list[str]:
     return [text for _, _, text in sorted(heap, reverse=True)]
 
 
-def progress(sources: Sources, label: str, done: int = 0) -> tqdm:
-    """Progress bar over the bytes of the documents on disk, `done` of them already; none where nobody looks at it."""
+def progress(sources: Sources, label: str) -> tqdm:
+    """Progress bar over the bytes of the documents on disk; none where nobody looks at it."""
     total = sum(os.path.getsize(path) for path in sources.paths)
-    return tqdm(total=total, desc=label, initial=done, unit="B", unit_scale=True, disable=None)
+    return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None)
 
 
 def train_tokenizer(sample: Iterable[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
@@ -368,40 +357,39 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes documents with the serialized `model`, transformed if `caseops`; can be sent to another process."""
+    """Encodes documents with the serialized `model`, transformed if `caseops`, on `threads` threads of SentencePiece.
+    """
 
-    def __init__(self, model: bytes, name: str, caseops: bool = False) -> None:
-        self.model, self.name, self.caseops = model, name, caseops
+    def __init__(self, model: bytes, name: str, caseops: bool = False, threads: int = 1) -> None:
+        self.model, self.name, self.caseops, self.threads = model, name, caseops, threads
         self.tokenizer = load_tokenizer(model, name, caseops)
         self.tables = piece_bytes(self.tokenizer)
-
-    def __reduce__(self) -> tuple:
-        return Encoder, (self.model, self.name, self.caseops)
 
     def counted_bytes(self, tokens: np.ndarray) -> int:
         """Bytes the scorer will count for the document `tokens` (count,), BOS first, without CaseOps."""
         size, space, boundary = self.tables
         return int(size[tokens[1:]].sum() + (space[tokens[1:]] & ~boundary[tokens[:-1]]).sum())
 
+    def encode(self, documents: list[str], split: str) -> tuple[list[list[int]], list[np.ndarray]]:
+        """Token ids of each of the `documents`, and what each id is charged where that does not follow from the ids."""
+        if self.caseops and split == "val":
+            pairs = [token_bytes(self.tokenizer, text) for text in documents]
+            return [ids.tolist() for ids, _ in pairs], [charged for _, charged in pairs]
+        documents = [transform(text) for text in documents] if self.caseops else documents
+        return self.tokenizer.encode(documents, num_threads=self.threads), [np.zeros(0, np.uint16)] * len(documents)
+
     def __call__(self, documents: list[tuple[str, str]], split: str) -> Encoded:
         """Tokens of the (place, text) pairs. ValueError, naming the place, if the scorer would miscount the bytes."""
         nothing = np.zeros(0, np.uint16)
         tokens, charges, result = [nothing], [nothing], Encoded(nothing, nothing)
-        for place, text in documents:
-            charged = nothing
-            if self.caseops and split == "val":
-                ids, charged = token_bytes(self.tokenizer, text)
-                ids = ids.tolist()
-            else:
-                ids = self.tokenizer.encode(transform(text) if self.caseops else text)
-            if not ids:
-                result.docs_empty += 1
-                continue
-            decoded = self.tokenizer.decode(ids)
+        encoded = zip(documents, *self.encode([text for _, text in documents], split))
+        kept = [(place, text, ids, charged) for (place, text), ids, charged in encoded if ids]
+        result.docs, result.docs_empty = len(kept), len(documents) - len(kept)
+        decoded = self.tokenizer.decode([ids for _, _, ids, _ in kept], num_threads=self.threads) if kept else []
+        for (place, text, ids, charged), back in zip(kept, decoded):
             tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
-            if self.caseops:
-                decoded = restore(decoded, strict=False)
-            length = len(decoded.encode())
+            back = restore(back, strict=False) if self.caseops else back
+            length = len(back.encode())
             if not self.caseops:
                 counted = self.counted_bytes(tokens[-1])
             else:
@@ -410,63 +398,10 @@ class Encoder:
                 raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document of {length}")
             if len(charged):
                 charges += [np.zeros(1, np.uint16), charged]  # BOS is charged nothing
-            result.docs += 1
-            result.docs_lossy += decoded != text
+            result.docs_lossy += back != text
             result.bytes += length
         result.tokens, result.charges = np.concatenate(tokens), np.concatenate(charges)
         return result
-
-
-_encoders: list[Encoder] = []  # of this worker process; filled once by start_worker
-
-
-def start_worker(encoders: list[Encoder]) -> None:
-    """Prepare a worker process: keep the `encoders`, leave Ctrl-C to the parent, end when the parent is gone."""
-    _encoders.extend(encoders)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def encode(batch: Batch, encoders: list[Encoder]) -> list[Encoded]:
-    """`batch` under each of the `encoders`."""
-    documents = list(texts(batch))
-    return [encoder(documents, batch.split) for encoder in encoders]
-
-
-def encode_in_worker(batch: Batch) -> list[Encoded]:
-    """`batch` under each of the encoders of a worker process prepared by start_worker."""
-    return encode(batch, _encoders)
-
-
-def encode_all(batches: Iterable[Batch], encoders: list[Encoder],
-               workers: int) -> Iterator[tuple[Batch, list[Encoded]]]:
-    """Each batch and what became of it, in order; by `workers` processes, with a bounded number of batches in flight.
-    """
-    if workers == 1:
-        yield from ((batch, encode(batch, encoders)) for batch in batches)
-        return
-    context = multiprocessing.get_context("spawn")  # the same on every system, and safe with threads
-    pool = ProcessPoolExecutor(workers, context, start_worker, (encoders,))
-    pending = deque()
-    try:
-        for batch in batches:
-            pending.append((replace(batch, lines=[]), pool.submit(encode_in_worker, batch)))
-            if len(pending) > 2 * workers:
-                done, future = pending.popleft()
-                yield done, future.result()
-        while pending:
-            done, future = pending.popleft()
-            yield done, future.result()
-    except BrokenProcessPool as error:
-        raise ChildProcessError("a worker process died (out of memory?)") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # ----- shards
@@ -475,73 +410,49 @@ def encode_all(batches: Iterable[Batch], encoders: list[Encoder],
 class ShardWriter:
     """A stream of tokens, in files `folder`/fineweb_<split>_<6 digits>.bin of `shard_tokens` each, the last shorter.
 
-    Documents are cut where a shard is full, as in the published data. `shards` lists those that are complete, `filled`
-    counts the tokens of the one that is not: what another ShardWriter needs to go on, whatever was written since.
+    Documents are cut where a shard is full, as in the published data. `shards` lists those that are complete.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int, shards: list[dict] = (), filled: int = 0) -> None:
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
         self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards, self.filled = list(shards), filled
+        self.shards: list[dict] = []
         self.file: BinaryIO | None = None
-        if filled:
-            final, unfinished = self.paths()
-            if final.exists():  # complete when the last run ended, but not yet when that was noted
-                final.rename(unfinished)
-            if not unfinished.exists() or unfinished.stat().st_size < HEADER_BYTES + 2 * filled:
-                raise ValueError(f"{unfinished}: has lost tokens in a crash of the machine; run again to begin anew")
-            self.file = open(unfinished, "r+b")
-            self.file.seek(HEADER_BYTES + 2 * filled)
-
-    def paths(self) -> tuple[Path, Path]:
-        """The current shard, complete and unfinished."""
-        name = f"fineweb_{self.split}_{len(self.shards):06d}.bin"
-        return self.folder / name, self.folder / f".{name}.unfinished"
+        self.filled = 0  # tokens of the current shard
 
     def add(self, tokens: np.ndarray) -> None:
         """Append `tokens` (count,) uint16 to the stream."""
         while len(tokens):
             if not self.file:
-                self.file = open(self.paths()[1], "wb")
+                self.file = open(self.folder / shard_names(self.split, len(self.shards) + 1)[-1], "wb")
                 self.file.write(bytes(HEADER_BYTES))
             taken = min(len(tokens), self.shard_tokens - self.filled)
             self.file.write(tokens[:taken].astype("<u2").data)
             self.filled, tokens = self.filled + taken, tokens[taken:]
             if self.filled == self.shard_tokens:
-                self.finish_shard()
+                self.close()
 
-    def finish_shard(self) -> None:
-        """Complete the current shard."""
-        final, unfinished = self.paths()
-        self.file.truncate()
+    def close(self) -> None:
+        """Complete the current shard, if there is one."""
+        if not self.file:
+            return
         self.file.seek(0)
         self.file.write(shard_header(self.filled))
         self.file.close()
-        unfinished.rename(final)
-        self.shards.append({"name": final.name, "tokens": self.filled, "sha256": file_sha256(final)})
+        path = Path(self.file.name)
+        self.shards.append({"name": path.name, "tokens": self.filled, "sha256": file_sha256(path)})
         self.file, self.filled = None, 0
-
-    def close(self) -> None:
-        """Complete the last shard."""
-        if self.filled:
-            self.finish_shard()
-
-    def state(self) -> dict:
-        """How far it is; all of that has been handed to the system."""
-        if self.file:
-            self.file.flush()
-        return {"shards": self.shards, "filled": self.filled}
 
 
 class Dataset:
-    """One tokenizer's shards of both splits in `folder`, and their totals; goes on from a `state` that is not empty.
+    """One tokenizer's shards of both splits in `folder`, and their totals.
 
     With `caseops` the charges of the validation tokens are a stream of their own, cut where the tokens are.
     """
 
-    def __init__(self, folder: Path, shard_tokens: int, caseops: bool, state: dict) -> None:
+    def __init__(self, folder: Path, shard_tokens: int, caseops: bool) -> None:
         self.folder = folder
-        self.totals = {split: Counter(state["totals"][split]) if state else Counter() for split in ("train", "val")}
-        self.writers = {split: ShardWriter(folder, split, shard_tokens, **(state["writers"][split] if state else {}))
+        self.totals = {split: Counter() for split in ("train", "val")}
+        self.writers = {split: ShardWriter(folder, split, shard_tokens)
                         for split in (*self.totals, *["val_bytes"] * caseops)}
 
     def add(self, split: str, encoded: Encoded) -> None:
@@ -559,10 +470,6 @@ class Dataset:
                 raise ValueError(f"no document with text for {split}")
         for writer in self.writers.values():
             writer.close()
-
-    def state(self) -> dict:
-        """How far it is, for a run that goes on with it."""
-        return {"totals": self.totals, "writers": {split: writer.state() for split, writer in self.writers.items()}}
 
     def stats(self) -> dict:
         """The manifest's numbers: files, tokens, docs (and those empty or lossy) and bytes of both splits."""
@@ -584,22 +491,34 @@ class Dataset:
         ValueError if they are more than that allows (a few stand twice in the published documents themselves), or if
         a shard cannot be read.
         """
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from train_gpt import OVERLAP_TOLERANCE, RunError, find_overlap  # late: it takes torch along
+        from train_gpt import OVERLAP_TOLERANCE
 
-        paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
+        paths = {split: [self.folder / shard["name"] for shard in writer.shards]
                  for split, writer in self.writers.items()}
         val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
-        which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
-        try:
-            numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
-        except RunError as error:
-            raise ValueError(str(error)) from error
+        numbers = np.flatnonzero(find_overlap(val, paths["train"], bos)) + 1
         if len(numbers) > OVERLAP_TOLERANCE * docs:
             listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "
                              f"training (numbers {listed}); remove them there")
         return len(numbers)
+
+
+def find_overlap(val: np.ndarray, paths: list[Path], bos: int) -> np.ndarray:
+    """(documents,) bool: the documents of `val` (n,) uint16 that also start one in the training shards `paths`.
+
+    The shards are read from the last to the first: a document may go on in any number of those that follow.
+    """
+    from train_gpt import OVERLAP_TOKENS, document_hashes
+
+    wanted, known, following = document_hashes(val, bos), np.zeros(0, np.uint64), np.zeros(0, np.uint16)
+    for path in tqdm(paths[::-1], "overlap", unit="shard", disable=None):
+        tokens = read_shard(path)
+        stream = np.concatenate((tokens, following))
+        hashes = document_hashes(stream, bos)[: np.count_nonzero(tokens == bos)]
+        known = np.union1d(known, hashes[np.isin(hashes, wanted)])
+        following = stream[:OVERLAP_TOKENS]
+    return np.isin(wanted, known)
 
 
 # ----- data sets
@@ -628,11 +547,6 @@ class Spec:
         prefix = re.sub(r"(10B)?(_sp\d+)?$", "", name.removesuffix(suffix))
         tokenizer_name = model.stem if model else f"{prefix}_{vocab_size}_bpe{suffix}"
         return cls(name, tokenizer_name, vocab_size, data, caseops)
-
-    def identity(self) -> list:
-        """What its data set depends on, besides the documents."""
-        model = sha256(self.model).hexdigest() if self.model else None
-        return [self.name, self.tokenizer_name, self.vocab_size, model, self.caseops]
 
 
 def read_specs(path: Path) -> list[Spec]:
@@ -679,42 +593,12 @@ def check_standing(out: Path, manifest: dict, specs: list[Spec], model: bytes, t
         raise ValueError(f"{standing}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
 
 
-class Work:
-    """The folder of what is unfinished, and the `state` it is in: a dictionary that save() writes to it.
-
-    What was left there by a run with another `key` is removed.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.path = folder, folder / "state.json"
-        try:
-            self.state = json.loads(self.path.read_bytes())
-        except (OSError, ValueError):
-            self.state = {}
-        if self.state.get("key") != key:
-            self.state = {"key": key, "batches": 0, "datasets": {}}
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            self.save()
-
-    def save(self) -> None:
-        """Write the state. Raises OSError."""
-        with atomic_write(self.path) as file:
-            file.write(json.dumps(self.state).encode())
-
-    def remove(self) -> None:
-        """Remove the folder with all that is in it."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, work: Work) -> list[Encoder]:
-    """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents, and kept in `work`."""
+def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, workers: int) -> list[Encoder]:
+    """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents."""
     sample: list[str] | None = None
     encoders = []
     for spec in specs:
-        model, kept = spec.model, work.folder / f"{spec.tokenizer_name}.model"
-        if not model and kept.exists():
-            model = kept.read_bytes()
+        model = spec.model
         if not model:
             if sample is None:
                 sample = sample_texts(sources, sample_bytes)
@@ -724,41 +608,24 @@ def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, w
             else:
                 model = train_tokenizer(sample, spec.vocab_size)
             check_round_trip(Encoder(model, spec.tokenizer_name, spec.caseops), sample[:200])
-            with atomic_write(kept) as file:
-                file.write(model)
-        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops))
+        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops, workers))
     return encoders
 
 
-def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int, workers: int,
-                    work: Work) -> list[Dataset]:
-    """Encode all documents into a data set for each of `specs` in `work`, from where its state says it is."""
-    datasets = []
-    for spec in specs:
-        (work.folder / spec.name).mkdir(exist_ok=True)
-        state = work.state["datasets"].get(spec.name, {})
-        datasets.append(Dataset(work.folder / spec.name, shard_tokens, spec.caseops, state))
-
-    def save() -> None:
-        work.state["datasets"] = {spec.name: dataset.state() for spec, dataset in zip(specs, datasets)}
-        work.save()
-
-    batches, saved = sources.batches(), time.monotonic()
-    done = sum(batch.consumed for batch in islice(batches, work.state["batches"]))
-    if done:
-        print(f"going on after {done:,} bytes of documents", flush=True)
-    with progress(sources, "encoding", done) as bar:
-        for batch, encoded in encode_all(batches, encoders, workers):
-            for dataset, part in zip(datasets, encoded):
-                dataset.add(batch.split, part)
-            work.state["batches"] += 1
+def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int,
+                    work: Path) -> list[Dataset]:
+    """Encode all documents into a data set for each of `specs`, in a folder of its name in `work`."""
+    datasets = [Dataset(work / spec.name, shard_tokens, spec.caseops) for spec in specs]
+    for dataset in datasets:
+        dataset.folder.mkdir()
+    with progress(sources, "encoding") as bar:
+        for batch in sources.batches():
+            documents = list(texts(batch))
+            for dataset, encoder in zip(datasets, encoders):
+                dataset.add(batch.split, encoder(documents, batch.split))
             bar.update(batch.consumed)
-            if time.monotonic() - saved > SAVE_SECONDS:
-                save()
-                saved = time.monotonic()
     for dataset in datasets:
         dataset.close()
-    save()
     return datasets
 
 
@@ -774,36 +641,28 @@ def place_folder(new: Path, final: Path, old: Path) -> None:
         raise
 
 
-def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Work) -> None:
-    """Make the data sets and tokenizers of `specs` and put them, and the manifest, in place."""
-    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), work)
+def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Path) -> None:
+    """Make the data sets and tokenizers of `specs` in `work` and put them, and the manifest, in place."""
+    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), args.workers)
     for encoder in encoders:
         check_standing(args.out, manifest, specs, encoder.model, encoder.name)
-    if "overlap" not in work.state:
-        datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, args.workers, work)
-        overlap = {spec.name: dataset.overlap(encoder.tokenizer.bos_id())
-                   for spec, encoder, dataset in zip(specs, encoders, datasets)}
-        work.state |= {"overlap": overlap, "docs_sha256": sources.docs_sha256}
-        work.save()  # from here on a killed run has only things to put in place
+    datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, work)
+    overlaps = [dataset.overlap(encoder.tokenizer.bos_id()) for encoder, dataset in zip(encoders, datasets)]
 
     (args.out / "tokenizers").mkdir(exist_ok=True)
-    for spec, encoder in zip(specs, encoders):
-        state = work.state["datasets"][spec.name]
-        dataset = Dataset(work.folder / spec.name, args.shard_tokens, spec.caseops, state)
+    for spec, encoder, dataset, overlap in zip(specs, encoders, datasets, overlaps):
         folder = args.out / "datasets" / spec.name
-        if dataset.folder.exists():
-            place_folder(dataset.folder, folder, work.folder / f"old {spec.name}")
+        place_folder(dataset.folder, folder, work / f"old {spec.name}")
         model_path = Path("tokenizers", f"{encoder.name}.model")
         vocab_path = model_path.with_suffix(".vocab")
         for path, content in ((model_path, encoder.model), (vocab_path, vocab_lines(encoder.tokenizer))):
             with atomic_write(args.out / path) as file:
                 file.write(content)
-        overlap = work.state["overlap"][spec.name]
         entry = {"name": spec.name, "tokenizer_name": encoder.name}
         if spec.caseops:
             entry["caseops"] = True
         if sources.docs:
-            entry["docs_sha256"] = work.state["docs_sha256"]
+            entry["docs_sha256"] = sources.docs_sha256
         entry["stats"] = dataset.stats() | {"docs_val_overlapping": overlap}
         entry["shard_files"] = dataset.shard_files()
         merge_manifest(manifest, "datasets", entry)
@@ -813,14 +672,20 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources,
             "model_path": model_path.as_posix(),
             "vocab_path": vocab_path.as_posix(),
         })
-        print(f"{spec.name} with {encoder.name} -> {folder}")
-        for split in ("train", "val"):
-            names = ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty")
-            files, tokens, size, docs, lossy, empty = (entry["stats"][f"{name}_{split}"] for name in names)
-            print(f"  {split}: {files} files, {tokens:,} tokens, {size:,} bytes, {docs:,} documents ({lossy:,} decode "
-                  f"to another text), {empty:,} empty ones skipped")
-        print(f"  {overlap} validation documents begin like a training document")
+        report(entry, folder)
     write_manifest(args.out / "manifest.json", manifest)
+
+
+def report(entry: dict, folder: Path) -> None:
+    """Print what the manifest's `entry` of the data set in `folder` says."""
+    stats = entry["stats"]
+    print(f"{entry['name']} with {entry['tokenizer_name']} -> {folder}")
+    for split in ("train", "val"):
+        names = ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty")
+        files, tokens, size, docs, lossy, empty = (stats[f"{name}_{split}"] for name in names)
+        print(f"  {split}: {files} files, {tokens:,} tokens, {size:,} bytes, {docs:,} documents ({lossy:,} decode to "
+              f"another text), {empty:,} empty ones skipped")
+    print(f"  {stats['docs_val_overlapping']} validation documents begin like a training document")
 
 
 # ----- command line
@@ -841,24 +706,21 @@ def tokenize(args: argparse.Namespace) -> None:
         specs = read_specs(args.specs)
     else:
         specs = [Spec.make(args.name, args.vocab_size, args.tokenizer, args.caseops)]
-    programs = [file_sha256(Path(__file__).with_name(name)) for name in ("tokenize_docs.py", "caseops.py", "shards.py")]
-    key = [sources.identity(), [spec.identity() for spec in specs], args.shard_tokens, args.tokenizer_sample_mb,
-           programs, spm.__version__]
     args.out.mkdir(parents=True, exist_ok=True)
     with only_one(args.out):
         manifest = read_manifest(args.out / "manifest.json")
         check_names(manifest, specs)
-        work = Work(args.out / "datasets" / ".tokenize", sha256(json.dumps(key).encode()).hexdigest())
+        work = args.out / "datasets" / ".tokenize"
+        shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True)
         try:
             make_datasets(args, specs, sources, manifest, work)
-        except ValueError:  # the input is at fault: nothing to go on with
-            work.remove()
-            raise
-        work.remove()
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
 
 
 def worker_count(text: str) -> int:
-    """Number of processes for the command-line value `text`: "auto" is the number of cores this process may use."""
+    """Number of threads for the command-line value `text`: "auto" is the number of cores this process may use."""
     if text != "auto":
         if int(text) < 1:
             raise ValueError
@@ -889,7 +751,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
                         help="tokens in a full shard (default: 100000000)")
     parser.add_argument("--workers", type=worker_count, default="auto", metavar="N",
-                        help="processes that encode (default: auto, one a core)")
+                        help="threads that encode (default: auto, one a core)")
     interrupt_on_sigterm()
     try:
         tokenize(parser.parse_args(argv))

@@ -17,11 +17,11 @@ import math
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -225,8 +225,7 @@ def check_means(sub: Submission) -> str:
         if not s.agrees(said, mean, sub.score_digits):
             faults.append(f"{key} is {said}, the mean of the seeds {mean:.8f}")
         said = first(sub.data, f"{key}_std", f"std_{key}")
-        spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
-        stds = [std] if sub.runs else [std, spread]
+        stds = [std] if sub.runs else [std, statistics.pstdev(values)]
         if said is not None and not any(s.agrees(said, found, sub.score_digits) for found in stds):
             faults.append(f"{key}_std is {said}, that of the seeds {std:.8f}")
         seen.append(f"{key} {mean:.8f} ± {std:.8f}{'' if said is not None else ' (no std is given)'}")
@@ -667,12 +666,6 @@ def is_clean(lines: list[Line]) -> bool:
     return not any(line.status in ("FAIL", "missing") for line in lines)
 
 
-def as_float(value: Any) -> float:
-    if isinstance(value, Decimal):
-        return float(value)
-    raise TypeError(f"{type(value).__name__} in JSON")
-
-
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0 without FAIL and missing, else 1."""
     parser = argparse.ArgumentParser(description="Check a submission's folder as a reviewer would.",
@@ -704,7 +697,7 @@ def main(argv: list[str] | None = None) -> int:
     clean = is_clean(lines)
     if args.json:
         print(json.dumps({"folder": str(args.folder), "track": sub.track, "clean": clean,
-                          "checks": [line._asdict() for line in lines]}, indent=1, default=as_float))
+                          "checks": [line._asdict() for line in lines]}, indent=1, default=float))
     else:
         print("\n".join(map(str, lines)))
         counts = [f"{sum(line.status == status for line in lines)} {status}"

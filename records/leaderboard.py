@@ -5,7 +5,8 @@
 
 A folder with a `submission.json` is a system measured here. A recipe has a `published.json`: what the authors of its
 pull request of openai/parameter-golf say they reached. Nobody's figure stands for another's: without a submission in
-its folder, a recipe says that there is none of ours.
+its folder, a recipe says that there is none of ours. The last column says whether a folder counts as a measured result,
+and if not, the first line of records/check_submission.py that fails.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 START = "<!-- leaderboard: written by `python records/leaderboard.py --write` -->"
 END = "<!-- leaderboard ends -->"
-HEAD = "| val_bpb | system | whose figure | seeds | largest artifact, bytes |\n|---|---|---|---|---|"
+HEAD = "| val_bpb | system | whose figure | seeds | largest artifact, bytes | counts |\n|---|---|---|---|---|---|"
 
 
 class Row(NamedTuple):
@@ -45,10 +46,22 @@ def read_fields(path: Path, *names: str) -> dict[str, Any]:
 
 
 def write_row(folder: Path, val_bpb: Decimal, score: str, system: str, whose: str, seeds: int | None,
-              artifact: int | None) -> Row:
+              artifact: int | None, counts: str) -> Row:
     """A row that links to `folder`; what is None is not known."""
-    link = f"[{system}]({folder.parent.name}/{folder.name})"
-    return Row(val_bpb, f"| {score} | {link} | {whose} | {seeds or '–'} | {f'{artifact:,}' if artifact else '–'} |")
+    link, size = f"[{system}]({folder.parent.name}/{folder.name})", f"{artifact:,}" if artifact else "–"
+    return Row(val_bpb, f"| {score} | {link} | {whose} | {seeds or '–'} | {size} | {counts} |")
+
+
+def counts(folder: Path) -> str:
+    """Whether the submission in `folder` counts; if not, the first line of its check that fails."""
+    import check_submission  # late: it takes torch along
+
+    try:
+        lines = check_submission.check(check_submission.Submission(folder))
+    except check_submission.tg.RunError as e:
+        return "no: " + str(e).replace("|", "\\|")
+    failed = [f"{line.name}: {line.evidence}" for line in lines if line.status in ("FAIL", "missing")]
+    return "no: " + failed[0].replace("|", "\\|") if failed else "yes"
 
 
 def measured(folder: Path) -> Row:
@@ -56,15 +69,16 @@ def measured(folder: Path) -> Row:
     s = read_fields(folder / "submission.json", "name", "val_bpb", "seeds", "bytes_total", "hardware", "date")
     spread = f" ± {s['val_bpb_std']:.5f}" if s.get("val_bpb_std") is not None else ""
     return write_row(folder, s["val_bpb"], f"**{s['val_bpb']:.5f}**{spread}", s["name"],
-                     f"**measured here**, {s['hardware']}, {s['date']}", len(s["seeds"]), s["bytes_total"])
+                     f"**measured here**, {s['hardware']}, {s['date']}", len(s["seeds"]), s["bytes_total"],
+                     counts(folder))
 
 
 def published(folder: Path) -> Row:
     """The row of a recipe: the figure of others, and that there is none of ours."""
     p = read_fields(folder / "published.json", "system", "pull_request", "val_bpb", "hardware", "note")
-    whose = f"published in PR {p['pull_request']}, {p['hardware']}, {p['note']}; none of ours in this folder"
+    whose = f"published in PR {p['pull_request']}, {p['hardware']}, {p['note']}"
     return write_row(folder, p["val_bpb"], str(p["val_bpb"]), p["system"], whose, p.get("seeds"),
-                     p.get("largest_artifact_bytes"))
+                     p.get("largest_artifact_bytes"), "no: none of ours in this folder")
 
 
 def leaderboard(records: Path) -> str:

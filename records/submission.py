@@ -166,12 +166,11 @@ class Feature(NamedTuple):
 
 
 def facts(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, and what follows from them in words. Names that the script does not know are false."""
-    c = dict(run["config"])
-    c |= {"head_dim": c["model_dim"] // c["num_heads"], "xsa_layers": min(c["xsa_last_n"], c["num_layers"]),
-          "visits": c["num_loops"] + 1, "backend": run["attention"], "loops_from": c["loop_schedule"] or
-          f"{c['enable_looping_at']:g}{' of training' if c['enable_looping_at'] <= 1 else ' steps'}"}
-    return {"caseops_enabled": False, "fused_ce_enabled": False, "fused_mlp_enabled": False} | c
+    """A run's settings, and what follows from them in words."""
+    c = run["config"]
+    return c | {"head_dim": c["model_dim"] // c["num_heads"], "xsa_layers": min(c["xsa_last_n"], c["num_layers"]),
+                "visits": c["num_loops"] + 1, "backend": run["attention"], "loops_from": c["loop_schedule"] or
+                f"{c['enable_looping_at']:g}{' of training' if c['enable_looping_at'] <= 1 else ' steps'}"}
 
 
 FEATURES = (
@@ -241,8 +240,8 @@ FEATURES = (
             "phased: all weights learn from the first {phased_ttt_prefix_docs} documents, in {phased_ttt_num_phases} "
             "pauses"),
     Feature(r"flash.?attention|\bFA-?[23]\b", lambda c: c["backend"] in ("fa2", "fa3"), "FlashAttention: {backend}"),
-    Feature(r"triton|fused (mlp|kernel)", lambda c: c["fused_mlp_enabled"], "fused MLP kernel"),
-    Feature(r"fused (ce\b|cross)", lambda c: c["fused_ce_enabled"], "fused cross-entropy"),
+    Feature(r"triton|fused (mlp|kernel|ce\b|cross)", lambda c: c["fused"],
+            "fused Triton kernels for the MLP and for cross-entropy"),
 )
 # "no SmearGate", "EMA is off": words that take a claim back, close before or after it
 DENIED_BEFORE = r"\b(no|not|without|neither|nor|instead of|unlike)\b([^\w.;]+\w+){0,3}[^\w.;]*$"

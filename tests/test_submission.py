@@ -4,21 +4,27 @@ The record track's machine and document count are written into copies of the run
 else is as the runs left it.
 """
 
+import ast
+import dataclasses
 import hashlib
 import json
 import math
 import re
 import shutil
+import string
+import subprocess
 from decimal import Decimal
 from pathlib import Path
 
 import check_submission
+import leaderboard
 import make_submission
 import numpy as np
 import pytest
 import sentencepiece
 import submission as s
-from conftest import read_result, shifted
+import summary
+from conftest import ROOT, read_result, shifted
 from shards import read_shard, write_shard
 
 import train_gpt as tg
@@ -26,6 +32,22 @@ import train_gpt as tg
 SEEDS, MODEL = ("1", "2", "3"), "final_model_seed1.int6.ptz"
 AUTHOR = ["--author", "A. Nonymous", "--github-id", "nobody"]
 H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def remembered():
+    """What environment() answered for the same settings before; it takes most of a check's time."""
+    answers, answer = {}, s.environment
+
+    def environment(config: dict) -> dict[str, str]:
+        key = repr(config)
+        if key not in answers:
+            answers[key] = answer(config)
+        return dict(answers[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(s, "environment", environment)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +167,19 @@ def test_a_record_made_from_three_runs_passes(record, capsys):
         + [name for seed in SEEDS for name in (f"train_seed{seed}.log", f"result_seed{seed}.json")])
 
 
+def test_the_leaderboard_says_what_fails_first(record, folder):
+    """A clean folder counts; each fault is told as the checker's own line tells it."""
+    assert leaderboard.counts(record) == "yes"
+    edit(folder, hardware="8 x H100 | two")
+    assert leaderboard.counts(folder).startswith("no: hardware: 8 x H100 \\| two, but the run of seed 1 says")
+    edit(folder, bytes_total=17_000_000)
+    assert leaderboard.counts(folder).startswith("no: bytes: 17,000,000 bytes, 1,000,000 over")
+    (folder / s.REQUIREMENTS).unlink()
+    assert leaderboard.counts(folder) == "no: files: requirements.txt"
+    (folder / "result_seed2.json").write_text("[]")
+    assert "result_seed2.json: holds list" in leaderboard.counts(folder)
+
+
 def test_a_laptop_gets_a_checked_folder_whose_limits_are_notes(runs, tmp_path, capsys):
     folder = make(runs, tmp_path, s.OTHER_TRACK, "--artifacts", "--blurb", "Two layers, no test-time training.")
     assert len(list(folder.glob("final_model_seed*.int6.ptz"))) == 3
@@ -188,6 +223,51 @@ def test_every_feature_speaks_of_itself_and_is_no_false_claim(record):
             assert s.false_claims(line, run) == []
     assert s.false_claims("There is no SWA, without varlen attention; LoRA is not used; `TTT_MODE=none`", run) == []
     assert len(s.false_claims("Phased LoRA TTT, cosine schedule, not only EMA. SWA", run)) == 5
+
+
+@pytest.mark.parametrize("words", ["Triton kernels", "a fused MLP", "fused cross-entropy", "fused CE, fused kernels"])
+def test_kernels_are_claimed_by_runs_with_fused_alone(words):
+    for fused in (False, True):
+        run = {"config": dataclasses.asdict(tg.Settings(fused=fused)), "attention": "sdpa"}
+        assert (s.false_claims(words, run) == []) == fused
+        assert ("fused Triton kernels" in s.features_section([run])) == fused
+
+
+def named_settings(source: str) -> set[str]:
+    """Settings that a script reads: c["x"] and config["x"], their get("x"), and attributes of cfg."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        of = getattr(node, "value", None)
+        match node:
+            case ast.Subscript(slice=ast.Constant(str(name))) if ast.unparse(of).split("[")[-1] in CONFIGS:
+                found.add(name)
+            case ast.Call(func=ast.Attribute(value=of, attr="get"), args=[ast.Constant(str(name)), *_]) if (
+                    ast.unparse(of).split("[")[-1] in CONFIGS):
+                found.add(name)
+            case ast.Attribute(value=ast.Name("cfg"), attr=name):
+                found.add(name)
+    return found
+
+
+CONFIGS = ("c", "config", "'config']")
+DERIVED = {"head_dim", "xsa_layers", "visits", "backend", "loops_from"}  # what submission.facts adds
+
+
+def test_every_setting_that_the_scripts_name_exists():
+    known = set(tg.Settings.__dataclass_fields__)
+    scripts = sorted((ROOT / "records").glob("*.py"))
+    named = {path.name: named_settings(path.read_text()) for path in scripts}
+    assert {name: found - known - DERIVED for name, found in named.items() if found - known - DERIVED} == {}
+    assert len(named["submission.py"]) > 30 and "vocab_size" in named["summary.py"]
+    says = {name for feature in s.FEATURES for _, name, _, _ in string.Formatter().parse(feature.says) if name}
+    assert says - known <= DERIVED
+    assert {*s.OF_A_RUN, *s.OF_A_MACHINE, *summary.FREE} <= known
+    run = {"config": dataclasses.asdict(tg.Settings()), "attention": "sdpa"}
+    assert s.facts(run).keys() - known == DERIVED
+    for planted in ('lambda c: c["fused_mlp_enabled"]', 'run["config"]["fused_mlp_enabled"]',
+                    'config.get("fused_mlp_enabled", 0)', "cfg.fused_mlp_enabled",
+                    'run["config"].get("fused_mlp_enabled")'):
+        assert named_settings(planted) == {"fused_mlp_enabled"}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -493,8 +573,14 @@ def test_validation_shards_that_do_not_start_with_bos_are_caught(folder, tiny, t
             check_submission.check_bos(sub)
 
 
-def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path):
-    """A forger who edits result, log, submission.json and README alike is caught by running it."""
+def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path, monkeypatch):
+    """A forger who edits result, log, submission.json and README alike is caught by what running it gives."""
+
+    def score(*_: object, cwd: str, **options: object) -> subprocess.CompletedProcess:
+        (Path(cwd) / "out").mkdir()  # the test above runs it; what comes out is what the run had
+        shutil.copy(runs / "1/result.json", Path(cwd) / "out")
+        return subprocess.CompletedProcess([], 0, "", "")
+
     folder = make(runs, tmp_path, s.OTHER_TRACK)
     for seed in SEEDS:
         run = json.loads((folder / f"result_seed{seed}.json").read_text())
@@ -507,6 +593,7 @@ def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path)
     assert caught(folder) == set()
     sub = check_submission.Submission(folder)
     sub.data_path = Path(tiny["DATA_PATH"])
+    monkeypatch.setattr(check_submission.subprocess, "run", score)
     with pytest.raises(check_submission.Verdict, match="seed 1: ") as refused:
         check_submission.check_score(sub)
     right, told = map(float, re.search(r"seed 1: ([\d.]+), its run says ([\d.]+)", str(refused.value)).groups())
