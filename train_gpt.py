@@ -4139,10 +4139,9 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
 def explain(error: Exception) -> str:
     """In one line what the user can do about an error of PyTorch's; empty for what is a defect of this script."""
     text, module = str(error), type(error).__module__
-    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
-    if memory:
-        where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
-        return f"out of {where}memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
+        memory = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
+        return f"out of {memory}; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
     if "without overflow" in text:
         return "a learning rate, weight decay or initial value is too large for float32; lower it"
     if module.startswith(("torch._dynamo", "torch._inductor", "triton")) or "C compiler" in text:
