@@ -63,6 +63,7 @@ from typing import BinaryIO
 import numpy as np
 import sentencepiece as spm
 from caseops import MARKERS, restore, token_bytes, transform
+from overlap import ALLOWED, find_overlap
 from shards import (
     HEADER_BYTES,
     MAX_VOCAB,
@@ -579,23 +580,17 @@ class Dataset:
         return [shard for writer in self.writers.values() for shard in writer.shards]
 
     def overlap(self, bos: int) -> int:
-        """Number of validation documents that begin like a training document, as a run's AUDIT=1 finds them.
+        """Number of validation documents that begin like a training document, as records/audit.py finds them.
 
         ValueError if they are more than that allows (a few stand twice in the published documents themselves), or if
         a shard cannot be read.
         """
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-        from train_gpt import OVERLAP_TOLERANCE, RunError, find_overlap  # late: it takes torch along
-
         paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
                  for split, writer in self.writers.items()}
         val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
         which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
-        try:
-            numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
-        except RunError as error:
-            raise ValueError(str(error)) from error
-        if len(numbers) > OVERLAP_TOLERANCE * docs:
+        numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
+        if len(numbers) > ALLOWED * docs:
             listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "
                              f"training (numbers {listed}); remove them there")

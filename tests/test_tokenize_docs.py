@@ -392,7 +392,7 @@ def test_full_disk(corpus, model, tmp_path):
 
 
 def test_few_documents_that_begin_alike_are_counted(model, tmp_path, capsys):
-    """As a run's AUDIT=1 does: the published documents have such pairs, so 0.5 % of validation may be known."""
+    """As records/audit.py does: the published documents have such pairs, so 0.5 % of validation may be known."""
     texts = make_documents(320, 5)
     head = " ".join(texts[:4])[:2000]
     (tmp_path / "val.jsonl").write_bytes(jsonl([*texts[20:], head + " another end"]))
@@ -413,13 +413,10 @@ def test_few_documents_that_begin_alike_are_counted(model, tmp_path, capsys):
 
 
 def test_a_shard_that_cannot_be_read_again_is_one_line(corpus, model, tmp_path, monkeypatch, capsys):
-    """The script that compares the documents has an exception of its own."""
-    import train_gpt
-
     def fail(*_: object) -> None:
-        raise train_gpt.RunError("fineweb_train_000000.bin: not a token shard")
+        raise ValueError("fineweb_train_000000.bin: not a token shard")
 
-    monkeypatch.setattr(train_gpt, "find_overlap", fail)
+    monkeypatch.setattr(tokenize_docs, "find_overlap", fail)
     (tmp_path / "train.jsonl").write_bytes(jsonl(make_documents(20, 3)))
     status = tokenize_docs.main(["--train", str(tmp_path / "train.jsonl"), "--val", str(corpus[0] / "val.jsonl"),
                                  "--out", str(tmp_path / "out"), "--tokenizer", str(model), "--workers", "1"])
