@@ -213,9 +213,8 @@ class Witness:
             return losses.new_zeros(0)
         log_p, scored = self.forward(self.model, ids, None, *rest, **options).float().log_softmax(-1), positions > 0
         predictions[which.cpu()] = log_p[row, column].exp().cpu()
-        gaps = []
+        gaps, tokens = [], self.stream.to(positions.device)[positions.clamp(max=len(self.stream) - 1)]  # what stands there
         for n in range(4 if self.verify else 0):
-            tokens = targets
             if n:
                 random = torch.randint(log_p.size(-1), targets.shape, generator=self.chance).to(targets)
                 tokens = torch.where(scored, random, targets)
@@ -288,7 +287,8 @@ class Evaluation(NamedTuple):
 
     said: dict[str, Any] | None  # its result.json; None on processes that write none
     stages: list[Seen]
-    model: Any
+    model: Any  # None where this process had nothing to score
+    script: ModuleType
 
 
 class Subject:
@@ -311,7 +311,7 @@ class Subject:
                 raise AuditError(f"{path}: is not the file of {run / RESULT} ({key} differs)")
         self.text = self.read_text()
         self.train_shards = find_shards(Path(self.config["data_path"]), "train")
-        self.script = load_script(self.code)
+        self.script = Script(self.code)
         self.rank, self.world = (int(environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
         if self.world > 1:  # of the auditor's; the script finds it
             cuda = torch.cuda.is_available() and self.config["device"] != "cpu"
@@ -345,7 +345,7 @@ class Subject:
     def evaluate(self, text: Text, watched: list[int] = (), verify: bool = False, data_path: str = "",
                  **changes: Any) -> Evaluation:
         """The script's whole evaluation of the artifact, all stages; on this text, or on what stands in `data_path`."""
-        script, recorders, asked = self.script, [], not data_path
+        script, recorders, asked = self.script.fresh(), [], not data_path
         witness = Witness(text, script.GPT.forward, list(watched), verify)
         kept = script.Scorer, script.GPT.forward, dist.init_process_group, dist.destroy_process_group
 
@@ -363,19 +363,19 @@ class Subject:
                 script.GPT.forward = lambda model, *inputs, **options: witness(model, *inputs, **options)
             dist.init_process_group = dist.destroy_process_group = lambda *_, **__: None
             try:
-                self.start(script.Launch.read(dict(os.environ)), environ)
+                self.start(script, script.Launch.read(dict(os.environ)), environ)
             finally:
-                script.Scorer, script.GPT.forward, dist.init_process_group, dist.destroy_process_group = kept
+                _, script.GPT.forward, dist.init_process_group, dist.destroy_process_group = kept
             path = Path(folder, "run", RESULT)
             said = json.loads(path.read_text()) if path.exists() else None
-        return Evaluation(said, [r.seen for r in recorders if r.seen], witness.model)
+        return Evaluation(said, [r.seen for r in recorders if r.seen], witness.model, script)
 
-    def start(self, launch: Any, environ: dict[str, str]) -> None:
+    def start(self, script: ModuleType, launch: Any, environ: dict[str, str]) -> None:
         """Run the script, unheard."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
-                self.script.start([], launch, environ)
-        except self.script.RunError as e:
+                script.start([], launch, environ)
+        except script.RunError as e:
             raise AuditError(f"{self.code}: {e}") from None
 
     def train(self, text: Text, folder: Path) -> str:
@@ -384,7 +384,8 @@ class Subject:
         length = self.config["train_seq_len"]
         tokens = read_shard(self.train_shards[0])[: 64 * length + 1]
         write_shard(folder / "data/fineweb_train_000000.bin", np.array(tokens))
-        self.start(self.script.Launch(), self.environment(
+        script = self.script.fresh()
+        self.start(script, script.Launch(), self.environment(
             eval_only="", data_path=str(folder / "data"), artifact_dir=str(folder / "run"), device="cpu", dtype="fp32",
             compile="0", attention="auto", fused=False, fp8="none", iterations=2, max_wallclock_seconds=0.0,
             warmup_steps=0, train_batch_tokens=2 * length, micro_batch_tokens=length, gptq_calibration_batches=1,
@@ -407,20 +408,27 @@ def read_result(run: Path) -> dict[str, Any]:
     return result
 
 
-def load_script(path: Path) -> ModuleType:
-    """The module train_gpt of a packed script, imported anew."""
-    try:
-        spec = zipimport.zipimporter(str(path)).find_spec("train_gpt")
-    except zipimport.ZipImportError:
-        spec = None
-    if spec is None:
-        raise AuditError(f"{path}: not a packed script")
-    script = sys.modules["train_gpt"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    for name in ("start", "Launch", "Scorer", "Score", "GPT", "Bounds", "RunError"):
-        if not hasattr(script, name):
-            raise AuditError(f"{path}: has no {name}: not a script that this can judge")
-    return script
+class Script:
+    """The module train_gpt of a packed script."""
+
+    def __init__(self, path: Path):
+        try:
+            self.spec = zipimport.zipimporter(str(path)).find_spec("train_gpt")
+        except zipimport.ZipImportError:
+            self.spec = None
+        if self.spec is None:
+            raise AuditError(f"{path}: not a packed script")
+        self.code = self.spec.loader.get_code("train_gpt")
+        fresh = self.fresh()
+        for name in ("start", "Launch", "Scorer", "Score", "GPT", "Bounds", "RunError"):
+            if not hasattr(fresh, name):
+                raise AuditError(f"{path}: has no {name}: not a script that this can judge")
+
+    def fresh(self) -> ModuleType:
+        """Imported anew, so that nothing is left of what it did before."""
+        module = sys.modules["train_gpt"] = importlib.util.module_from_spec(self.spec)
+        exec(self.code, module.__dict__)
+        return module
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -557,20 +565,20 @@ def other_documents(subject: Subject, sample: Sample, tokens: np.ndarray, base: 
     """How far what stands in one half of the documents (`tokens`: replaced) reaches into the other, where documents
     are scored by themselves; and in a forward pass that is told where documents start.
     """
-    c, half, model = subject.config, sample.half, base.model
+    c, half, model, bos = subject.config, sample.half, base.model, sample.text.bos
     alone = [c["ttt_mode"] == "lora" if name == "ttt" else c["varlen_enabled"] for name in names]
     worst = (0.0, "")
     if any(alone):
         new = subject.evaluate(sample.text.replaced(tokens), **sample.changes).stages
         worst = max((farthest(a.losses[half + 1 :], b.losses[half + 1 :]), f"another document, {name}")
                     for name, a, b, by_itself in zip(names, new, base.stages, alone) if by_itself)
-    if model is None or sample.text.tokens[half] != sample.text.bos:  # this process had nothing to score, or no marks
+    if model is None or sample.text.tokens[half] != bos:
         return worst
     device, low = next(model.parameters()).device, max(0, half - 64)
     ids = torch.tensor(np.stack((sample.text.tokens, tokens))[:, low : half + 64], device=device)
     with torch.no_grad():
-        answers = [model(row[None], bounds=subject.script.Bounds.find(row[None], sample.text.bos, len(row)),
-                         loops=c["num_loops"])[0, half - low :].float().softmax(-1) for row in ids]
+        answers = [model(row[None], bounds=base.script.Bounds.find(row[None], bos, len(row)), loops=c["num_loops"])[
+            0, half - low :].float().softmax(-1) for row in ids]
     return max(worst, (farthest(*answers), "a document in a row with another"))
 
 
