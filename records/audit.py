@@ -213,7 +213,8 @@ class Witness:
             return losses.new_zeros(0)
         log_p, scored = self.forward(self.model, ids, None, *rest, **options).float().log_softmax(-1), positions > 0
         predictions[which.cpu()] = log_p[row, column].exp().cpu()
-        gaps, tokens = [], self.stream.to(positions.device)[positions.clamp(max=len(self.stream) - 1)]  # what stands there
+        place = positions.clamp(max=len(self.stream) - 1).cpu()
+        gaps, tokens = [], self.stream[place].to(targets)  # what stands there, whatever was asked for
         for n in range(4 if self.verify else 0):
             if n:
                 random = torch.randint(log_p.size(-1), targets.shape, generator=self.chance).to(targets)
