@@ -36,7 +36,8 @@ def test_links_lead_somewhere(page):
 
 def test_messages_of_troubleshooting_are_the_scripts():
     """Each literal part of a quoted message stands in the source, f-string joints and line breaks aside."""
-    source = re.sub(r'"\s*\n\s*f?"', "", (ROOT / "train_gpt.py").read_text())
+    source = "".join((ROOT / name).read_text() for name in ("train_gpt.py", "records/audit.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)
     source = re.sub(r"\{[^{}\n]*(\{[^{}\n]*\}[^{}\n]*)*\}", "§", source)
     quoted = [q for row in re.findall(r"^\| (`.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
               for q in re.findall(r"`([^`]+)`", row)]
