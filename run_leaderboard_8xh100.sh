@@ -5,7 +5,7 @@
 #   ./run_leaderboard_8xh100.sh records/<track>/<recipe> 42 0      a recipe's settings, seeds 42 and 0
 #
 # Settings in the environment win over the recipe; SEED="42 0" gives seeds too. NPROC=<n> takes n processes instead
-# of one a GPU. Each run is written to logs/<recipe>_seed<seed>, and audited (AUDIT=0: not).
+# of one a GPU. Each run is written to logs/<recipe>_seed<seed>, and audited by records/audit.py (AUDIT=0: not).
 set -euo pipefail
 [ ! -d "${1:-}" ] || set -- "$(realpath "$1")" "${@:2}"
 cd "$(dirname "$0")"
@@ -32,8 +32,9 @@ if [ "$NPROC" -eq 0 ]; then
 fi
 [ "$NPROC" -eq 8 ] || echo "note: $NPROC processes; the leaderboard's machine has 8"
 [ -z "$folder" ] || use_recipe "$folder"
-default AUDIT 1  # after the score, and what a submission needs
+default AUDIT 1  # what a submission needs
 default EVAL_STAGES final  # the challenge's 600 s of evaluation hold the score that counts and nothing else
+start=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC")
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
 "$PYTHON" records/gpu_check.py --record  # so does a machine on which the run would be lost
@@ -59,10 +60,10 @@ for seed in "${seeds[@]}"; do
     echo "=== seed $seed -> $out"
     touch "$started"
     status=0
-    SEED="$seed" ARTIFACT_DIR="$out" "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC" \
-        train_gpt.py || status=$?
+    SEED="$seed" ARTIFACT_DIR="$out" "${start[@]}" train_gpt.py || status=$?
     summarise "$out" "$started"
-    [ "$status" -le "$worst" ] || worst="$status"
     [ "$out/result.json" -nt "$started" ] || { echo "error: seed $seed did not finish" >&2; exit 1; }
+    audit "$out" "$started" "${start[@]}" || status=$?
+    [ "$status" -le "$worst" ] || worst="$status"
 done
 exit "$worst"

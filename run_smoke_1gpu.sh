@@ -69,6 +69,7 @@ trap 'rm -f "$started"' EXIT
 status=0
 "$PYTHON" train_gpt.py || status=$?
 summarise "$ARTIFACT_DIR" "$started" --compare
+audit "$ARTIFACT_DIR" "$started" "$PYTHON" || status=$?
 if [ "$status" -eq 0 ]; then
     cat <<END
 files: $ARTIFACT_DIR (train.log, metrics.jsonl, result.json, final_model.int6.ptz, train_gpt.packed.py)

@@ -14,7 +14,6 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   quantization  full-Hessian GPTQ, with steps weighted by what the loss feels or on SDClip's grid
   packing       entropy coding, the artifact container (no pickle), the ZIP application that is counted
   evaluation    windows, test-time training, and the scorer that turns losses into nats and bytes
-  audit         proofs that the score is legal: bytes, single pass, normalized, causal, no overlap
   main          the run from start to result.json
 
 The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, tied
@@ -106,6 +105,7 @@ class Settings:
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
     checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
     resume: bool = setting(False, "run", "go on from ARTIFACT_DIR's checkpoint.pt")
+    audit: bool = setting(False, "run", "have the run scripts call records/audit.py afterwards")
     train_log_every: int = setting(50, "run", "steps between log lines", low=1)
     val_loss_every: int = setting(0, "run", "steps between validations during training; 0: none")
 
@@ -229,8 +229,6 @@ class Settings:
                               aliases={"COMPRESSOR": {"pergroup": "brotli"}})
     artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
 
-    audit: bool = setting(False, "eval", "after scoring, prove on the artifact that the score is legal; see AUDIT in "
-                          "README")
     eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
     eval_budget_seconds: float = setting(600.0, "eval", "from loading the artifact to the last score, kept by adapting "
                                          "to less of the text; 0: no limit")
@@ -3307,25 +3305,20 @@ class Scorer:
     kept by position and added in float64 in stream order, so the score does not depend on batches or ranks.
     """
 
-    def __init__(self, rt: Runtime, target_bytes: Tensor, audited: bool = False, loaded: float | None = None):
-        """target_bytes (N,) int32: bytes charged to each token. `audited`: note faults for the audit, do not raise.
-        `loaded`: when the artifact was loaded, from where EVAL_BUDGET_SECONDS counts; None: now.
+    def __init__(self, rt: Runtime, target_bytes: Tensor, loaded: float | None = None):
+        """target_bytes (N,) int32: bytes charged to each token. `loaded`: when the artifact was loaded, from where
+        EVAL_BUDGET_SECONDS counts; None: now.
         """
         self.rt, self.target_bytes, self.began = rt, target_bytes, time.perf_counter()
         self.loaded = self.began if loaded is None else loaded
         self.losses = torch.zeros(len(target_bytes), dtype=torch.float32, device=rt.device)
         self.times = torch.zeros(len(target_bytes), dtype=torch.int32, device=rt.device)
-        self.turns = torch.zeros_like(self.times) if audited else None  # on this rank: in which call of add()
-        self.calls, self.fault = 0, ""
 
     def add(self, positions: Tensor, losses: Tensor) -> None:
         """Losses in nats of the targets at these positions of the stream, both of any one shape; 0 for padding."""
         positions = positions.flatten()
         self.losses.index_add_(0, positions, losses.flatten().float())
         self.times.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
-        self.calls += 1
-        if self.turns is not None:
-            self.turns[positions] = self.calls
 
     def running(self) -> str:
         """The score of what this rank has charged so far, in words."""
@@ -3333,14 +3326,12 @@ class Scorer:
         return f"bpb {float(self.losses[1:].sum(dtype=torch.float64)) / math.log(2) / max(n_bytes, 1):.4f}"
 
     def finish(self) -> Score:
-        """The score over all ranks. RunError when a target was scored twice or never, unless an audit will say so."""
+        """The score over all ranks. RunError when a target was scored twice or never."""
         times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone())[1:].cpu()
         wrong = (times != 1).nonzero().flatten()
         if len(wrong):
-            self.fault = (f"{int((times == 0).sum())} targets never scored, {int((times > 1).sum())} more than once "
-                          f"(first: token {int(wrong[0]) + 1})")
-            if self.turns is None:
-                raise RunError(f"score refused: {self.fault}")
+            raise RunError(f"score refused: {int((times == 0).sum())} targets never scored, {int((times > 1).sum())} "
+                           f"more than once (first: token {int(wrong[0]) + 1})")
         nats, n_bytes = float(losses.double().sum()), int(self.target_bytes[1:].sum(dtype=torch.int64))
         if not math.isfinite(nats):
             raise RunError("score refused: a loss is not finite")
@@ -3667,245 +3658,11 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
     return finish_ttt(cfg, rt, scorer, int(rt.sum_(torch.tensor(plain, device=rt.device))))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Audit: proofs that the score is legal, by the real evaluation code on the real artifact
-
-
-CAUSAL_TOLERANCE, NORMAL_TOLERANCE = 1e-5, 1e-4
-OVERLAP_TOKENS, OVERLAP_TOLERANCE = 64, 0.005  # a document is known by its first tokens; share that may be known
-
-
-class Check(NamedTuple):
-    """One line of the audit."""
-
-    ok: bool
-    detail: str
-
-    def __str__(self) -> str:
-        return f"{'ok' if self.ok else 'FAILED'}: {self.detail}"
-
-
-class Witness(Scorer):
-    """A scorer that looks at the model when the targets `watched` are charged, in the state in which they are."""
-
-    def __init__(self, rt: Runtime, cfg: Settings, model: GPT, forward: Callable, n: int, watched: list[int]):
-        super().__init__(rt, torch.ones(n, dtype=torch.int32), audited=True)
-        self.model, self.real_forward, self.watched = model, forward, torch.tensor(watched, device=rt.device)
-        self.predictions = torch.zeros(len(watched), cfg.vocab_size, device=rt.device)  # p_t, on the rank that saw it
-        self.gaps = [torch.zeros(1, device=rt.device)]  # see add()
-
-    def forward(self, ids: Tensor, targets: Tensor, **options) -> Tensor:
-        self.call = ids, targets, options
-        return self.real_forward(ids, targets, **options)
-
-    @torch.no_grad()
-    def add(self, positions: Tensor, losses: Tensor) -> None:
-        """Charge; and at a watched target take p_t, and how far losses are from -log p: of the tokens of this forward
-        pass, and of others that might have stood there. If none is, the p that is charged adds up to 1.
-        """
-        super().add(positions, losses)
-        which, row, column = (self.watched[:, None, None] == positions).nonzero(as_tuple=True)
-        if not len(which):
-            return
-        ids, targets, options = self.call
-        logits, scored = self.model(ids, None, **options), targets != IGNORE
-        self.predictions[which] = logits[row, column].softmax(-1)
-        log_p = logits[scored].log_softmax(-1)
-        for n in range(4):
-            tokens = torch.where(scored, torch.randint_like(ids, log_p.size(-1)), IGNORE) if n else targets
-            losses = self.real_forward(ids, tokens, **options) if n else losses
-            self.gaps.append(losses[scored].float() + log_p.gather(-1, tokens[scored][:, None])[:, 0])
-
-
 def final_stage(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
     """The evaluation that gives the run's val_bpb."""
     if cfg.ttt_mode != "none":
         return (chunk_ttt if cfg.ttt_mode == "chunk" else lora_ttt)(cfg, rt, model, forward, val, scorer)
     return evaluate(cfg, rt, forward, val, scorer, cfg.eval_stride or cfg.eval_seq_len, "sliding")
-
-
-def audit_stream(cfg: Settings, val: Validation, batch: int) -> tuple[Settings, Tensor, list[int], list[int]]:
-    """A short stream (n,) of the beginnings of documents from all over the validation text, and how to evaluate it.
-
-    Returns settings, with what counts documents and tokens scaled to the stream; the stream; where its documents start;
-    and targets to look at: first tokens, both sides of edges of chunks, windows, phases and documents, the last token.
-    """
-    chunk, length, stride = cfg.ttt_chunk_size, cfg.eval_seq_len, cfg.eval_stride or cfg.eval_seq_len
-    documents = find_documents(val.tokens, val.bos)
-    count = max(2 * batch, 12)
-    longest, windowed = max(documents, key=lambda d: d[1] - d[0]), cfg.ttt_mode in ("none", "chunk")
-    documents = documents[:: max(1, len(documents) // count)][:count]
-    if windowed:
-        sizes = [max(4, -(-(length + 6 * stride + 3) // len(documents)))]
-    else:
-        sizes = [2 * chunk + 2, chunk, chunk + 1, 3, 2 * chunk, chunk - 1]  # they end anywhere in a chunk
-    spans = [(a, min(b, a + max(1, sizes[i % len(sizes)]))) for i, (a, b) in enumerate(documents)]
-    if windowed and cfg.varlen_enabled:  # else windows would hold every document whole
-        spans[len(spans) // 3] = longest[0], min(longest[1], longest[0] + length + 3 * stride + 1)
-    tokens = torch.cat([val.tokens[a:b] for a, b in spans] + [val.tokens[spans[-1][1]][None]])
-    starts = [0, *np.cumsum([b - a for a, b in spans]).tolist()]
-    half, long = starts[len(spans) // 2], starts[(len(spans) - 1) // 6 * 6]
-    watched = {1, 2, chunk, long + chunk, long + chunk + 1, half, half + 1, len(tokens) - 1}
-    small = dataclasses.replace(
-        cfg, eval_budget_seconds=0.0, ttt_batch_size=batch, ttt_bucket_window=min(cfg.ttt_bucket_window, 2 * batch),
-        ttt_chunk_tokens=min(cfg.ttt_chunk_tokens, 2 * stride), phased_ttt_prefix_docs=max(1, len(spans) // 2),
-        phased_ttt_num_phases=min(cfg.phased_ttt_num_phases, 2),
-        global_ttt_chunk_tokens=min(cfg.global_ttt_chunk_tokens, half // 3 + 1))
-    if windowed:  # chunks of two windows
-        edges = find_windows(small, val._replace(tokens=tokens), stride)[1:5, 1]
-        watched |= {*edges.tolist(), *(edges + 1).tolist()}
-    return small, tokens, starts[:-1], sorted(t for t in watched if 1 <= t < len(tokens))
-
-
-def audit_model(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation) -> dict[str, Check]:
-    """`causal` and `normalized`: the final stage repeated from the artifact on a short stream, as is and with the
-    target t and all after it replaced, for each t to look at. Where a document starts stays as it is.
-
-    All targets before t must cost the same and the whole p_t must be the same; inside documents also whatever other
-    documents hold. On a GPU, where two equal runs may differ, four times that difference is allowed and told.
-    """
-    compiled, weights = forward is not model, [p.detach().clone() for p in model.parameters()]
-    batch = cfg.ttt_batch_size if compiled else min(cfg.ttt_batch_size, 8)  # a compiled model keeps its shapes
-    cfg, tokens, starts, watched = audit_stream(cfg, val, batch)
-    place, generator = torch.arange(len(tokens), device=rt.device), torch.Generator().manual_seed(0)
-    shift = torch.randint(1, cfg.vocab_size - 1, tokens.shape, generator=generator).to(tokens)
-    other = (tokens + shift) % cfg.vocab_size  # another token everywhere but at BOS, which is never put in
-    other = torch.where(other == val.bos, (other + 1) % cfg.vocab_size, other)
-    other = torch.where(tokens == val.bos, tokens, other)
-
-    def replay(stream: Tensor, watch: list[int]) -> tuple[Witness, Tensor, Tensor]:
-        with torch.no_grad():
-            for p, value in zip(model.parameters(), weights):
-                p.copy_(value)
-        witness = Witness(rt, cfg, model, forward, len(stream), watch)
-        final_stage(cfg, rt, model, witness.forward, val._replace(tokens=stream), witness)
-        return witness, rt.sum_(witness.losses.clone()), rt.sum_(witness.predictions)
-
-    def farthest(a: Tensor, b: Tensor) -> float:
-        return float((a - b).abs().max()) if a.numel() else 0.0
-
-    witness, losses, predictions = replay(tokens, watched)
-    noise, worst = 0.0, (0.0, "")
-    if rt.device.type == "cuda":
-        noise = farthest(losses, replay(tokens, [])[1])
-    for t, p in zip(watched, predictions):
-        _, new_losses, new_p = replay(torch.where(place < t, tokens, other), [t])
-        worst = max(worst, (farthest(new_losses[1:t], losses[1:t]), f"a target before {t}"),
-                    (farthest(new_p[0], p), f"the prediction of target {t}"))
-    half = starts[len(starts) // 2]
-    if half and (cfg.ttt_mode == "lora" or (cfg.ttt_mode == "none" and cfg.varlen_enabled)):
-        new_losses = replay(torch.where(place < half, other, tokens), [])[1]
-        worst = max(worst, (farthest(new_losses[half + 1 :], losses[half + 1 :]), f"a target in another document than "
-                            f"those before {half}"))
-    leak = document_leak(cfg, model, torch.stack((tokens, other)), half, val.bos) if half else 0.0
-    worst = max(worst, (leak, "the embedding of a document's first token"))
-    unseen = [t for t, p in zip(watched, predictions) if not p.sum() > 0.99]
-    causal = Check(
-        not unseen and noise < 1e-3 and worst[0] <= CAUSAL_TOLERANCE + 4 * noise,
-        f"{f'targets {unseen} were never predicted; ' if unseen else ''}{len(watched)} cuts in {len(tokens)} tokens of "
-        f"{len(starts)} documents: what follows a cut changes what is before it by {worst[0]:.1e}"
-        f"{f' ({worst[1]})' if worst[0] else ''}; equal runs differ by {noise:.1e}")
-    gaps = torch.cat(witness.gaps)
-    total = rt.sum_(torch.stack((gaps.sum(), torch.tensor(float(len(gaps) - 1), device=rt.device)))).tolist()
-    mean, most = total[0] / max(total[1], 1), rt.largest(float(gaps.abs().max()))
-    rounding = (compiled or cfg.fused) and model.dtype != torch.float32  # elsewhere than the plain model
-    normalized = Check(total[1] > 0 and (abs(mean) <= 1e-3 and most < 0.5 if rounding else most <= NORMAL_TOLERANCE),
-                       f"{total[1]:.0f} losses are -log p of distributions that add up to 1: log of the sum at most "
-                       f"{most:.1e}, on average {mean:.1e}")
-    return {"normalized": normalized, "causal": causal}
-
-
-@torch.no_grad()
-def document_leak(cfg: Settings, model: GPT, ids: Tensor, start: int, bos: int) -> float:
-    """How much the input x0 of the document at `start` changes with the tokens before it; ids (2, n) differ there."""
-    ids = ids.long()
-    ids[1, start:] = ids[0, start:]
-    x = model.embed(ids, NO_HOOKS.at())[0].float()
-    return float((x[0, start:] - x[1, start:]).abs().max())
-
-
-def audit_bytes(cfg: Settings, rt: Runtime, val: Validation, scores: dict[str, Score]) -> Check:
-    """Bytes charged to each document against the bytes of its text, decoded by SentencePiece itself."""
-    import sentencepiece
-
-    sp = sentencepiece.SentencePieceProcessor(model_file=cfg.tokenizer_path)
-    tokens, before = val.tokens.cpu().numpy(), np.concatenate(([0], np.cumsum(val.bytes.numpy(), dtype=np.int64)))
-    starts = np.flatnonzero(tokens == val.bos)
-    starts = np.unique(np.concatenate(([0], starts, [len(tokens)])))
-    spans, wrong, total = list(pairwise(starts.tolist())), [], 0
-    lots = [spans[i : i + 256] for i in range(0, len(spans), 256)][rt.rank :: rt.world]
-    raw = case_restorer() if cfg.caseops_enabled else str
-    for lot in rt.progress(lots, "audit bytes"):
-        for (a, b), text in zip(lot, sp.decode([tokens[a:b].tolist() for a, b in lot])):
-            n_bytes = len(raw(text).encode())
-            if a == 0:  # the stream's first token is no target
-                n_bytes -= len(sp.decode(tokens[:1].tolist()).encode())
-            wrong += [] if before[b] - before[a] == n_bytes else [a]
-            total += n_bytes
-    total, count = rt.sum_(torch.tensor([total, len(wrong)], device=rt.device)).tolist()
-    first = -int(rt.largest(-float(min(wrong, default=len(tokens)))))
-    differ = [name for name, score in scores.items() if score.bytes != total]
-    detail = f"{total} bytes in {len(spans)} decoded documents"
-    if count:
-        detail += f"; {count} documents are charged another number, the first at token {first}"
-    return Check(not count and not differ, detail + (f"; counted otherwise by: {', '.join(differ)}" if differ else ""))
-
-
-def audit_order(rt: Runtime, val: Validation, scorer: Scorer, faults: list[str]) -> Check:
-    """Every target scored once in every stage; in the last, on each rank, those of a document from left to right."""
-    turns, goes_on = scorer.turns[1:], (val.tokens != val.bos)[1:-1]  # the target after it is of the same document
-    back = (turns[1:] < turns[:-1]) & (turns[1:] > 0) & goes_on
-    count = int(rt.sum_(back.sum()))
-    if count:
-        faults = [*faults, f"{count} targets scored before the one before them in their document"]
-    return Check(not faults, "; ".join(faults) or f"{len(turns)} targets scored once, left to right in documents")
-
-
-def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
-    """(documents,) uint64 hashes (FNV-1a) of the first 64 tokens after each BOS, of shorter documents whole."""
-    starts = np.flatnonzero(tokens == bos) + 1
-    lengths = np.minimum(np.diff(starts, append=len(tokens) + 1) - 1, OVERLAP_TOKENS)
-    hashes, prime = np.full(len(starts), 14695981039346656037, dtype=np.uint64), np.uint64(1099511628211)
-    for i in range(OVERLAP_TOKENS):
-        alive = np.flatnonzero(lengths > i)
-        hashes[alive] = (hashes[alive] ^ tokens[starts[alive] + i].astype(np.uint64)) * prime
-    return (hashes ^ lengths.astype(np.uint64)) * prime
-
-
-def find_overlap(val: np.ndarray, paths: list[str], which: Iterable[int], bos: int) -> np.ndarray:
-    """(documents,) bool: the documents of val (n,) uint16 that also start one in the training shards number `which`.
-
-    Documents that hold nothing do not count. A shard may end inside a document that the next one goes on with.
-    """
-    wanted, known = document_hashes(val, bos), np.zeros(0, dtype=np.uint64)
-    for i in which:
-        tokens = read_shard(paths[i])
-        hashes, last = document_hashes(tokens, bos), np.flatnonzero(tokens[-OVERLAP_TOKENS - 1 :] == bos)
-        if len(last) and i + 1 < len(paths):
-            end = tokens[-OVERLAP_TOKENS - 1 :][last[-1] :]
-            hashes[-1:] = document_hashes(np.concatenate((end, read_shard(paths[i + 1])[:OVERLAP_TOKENS])), bos)[:1]
-        known = np.union1d(known, hashes[np.isin(hashes, wanted)])
-    return np.isin(wanted, known) & (wanted != document_hashes(np.full(1, bos), bos))
-
-
-def audit_overlap(cfg: Settings, rt: Runtime, val: Validation) -> Check | None:
-    """Validation documents that also are in the training shards; None when there are no shards or no documents."""
-    paths = find_shards(cfg.data_path, "train")
-    if not paths or not val.docs:
-        return None
-    mine = rt.progress(range(rt.rank, len(paths), rt.world), "audit no_overlap")
-    found = find_overlap(val.tokens.cpu().numpy().astype(np.uint16), paths, mine, val.bos)
-    numbers = rt.sum_(torch.from_numpy(found).int().to(rt.device)).nonzero().flatten().tolist()
-    listed = f", the first of them {numbers[:20]}" if numbers else ""
-    return Check(len(numbers) <= OVERLAP_TOLERANCE * val.docs, f"{len(numbers)} of {val.docs} validation documents "
-                 f"also start one in {len(paths)} training shards{listed}")
-
-
-def run_audit(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scores: dict[str, Score],
-              scorer: Scorer, faults: list[str]) -> dict[str, Check | None]:
-    """All checks, on the model as the artifact gives it; `scorer` is the last stage's, `faults` are those of all."""
-    return {"bytes": audit_bytes(cfg, rt, val, scores), "single_pass": audit_order(rt, val, scorer, faults),
-            **audit_model(cfg, rt, model, forward, val), "no_overlap": audit_overlap(cfg, rt, val)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3928,7 +3685,6 @@ class Run:
     def __init__(self, cfg: Settings, notes: Notes, rt: Runtime):
         self.cfg, self.rt, self.started = cfg, rt, datetime.now(timezone.utc)
         self.stages: dict[str, Score] = {}
-        self.scorer, self.faults = None, []  # of the last stage; what an audit is to say of all
         self.loaded = None  # when the evaluation's clock began
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
@@ -3959,10 +3715,7 @@ class Run:
 
     def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
         """Run an evaluation with a scorer, log its score and return it."""
-        self.scorer = Scorer(self.rt, self.val.bytes, self.cfg.audit, self.loaded)
-        score = evaluation(self.scorer)
-        if self.scorer.fault:
-            self.faults.append(f"{name}: {self.scorer.fault}")
+        score = evaluation(Scorer(self.rt, self.val.bytes, self.loaded))
         self.rt.log(f"stage:{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f} tokens:{score.tokens} "
                     f"bytes:{score.bytes} seconds:{score.seconds:.1f}")
         self.rt.metric(stage=name, val_loss=score.val_loss, val_bpb=score.val_bpb, seconds=score.seconds)
@@ -4053,20 +3806,6 @@ class Run:
                 cfg, self.rt, self.model, self.final_forward, self.val, scorer))
         return self.rt.largest(time.perf_counter() - self.loaded)
 
-    def audit(self, artifact: bytes, name: str, eval_seconds: float) -> dict[str, Any] | None:
-        """With AUDIT=1 the checks, on the artifact loaded anew, as result.json has them."""
-        if not self.cfg.audit:
-            return None
-        start = time.perf_counter()
-        load_weights(self.model, self.cfg, read_artifact(artifact, name)[1], name)
-        checks = run_audit(self.cfg, self.rt, self.model, self.final_forward, self.val, self.stages, self.scorer,
-                           self.faults)
-        for what, check in checks.items():
-            self.rt.log(f"audit {what}: {check or 'nothing to compare with'}")
-        seconds = time.perf_counter() - start
-        self.rt.log(f"audit took {seconds:.1f}s, {seconds / eval_seconds:.1%} of the evaluation's time")
-        return {what: check and check._asdict() for what, check in checks.items()}
-
     def execute(self, artifact: bytes | None = None) -> int:
         """The whole run; with an `artifact` only its evaluation. Returns the exit status (of rank 0, which writes)."""
         cfg, rt, trained = self.cfg, self.rt, {"steps": 0, "train_seconds": 0.0, "tokens_seen": 0, "tok_per_s": 0.0}
@@ -4080,7 +3819,6 @@ class Run:
         rt.log(f"artifact: model {len(artifact)} + code {len(self.code)} = {total} bytes, budget "
                f"{cfg.artifact_budget_bytes}: {verdict}")
         eval_seconds, final = self.score(artifact, name), list(self.stages.values())[-1]
-        audit = self.audit(artifact, name, eval_seconds)
         peak_memory = int(rt.largest(rt.peak_memory()))
         result = {
             "val_loss": final.val_loss, "val_bpb": final.val_bpb,
@@ -4092,7 +3830,7 @@ class Run:
             "budget_bytes": cfg.artifact_budget_bytes, "fits": fits, **trained, "eval_seconds": eval_seconds,
             "peak_memory_bytes": peak_memory, "seed": cfg.seed, "world_size": rt.world, "device": self.device,
             "torch": torch.__version__, "attention": self.attention.name, "config": dataclasses.asdict(cfg),
-            "audit": audit, "started": self.started.isoformat(timespec="seconds"),
+            "started": self.started.isoformat(timespec="seconds"),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         if rt.rank == 0:
@@ -4104,8 +3842,7 @@ class Run:
         rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
                f"in {rt.path('result.json')}{part}")
         rt.largest(0.0)  # all wait for the files: torchrun ends everyone when the first process ends with a status
-        failed = audit and not all(check["ok"] for check in audit.values() if check)
-        return 0 if rt.rank else 3 if failed else 0 if fits else 2
+        return 0 if rt.rank or fits else 2
 
 
 def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:

@@ -56,6 +56,7 @@ from typing import BinaryIO
 import numpy as np
 import sentencepiece as spm
 from caseops import MARKERS, restore, token_bytes, transform
+from overlap import ALLOWED, find_overlap
 from shards import (
     HEADER_BYTES,
     MAX_VOCAB,
@@ -486,39 +487,21 @@ class Dataset:
         return [shard for writer in self.writers.values() for shard in writer.shards]
 
     def overlap(self, bos: int) -> int:
-        """Number of validation documents that begin like a training document, as a run's AUDIT=1 finds them.
+        """Number of validation documents that begin like a training document, as records/audit.py finds them.
 
         ValueError if they are more than that allows (a few stand twice in the published documents themselves), or if
         a shard cannot be read.
         """
-        from train_gpt import OVERLAP_TOLERANCE
-
-        paths = {split: [self.folder / shard["name"] for shard in writer.shards]
+        paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
                  for split, writer in self.writers.items()}
         val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
-        numbers = np.flatnonzero(find_overlap(val, paths["train"], bos)) + 1
-        if len(numbers) > OVERLAP_TOLERANCE * docs:
+        which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
+        numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
+        if len(numbers) > ALLOWED * docs:
             listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
             raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "
                              f"training (numbers {listed}); remove them there")
         return len(numbers)
-
-
-def find_overlap(val: np.ndarray, paths: list[Path], bos: int) -> np.ndarray:
-    """(documents,) bool: the documents of `val` (n,) uint16 that also start one in the training shards `paths`.
-
-    The shards are read from the last to the first: a document may go on in any number of those that follow.
-    """
-    from train_gpt import OVERLAP_TOKENS, document_hashes
-
-    wanted, known, following = document_hashes(val, bos), np.zeros(0, np.uint64), np.zeros(0, np.uint16)
-    for path in tqdm(paths[::-1], "overlap", unit="shard", disable=None):
-        tokens = read_shard(path)
-        stream = np.concatenate((tokens, following))
-        hashes = document_hashes(stream, bos)[: np.count_nonzero(tokens == bos)]
-        known = np.union1d(known, hashes[np.isin(hashes, wanted)])
-        following = stream[:OVERLAP_TOKENS]
-    return np.isin(wanted, known)
 
 
 # ----- data sets

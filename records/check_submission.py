@@ -7,7 +7,8 @@ binds the record track only; `not run`, this needs --against, --data or --tokeni
 wrote the artifact. The exit status is 0 without FAIL and missing.
 Submissions of the field, with fields and logs of their own, are read as far as they go.
 
-Nothing of the folder is executed, unless --data is given: that runs its train_gpt.py, as this user, on its artifact.
+Nothing of the folder is executed, unless --data is given: that runs its train_gpt.py, as this user, on its artifact,
+and has records/audit.py judge it.
 """
 
 import argparse
@@ -87,6 +88,8 @@ class Submission:
         paths = {seed: self.folder / f"result_seed{seed}.json" for seed in self.seeds}
         self.results = {seed: s.plain(s.read_json(path)[0]) for seed, path in paths.items() if path.is_file()}
         self.runs = list(self.results.values())
+        paths = {seed: self.folder / f"audit_seed{seed}.json" for seed in self.seeds}
+        self.verdicts = {seed: s.plain(s.read_json(path)[0]) for seed, path in paths.items() if path.is_file()}
         self.score_digits = s.SCORE_DIGITS if self.results else s.FIELD_SCORE_DIGITS
         try:
             self.readme = (self.folder / s.README).read_text(encoding="utf-8")
@@ -133,12 +136,11 @@ class Submission:
     def audit(self, name: str) -> list[str]:
         """What is wrong with one check of the runs' audits; ends the check if a run has none."""
         faults = []
-        for seed, run in need(self.results, "no result_seed<seed>.json").items():
-            found = need((run.get("audit") or {}).get(name), f"seed {seed}: no audit of {name}; AUDIT=1 makes one")
+        for seed in need(self.results, "no result_seed<seed>.json"):
+            checks = self.verdicts.get(seed, {}).get("checks", {})
+            found = need(checks.get(name), f"seed {seed}: no audit of {name}; records/audit.py makes one")
             if not found["ok"]:
                 faults.append(f"seed {seed}: {name} failed: {found['detail']}")
-            elif self.logs.get(seed, {}).get("audit", {}).get(name) is False:
-                faults.append(f"seed {seed}: the log says that {name} failed")
         return faults
 
 
@@ -149,7 +151,8 @@ class Submission:
 def check_files(sub: Submission) -> str:
     names = [s.README, s.SUBMISSION, s.CODE, s.REQUIREMENTS]
     if sub.results or "code_sha256" in sub.data:  # made by make_submission.py
-        names += [name for seed in sub.seeds for name in (f"train_seed{seed}.log", f"result_seed{seed}.json")]
+        names += [name for seed in sub.seeds
+                  for name in (f"train_seed{seed}.log", f"result_seed{seed}.json", f"audit_seed{seed}.json")]
     absent = [name for name in names if not (sub.folder / name).exists()]
     logs = list(sub.folder.glob("*.log"))
     if len(logs) < s.LEAST_SEEDS:
@@ -456,13 +459,39 @@ def check_documents(sub: Submission) -> str:
 
 def check_audit(sub: Submission) -> str:
     names = [name for name in s.AUDIT if name not in ("no_overlap", "single_pass")]  # those have lines of their own
-    fail([fault for name in names for fault in sub.audit(name)])
-    return f"{', '.join(names)} proven in every seed"
+    faults = [fault for name in names for fault in sub.audit(name)]
+    for seed, verdict in sub.verdicts.items():
+        files = {"code_sha256": sub.folder / s.CODE, "model_sha256": sub.artifacts().get(seed)}
+        faults += [f"seed {seed}: audited was another {path.name}" for key, path in files.items()
+                   if path and path.is_file() and verdict.get(key) != s.sha256(path)]
+        if verdict.get("model_sha256") != sub.results.get(seed, {}).get("model_sha256"):
+            faults.append(f"seed {seed}: audited was another run's artifact")
+    again = audit_again(sub) if sub.data_path and sub.artifacts() else {}
+    fail(faults + [f"audited here, {name} failed: {check['detail']}" for name, check in again.items()
+                   if check and not check["ok"]])
+    return f"{', '.join(names)} proven in every seed{', and once more here' if again else ''}"
+
+
+def audit_again(sub: Submission) -> dict[str, Any]:
+    """The checks of records/audit.py, run here on the first artifact; ends the check if there is no verdict."""
+    seed, artifact = next(iter(sub.artifacts().items()))
+    tokenizer = sub.folder / s.TOKENIZER if (sub.folder / s.TOKENIZER).is_file() else sub.tokenizer_path
+    env = os.environ | {"DATA_PATH": str(sub.data_path),
+                        "TOKENIZER_PATH": str(need(tokenizer, "no tokenizer; --tokenizer names one").resolve())}
+    with tempfile.TemporaryDirectory() as folder:
+        for path, name in ((sub.folder / s.CODE, "train_gpt.packed.py"), (artifact, "final_model.int6.ptz"),
+                           (sub.folder / f"result_seed{seed}.json", "result.json")):
+            shutil.copyfile(path, Path(folder, name))
+        done = subprocess.run([sys.executable, Path(__file__).with_name("audit.py"), folder], env=env,
+                              capture_output=True, text=True)
+        if not Path(folder, "audit.json").is_file():
+            fail([f"records/audit.py ended with status {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"])
+        return json.loads(Path(folder, "audit.json").read_text())["checks"]
 
 
 def check_overlap(sub: Submission) -> str:
     fail(sub.audit("no_overlap"))
-    return "; ".join(sorted({run["audit"]["no_overlap"]["detail"] for run in sub.runs}))
+    return "; ".join(sorted({verdict["checks"]["no_overlap"]["detail"] for verdict in sub.verdicts.values()}))
 
 
 def check_order(sub: Submission) -> str:
@@ -588,7 +617,7 @@ def check_command(sub: Submission) -> str:
 def check_score(sub: Submission) -> str:
     if not sub.data_path:
         raise Verdict("not run", "no data: --data runs the folder's train_gpt.py on its artifact")
-    config = sub.config()
+    sub.config()
     seed, artifact = next(iter(need(sub.artifacts(), "no artifact").items()))
     run = sub.results[seed]
     tokenizer = sub.folder / s.TOKENIZER if (sub.folder / s.TOKENIZER).is_file() else sub.tokenizer_path
@@ -615,8 +644,7 @@ def check_score(sub: Submission) -> str:
     if done.returncode:
         faults.append(f"ended with status {done.returncode}")
     fail(faults)
-    audited = ", audit included" if config["audit"] else ""
-    return f"seed {seed}: {again['val_bpb']:.8f} from the artifact alone, {gap:.1e} from its run{audited}"
+    return f"seed {seed}: {again['val_bpb']:.8f} from the artifact alone, {gap:.1e} from its run"
 
 
 def check_significance(sub: Submission) -> str:

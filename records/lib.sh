@@ -3,6 +3,8 @@
 #   gpu_count                 how many GPUs PyTorch can use here; after use_python
 #   default NAME VALUE        exports NAME=VALUE unless the caller's environment has NAME or one of its aliases
 #   use_recipe FOLDER         the same for every NAME=VALUE line of its recipe.env
+#   audit FOLDER MARKER PROGRAM...     if AUDIT says so, a finished run by records/audit.py, started by this program;
+#                                      status 3 if that found something, whatever torchrun makes of it
 #   summarise FOLDER MARKER [OPTION]   a finished run by records/summary.py, if its result is newer than the file MARKER
 
 stop() { echo "error: $*" >&2; exit 1; }
@@ -101,3 +103,11 @@ use_recipe() {
 }
 
 summarise() { if [ "$1/result.json" -nt "$2" ]; then "$PYTHON" records/summary.py "$1" "${@:3}" || true; fi; }
+
+audit() {
+    case "${AUDIT:-0}" in 1 | [Tt]rue | TRUE) ;; *) return 0 ;; esac
+    [ "$1/result.json" -nt "$2" ] || return 0
+    "${@:3}" records/audit.py "$1" && return
+    [ "$1/audit.json" -nt "$2" ] && return 3
+    return 1
+}

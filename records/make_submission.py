@@ -5,7 +5,7 @@
 Writes records/<track>/<YYYY-MM-DD>_<NAME>/: train_gpt.py (the counted, packed script), logs and results of every seed,
 the first seed's artifact, the tokenizer, requirements.txt, submission.json and a README
 whose tables, features and command come from the runs alone. Then check_submission.py looks at it. The folder appears
-whole or, with one line that says why, not at all. AUDIT=1 is needed in every run, on both tracks.
+whole or, with one line that says why, not at all. Every run must have been audited (records/audit.py), on both tracks.
 
 What you have to say goes into the README under its title or in sections of your own; the sections made here stay as
 they are. Check the folder again afterwards: features, settings and figures in your words must be those of the runs.
@@ -28,6 +28,7 @@ import submission as s
 import train_gpt as tg
 
 ARTIFACT, COUNTED, RESULT, LOG = "final_model.int6.ptz", "train_gpt.packed.py", "result.json", "train.log"
+VERDICT = "audit.json"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -35,8 +36,10 @@ def read_run(folder: Path) -> dict[str, Any]:
     for name in (RESULT, LOG, COUNTED, ARTIFACT):
         if not (folder / name).is_file():
             raise tg.RunError(f"{folder}: no {name}: not the folder of a finished run")
+    if not (folder / VERDICT).is_file():
+        raise tg.RunError(f"{folder}: no {VERDICT}; python records/audit.py {folder} makes it")
     run = s.plain(s.read_json(folder / RESULT)[0])
-    missing = [key for key in ("config", "seed", "steps", "stages", "audit", "model_bytes") if key not in run]
+    missing = [key for key in ("config", "seed", "steps", "stages", "model_bytes") if key not in run]
     if missing:
         raise tg.RunError(f"{folder}/{RESULT}: has no {missing[0]}: not the result of this train_gpt.py")
     if run["config"].get("eval_only") or not run["steps"]:
@@ -110,6 +113,7 @@ def fill(folder: Path, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
     for place, run in zip(args.logs, runs):
         shutil.copyfile(place / LOG, folder / f"train_seed{run['seed']}.log")
         shutil.copyfile(place / RESULT, folder / f"result_seed{run['seed']}.json")
+        shutil.copyfile(place / VERDICT, folder / f"audit_seed{run['seed']}.json")
     for place, run in list(zip(args.logs, runs))[: None if args.artifacts else 1]:
         shutil.copyfile(place / ARTIFACT, folder / f"final_model_seed{run['seed']}.int6.ptz")
     shutil.copyfile(args.logs[0] / COUNTED, folder / s.CODE)

@@ -1,36 +1,36 @@
-"""The audit: clean runs pass it whole, each planted fault is caught by the check that names it."""
+"""The auditor: clean runs pass it whole, each planted fault is caught by the check that names it.
+
+Faults are planted by replacing functions of the packed script once it is imported; how a user calls the auditor, on a
+packed script of several parts and of a faulty one, is tested apart.
+"""
 
 import json
+import shutil
+import sys
 import types
+import zipfile
 from pathlib import Path
 
+import audit
 import numpy as np
+import overlap
 import pytest
+import sentencepiece
 import torch
-from conftest import ROOT, read_result, run_script, shifted
+from conftest import ROOT, shifted
+from forked import ForkedRun
 from shards import read_shard, write_shard
 
 import train_gpt as tg
 
-SOURCE = (ROOT / "train_gpt.py").read_text()
-CHECKS = ["bytes", "single_pass", "normalized", "causal", "no_overlap"]
-SMALL = {"TTT_EVAL_SEQ_LEN": "64", "TTT_CHUNK_SIZE": "16", "TTT_BATCH_SIZE": "4", "TTT_LORA_RANK": "4",
-         "TTT_LORA_ALPHA": "8", "TTT_LORA_LR": "0.003", "TTT_CHUNK_TOKENS": "256", "TTT_EPOCHS": "1", "TTT_LR": "0.02",
-         "PHASED_TTT_PREFIX_DOCS": "3", "GLOBAL_TTT_CHUNK_TOKENS": "256", "GLOBAL_TTT_LR": "0.02",
-         "EVAL_BUDGET_SECONDS": "0", "AUDIT": "1", "EVAL_STRIDE": "32", "EVAL_BATCH_TOKENS": "1024"}
-
-
-def script(*changes: tuple[str, str]) -> types.ModuleType:
-    """train_gpt as a module of its own, with pieces of its text, each there exactly once, replaced."""
-    text = SOURCE
-    for old, new in changes:
-        assert text.count(old) == 1, (text.count(old), old)
-        text = text.replace(old, new)
-    module = types.ModuleType("planted")
-    module.__file__ = str(ROOT / "train_gpt.py")
-    exec(compile(text, "planted", "exec"), module.__dict__)
-    module.pack_code = lambda source: b"code"  # not what is looked at here
-    return module
+F = torch.nn.functional
+AUDIT = ROOT / "records/audit.py"
+SMALL = {"NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "ROPE_DIMS": "8",
+         "ITERATIONS": "6", "SMEAR_GATE_ENABLED": "1", "SCALAR_LR": "0.2", "EVAL_STRIDE": "32",
+         "EVAL_BATCH_TOKENS": "1024"}
+EVALUATION = {"ttt_eval_seq_len": 64, "ttt_chunk_size": 16, "ttt_batch_size": 4, "ttt_lora_rank": 4,
+              "ttt_lora_alpha": 8.0, "ttt_lora_lr": 0.003, "ttt_chunk_tokens": 256, "ttt_epochs": 1, "ttt_lr": 0.02,
+              "phased_ttt_prefix_docs": 3, "global_ttt_chunk_tokens": 256, "global_ttt_lr": 0.02}
 
 
 def short_documents(tokens: np.ndarray, most: int) -> np.ndarray:
@@ -40,179 +40,340 @@ def short_documents(tokens: np.ndarray, most: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def trained(tiny, tmp_path_factory) -> dict[str, str]:
-    """Settings that score an artifact with a SmearGate on six short documents, a copy of tiny's data being theirs."""
+def trained(tiny, tmp_path_factory) -> Path:
+    """Folder of two runs on a copy of tiny's data with six short documents: 0, and 1 with VARLEN_ENABLED."""
     folder = tmp_path_factory.mktemp("audit")
-    data = folder / "datasets/topics"
-    data.mkdir(parents=True)
+    data = folder / "data"
+    data.mkdir()
     for path in Path(tiny["DATA_PATH"]).glob("*.bin"):
         tokens = read_shard(path)
-        # as long as sets them apart and no longer: ends inside a character would change the count of bytes
         write_shard(data / path.name, short_documents(tokens, 400) if "val" in path.name else tokens)
-    val = read_shard(data / "fineweb_val_000000.bin")
-    stats = {"files_val": 1, "tokens_val": len(val), "docs_val": int((val == val[0]).sum())}
-    (folder / "manifest.json").write_text(json.dumps({"datasets": [{"name": "topics", "stats": stats}]}))
-    settings = tiny | SMALL | {"DATA_PATH": str(data), "SMEAR_GATE_ENABLED": "1", "SCALAR_LR": "0.2"}
     for varlen in "01":
-        training = {"ARTIFACT_DIR": str(folder / varlen), "VARLEN_ENABLED": varlen, "EVAL_STRIDE": "0", "AUDIT": "0"}
-        assert script().start([], tg.Launch(0, 0, 1), settings | training) == 0
-    return settings | {"ARTIFACTS": str(folder)}
+        environ = tiny | SMALL | {"DATA_PATH": str(data), "ARTIFACT_DIR": str(folder / varlen)}
+        assert tg.start([], tg.Launch(), environ | {"VARLEN_ENABLED": varlen}) == 0
+    return folder
 
 
-def audited(trained: dict[str, str], folder: Path, module: types.ModuleType, **changes: str) -> tuple[int, dict]:
-    """Exit status and result.json of scoring the artifact, which was trained with document bounds if they are used."""
-    artifact = f"{trained['ARTIFACTS']}/{changes.get('VARLEN_ENABLED', 0)}/final_model.int6.ptz"
-    status = module.start([], module.Launch(0, 0, 1),
-                          trained | {"ARTIFACT_DIR": str(folder), "EVAL_ONLY": artifact} | changes)
-    return status, read_result(folder)
+@pytest.fixture
+def judged(trained, monkeypatch):
+    """Checks of these names, of a run whose evaluation has these settings instead of its own, with a fault planted in
+    the script whenever it is imported.
+    """
+    monkeypatch.setitem(sys.modules, "train_gpt", tg)  # to be put back
+    real = audit.Script.fresh
+
+    def judge(*names: str, plant=None, full: bool = False, change=None, **changes) -> dict[str, audit.Check | None]:
+        def fresh(self):
+            script = real(self)
+            if plant:
+                plant(script)
+            return script
+
+        monkeypatch.setattr(audit.Script, "fresh", fresh)
+        subject = audit.Subject(trained / str(changes.get("varlen_enabled", 0)), {"DEVICE": "cpu"})
+        subject.config |= EVALUATION | changes
+        if change:
+            change(subject)
+        return audit.judge(subject, full, names)
+
+    return judge
+
+
+EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
 
 
 @pytest.mark.parametrize("changes", [
-    {"TTT_MODE": "none"}, {"TTT_MODE": "none", "EVAL_STRIDE": "0"}, {"TTT_MODE": "none", "VARLEN_ENABLED": "1"},
-    {"TTT_MODE": "chunk"}, {"TTT_MODE": "chunk", "VARLEN_ENABLED": "1"}, {"TTT_MODE": "lora"},
-    {"TTT_MODE": "lora", "TTT_OPTIMIZER": "sgd", "TTT_DOC_ORDER": "sorted"}, {"TTT_MODE": "phased"},
-    {"TTT_MODE": "phased", "PHASED_TTT_NUM_PHASES": "3", "EVAL_BUDGET_SECONDS": "0.001"},
-    {"TTT_MODE": "lora", "DTYPE": "bf16"}, {"TTT_MODE": "none", "VARLEN_ENABLED": "1", "EVAL_SEQ_LEN": "192"}], ids=str)
-def test_a_clean_run_passes_all(trained, tmp_path, changes):
-    status, result = audited(trained, tmp_path, script(), **changes)
-    assert status == 0 and list(result["audit"]) == CHECKS and result["val_complete"] is True
-    assert all(check["ok"] is True and check["detail"] for check in result["audit"].values()), result["audit"]
-    log = (tmp_path / "train.log").read_text()
-    assert all(f"audit {name}: ok: " in log for name in CHECKS)
-
-
-def test_without_the_audit_there_is_none(trained, tmp_path):
-    status, result = audited(trained, tmp_path, script(), AUDIT="0")
-    assert status == 0 and result["audit"] is None
-
-
-def test_without_training_shards_there_is_nothing_to_compare_with(trained, tmp_path):
-    data = tmp_path / "topics"
-    data.mkdir()
-    (data / "fineweb_val_000000.bin").symlink_to(Path(trained["DATA_PATH"], "fineweb_val_000000.bin"))
-    status, result = audited(trained, tmp_path / "run", script(), DATA_PATH=str(data))
-    assert status == 0 and result["audit"]["no_overlap"] is None and result["audit"]["causal"]["ok"]
-    assert result["val_complete"] is None  # nor is there a manifest
+    {}, {"eval_stride": 0}, {"varlen_enabled": 1}, {"ttt_mode": "chunk"}, {"ttt_mode": "chunk", "varlen_enabled": 1},
+    {"ttt_mode": "lora"}, {"ttt_mode": "lora", "ttt_optimizer": "sgd", "ttt_doc_order": "sorted"},
+    {"ttt_mode": "phased", "phased_ttt_num_phases": 3, "eval_budget_seconds": 0.001},
+    {"ttt_mode": "lora", "dtype": "bf16"}, {"varlen_enabled": 1, "eval_seq_len": 192}], ids=str)
+def test_a_clean_run_passes(judged, changes):
+    checks = judged(*EVALUATED, **changes)
+    assert all(check.ok and check.detail for check in checks.values()), checks
 
 
 # ----- planted faults
 
 
-FAULTS = {
-    "an attention mask off by one": ("causal", {}, [
-        ("k.transpose(1, 2), v.transpose(1, 2), is_causal=True,\n",
-         "k.transpose(1, 2), v.transpose(1, 2), attn_mask=torch.ones(q.size(1), q.size(1)).bool().tril(1),\n")]),
-    "the same inside documents": ("causal", {"TTT_MODE": "none", "VARLEN_ENABLED": "1"}, [
-        ("(place <= place[-size:, None])", "(place <= place[-size:, None] + 1)")]),
-    "attention across documents": ("causal", {"TTT_MODE": "none", "VARLEN_ENABLED": "1"}, [
-        ("mask = (segment[:, :, None] == key_segment[:, None, :])", "mask = (segment[:, :, None] > -9)")]),
-    "a smear gate without the document mask": ("causal", {}, [
-        ("[:, :-1].masked_fill(starts[..., None], 0.0)", "[:, :-1]")]),
-    "the same with document bounds": ("causal", {"TTT_MODE": "none", "VARLEN_ENABLED": "1"}, [
-        ("[:, :-1].masked_fill(starts[..., None], 0.0)", "[:, :-1]")]),
-    "an adapter's step before the charge": ("causal", {}, [
-        ("        scorer.add(torch.where(scored, place + 1, 0), losses.detach())",
-         "        if adapters:\n"
-         "            adapters.learn((losses * goes_on).sum() / chunk)\n"
-         "            losses = forward(ids, targets, hooks=adapters.hooks, loops=cfg.num_loops)\n"
-         "        scorer.add(torch.where(scored, place + 1, 0), losses.detach())")]),
-    "adapters that outlive their document": ("causal", {"TTT_BATCH_SIZE": "1"}, [
-        ("    if adapters:\n        adapters.reset()",
-         "    if adapters and not hasattr(adapters, 'optimizer'):\n        adapters.reset()")]),
-    "a token scored twice": ("single_pass", {}, [
-        ("(place < starts + high) & (place < ends)", "(place <= starts + high) & (place < ends)")]),
-    "a token scored by two windows": ("single_pass", {"TTT_MODE": "none"}, [
-        ("scored = (place >= fresh)", "scored = (place >= fresh - 1)")]),
-    "a token skipped": ("single_pass", {}, [
-        ("scored = (place >= starts + low)", "scored = (place > starts + low)")]),
-    "a document scored from its end": ("single_pass", {}, [
-        ("for low in range(0, longest, chunk):", "for low in reversed(range(0, longest, chunk)):")]),
-    "a byte table that counts ▁ twice": ("bytes", {}, [
-        ('length[i] = len(piece[space[i]:].replace("▁", " ").encode())',
-         'length[i] = len(piece.replace("▁", " ").encode())')]),
-    "bytes of another text": ("bytes", {}, [
-        ("self.target_bytes[1:].sum(dtype=torch.int64))\n        if not math",
-         "self.target_bytes[1:].sum(dtype=torch.int64)) + 1\n        if not math")]),
-    "a distribution scaled by 1.01": ("normalized", {}, [
-        ("return losses.view_as(targets)", "return losses.view_as(targets) - math.log(1.01)")]),
-    "losses scaled where they are charged": ("normalized", {"TTT_MODE": "none"}, [
-        ("scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))",
-         "scorer.add(torch.where(scored, place + 1, 0), 0.99 * forward(ids, targets, bounds=bounds, loops=loops))")]),
-    "a model that looks at the target": ("normalized", {}, [
-        ("    losses = F.cross_entropy(softcap(logits, cap)",
-         "    logits = logits + 0.1 * F.one_hot(targets.clamp(min=0), logits.size(-1))\n"
-         "    losses = F.cross_entropy(softcap(logits, cap)")]),
-    "adaptation on a document not yet scored": ("causal", {"TTT_MODE": "phased"}, [
-        ("end, size = documents[high - 1][1], cfg", "end, size = documents[high][1], cfg")]),
-    "training on a chunk not yet scored": ("causal", {"TTT_MODE": "chunk"}, [
-        ("sgd.step(val.tokens[trained : scored + 1]", "sgd.step(val.tokens[trained : scored + 20]")]),
+def charging(change):
+    """Plant `change(scorer, positions, losses)` where the script charges losses."""
+    def plant(script):
+        def wrap(function, place):
+            def planted(*inputs, **options):
+                inputs = list(inputs)
+                scorer = inputs[place]
+                inputs[place] = types.SimpleNamespace(add=lambda *given: change(scorer, *given),
+                                                      running=scorer.running)
+                return function(*inputs, **options)
+            return planted
+
+        script.score_windows = wrap(script.score_windows, 4)
+        script.score_documents = wrap(script.score_documents, 3)
+    return plant
+
+
+def twice(scorer, positions, losses):
+    scorer.add(positions, losses)
+    scorer.add(positions, losses)
+
+
+def all_but_one(scorer, positions, losses):
+    positions = positions.clone()
+    positions.flatten()[positions.flatten().nonzero()[:1]] = 0
+    scorer.add(positions, losses)
+
+
+def off_by_one(script):
+    real = script.attend_sdpa
+    script.attend_sdpa = lambda q, k, v, bounds: real(q, k.roll(-1, 1), v.roll(-1, 1), bounds)
+
+
+def across_documents(script):
+    real = script.attend_sdpa
+    script.attend_sdpa = lambda q, k, v, bounds: real(q, k, v, None)
+
+
+def smear_without_mask(script):
+    script.previous = lambda x, starts: F.pad(x, (0, 0, 1, 0))[:, :-1]
+
+
+def step_before_charge(script):
+    real = script.score_documents
+
+    def planted(cfg, forward, tokens, scorer, batch, adapters):
+        def learned(*inputs, **options):
+            adapters.learn(forward(*inputs, **options).sum() / cfg.ttt_chunk_size)
+            return forward(*inputs, **options)
+        real(cfg, learned, tokens, scorer, batch, adapters)
+
+    script.score_documents = planted
+
+
+def lasting_adapters(script):
+    real = script.DocumentAdapters.reset
+    script.DocumentAdapters.reset = lambda self: None if hasattr(self, "optimizer") else real(self)
+
+
+def two_windows(script):
+    real = script.find_windows
+
+    def planted(*inputs):
+        windows = real(*inputs)
+        windows[1:, 1] -= 1
+        return windows
+
+    script.find_windows = planted
+
+
+def from_the_end(script):
+    real = script.score_documents
+
+    def planted(*inputs):
+        with pytest.MonkeyPatch.context() as inside:
+            inside.setattr(script, "range", lambda *ends: reversed(range(*ends)) if len(ends) == 3 else range(*ends),
+                           raising=False)
+            real(*inputs)
+
+    script.score_documents = planted
+
+
+def spaces_counted_twice(script):
+    real = script.read_tokenizer
+
+    def planted(*inputs):
+        table = real(*inputs)
+        return table._replace(length=table.length + table.space)
+
+    script.read_tokenizer = planted
+
+
+def finish_with(**values):
+    """Plant what the script's Scorer says at the end; values are functions of what it should have said."""
+    def plant(script):
+        real = script.Scorer.finish
+
+        def planted(self):
+            score = real(self)
+            return score._replace(**{name: value(getattr(score, name)) for name, value in values.items()})
+        script.Scorer.finish = planted
+    return plant
+
+
+def losses_with(change):
+    """Plant `change(loss, logits, targets)` for the model's loss, which is a function of logits."""
+    def plant(script):
+        real = script.cross_entropy
+        script.cross_entropy = lambda logits, targets, cap: change(lambda z: real(z, targets, cap), logits, targets)
+    return plant
+
+
+def train_first(name):
+    """Plant a step on the first tokens of the text before test-time training scores any."""
+    def plant(script):
+        real = getattr(script, name)
+
+        def planted(cfg, rt, model, forward, val, scorer):
+            sgd = script.Sgd(cfg, rt, model, forward, 0.02, 0.0, 256)
+            sgd.step(val.tokens[:300], val.bos, 1.0)
+            return real(cfg, rt, model, forward, val, scorer)
+        setattr(script, name, planted)
+    return plant
+
+
+def hints(script):
+    """The targets, kept beside the text when it is read, and the model is told."""
+    kept, load, gather, predict = {}, script.Validation.load.__func__, script.gather, script.GPT.predict
+
+    def planted_load(cls, *inputs):
+        kept["text"] = load(cls, *inputs)
+        return kept["text"]
+
+    def planted_gather(tokens, place, scored, bos):
+        text = kept["text"].tokens.long()
+        kept["targets"] = text[(place + 1).clamp(max=len(text) - 1)]
+        return gather(tokens, place, scored, bos)
+
+    def planted_predict(self, x, lane, targets, here):
+        logits = predict(self, x, lane, None, here)
+        if kept["targets"].shape == x.shape[:2]:
+            logits = logits + 0.1 * F.one_hot(kept["targets"], logits.size(-1))
+        return logits if targets is None else F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none").view_as(targets)
+
+    script.Validation.load = classmethod(planted_load)
+    script.gather, script.GPT.predict = planted_gather, planted_predict
+
+
+def half_of_the_documents(script):
+    """Only the first half is scored, and all of it is reported."""
+    load = script.Validation.load.__func__
+    script.Validation.load = classmethod(lambda cls, *inputs: (val := load(cls, *inputs))._replace(
+        tokens=val.tokens[: len(val.tokens) // 2]))
+    without_checks(script)
+
+
+def without_checks(script):
+    """The script's Scorer refuses nothing."""
+    def finish(self):
+        nats, tokens = float(self.rt.sum_(self.losses.clone())[1:].double().sum()), len(self.target_bytes) - 1
+        n_bytes = int(self.target_bytes.sum())
+        return script.Score(nats / tokens, nats / (tg.math.log(2) * n_bytes), tokens, n_bytes, 0.0)
+
+    script.Scorer.finish = finish
+
+
+def trains_on_validation(script):
+    real = script.Windows.__init__
+
+    def planted(self, cfg, rt, bos=-1):
+        shard_paths, script.shard_paths = script.shard_paths, lambda cfg, split: shard_paths(cfg, "val")
+        real(self, cfg, rt, bos)
+        script.shard_paths = shard_paths
+
+    script.Windows.__init__ = planted
+
+
+LORA, VARLEN = {"ttt_mode": "lora", "eval_stride": 0}, {"varlen_enabled": 1, "eval_stride": 0}
+FAULTS = {  # the check that names it, settings, what is planted
+    "an attention mask off by one": ("causal", LORA, off_by_one),
+    "the same inside documents": ("causal", VARLEN, off_by_one),
+    "attention across documents": ("causal", VARLEN, across_documents),
+    "a smear gate without the document mask": ("causal", LORA, smear_without_mask),
+    "the same with document bounds": ("causal", VARLEN, smear_without_mask),
+    "an adapter's step before the charge": ("causal", LORA, step_before_charge),
+    "adapters that outlive their document": ("causal", LORA | {"ttt_batch_size": 1}, lasting_adapters),
+    "adaptation on a document not yet scored": ("causal", {"ttt_mode": "phased"}, train_first("lora_ttt")),
+    "training on a chunk not yet scored": ("causal", {"ttt_mode": "chunk"}, train_first("chunk_ttt")),
+    "hints that are the targets": ("causal", {}, hints),
+    "a token scored twice": ("single_pass", LORA, charging(twice)),
+    "the same without its own checks": ("single_pass", LORA, lambda script: (
+        charging(twice)(script), without_checks(script))),
+    "a token scored by two windows": ("single_pass", {}, two_windows),
+    "a token skipped": ("single_pass", LORA, charging(all_but_one)),
+    "a document scored from its end": ("single_pass", LORA, from_the_end),
+    "half of the documents": ("single_pass", LORA, half_of_the_documents),
+    "a loss charged to another token": ("single_pass", {}, charging(
+        lambda scorer, positions, losses: scorer.add(positions.flip(-1), losses))),
+    "a byte table that counts ▁ twice": ("bytes", {}, spaces_counted_twice),
+    "bytes of another text": ("bytes", {}, finish_with(bytes=lambda n: n + 1)),
+    "a distribution scaled by 1.01": ("normalized", LORA, losses_with(
+        lambda loss, logits, targets: loss(logits) - 0.01 * (targets >= 0))),
+    "losses scaled where they are charged": ("normalized", {}, charging(
+        lambda scorer, positions, losses: scorer.add(positions, 0.99 * losses))),
+    "a model that looks at the target": ("normalized", LORA, losses_with(
+        lambda loss, logits, targets: loss(logits + 0.1 * F.one_hot(targets.clamp(min=0), logits.size(-1))))),
+    "another score than was computed": ("score", {}, finish_with(val_bpb=lambda v: 0.99 * v)),
+    "another loss than was computed": ("score", LORA, finish_with(val_loss=lambda v: v - 1e-4)),
+    "training on validation shards": ("training", {}, trains_on_validation),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_caught_by_its_name(trained, tmp_path, fault):
-    check, changes, edits = FAULTS[fault]
-    status, result = audited(trained, tmp_path, script(*edits), **{"TTT_MODE": "lora"} | changes)
-    assert status == 3 and result["audit"][check]["ok"] is False, result["audit"]
-    assert f"audit {check}: FAILED: " in (tmp_path / "train.log").read_text()
+def test_a_planted_fault_is_caught_by_its_name(judged, fault):
+    check, changes, plant = FAULTS[fault]
+    assert judged(check, plant=plant, **changes)[check].ok is False
 
 
-def test_a_score_that_counts_a_target_twice_is_refused_without_the_audit(trained, tmp_path):
-    planted = script(*FAULTS["a token scored twice"][2])
-    with pytest.raises(planted.RunError, match="score refused: .* more than once"):
-        audited(trained, tmp_path, planted, AUDIT="0", TTT_MODE="lora")
+def test_a_result_that_was_edited_does_not_add_up(judged):
+    """Alone a figure contradicts others; all of them changed, the whole evaluation again says another."""
+    def edit(*names):
+        def change(subject):
+            for figures in (subject.result, *subject.result["stages"].values()):
+                figures |= {name: 0.999 * figures[name] for name in names}
+        return change
+
+    assert judged("score", full=True, eval_stride=32)["score"].ok
+    assert not judged("score", change=edit("val_bpb"))["score"].ok
+    assert judged("score", change=edit("val_bpb", "val_loss"))["score"].ok
+    assert not judged("score", full=True, change=edit("val_bpb", "val_loss"))["score"].ok
+    assert not judged("score", change=lambda subject: subject.result.update(val_docs=5))["score"].ok
+    assert not judged("bytes", change=lambda subject: subject.result.update(val_bytes=5))["bytes"].ok
 
 
-def copy_data(trained: dict[str, str], folder: Path) -> Path:
-    """The data of the fixture with its manifest, in files that may be written."""
-    data = folder / "datasets/topics"
-    data.mkdir(parents=True)
-    for path in Path(trained["DATA_PATH"]).glob("*.bin"):
-        (data / path.name).write_bytes(path.read_bytes())
-    (folder / "manifest.json").write_bytes(Path(trained["DATA_PATH"], "../../manifest.json").read_bytes())
-    return data
+def test_training_that_reads_no_validation_text_passes(judged):
+    assert judged("training")["training"].ok
+    assert judged("training", change=lambda subject: subject.train_shards.clear())["training"] is None
 
 
-def test_a_truncated_validation_shard_is_not_complete(trained, tmp_path):
-    data = copy_data(trained, tmp_path)
-    path = data / "fineweb_val_000000.bin"
-    tokens = read_shard(path)
-    write_shard(path, np.array(tokens[: np.flatnonzero(tokens == tokens[0])[-1]]))
-    status, result = audited(trained, tmp_path / "run", script(), DATA_PATH=str(data))
-    assert status == 0 and result["val_complete"] is False and all(c["ok"] for c in result["audit"].values())
-    log = (tmp_path / "run/train.log").read_text()
-    assert "complete: NO" in log and "PARTIAL" in log.splitlines()[-1]
-    path.write_bytes(path.read_bytes()[:-2])  # and one that its own header contradicts is not read at all
-    with pytest.raises(tg.RunError, match="expected .* bytes"):
-        audited(trained, tmp_path / "run", tg, DATA_PATH=str(data))
+# ----- bytes
 
 
-@pytest.mark.parametrize("where", ["at the end", "as a shard", "across two shards"])
-def test_validation_documents_in_a_training_shard_are_found(trained, tmp_path, where):
-    data = copy_data(trained, tmp_path)
-    val = np.array(read_shard(data / "fineweb_val_000000.bin"))
-    last, second = data / "fineweb_train_000000.bin", np.flatnonzero(val == val[0])[1]
-    if where == "at the end":
-        write_shard(last, np.concatenate((read_shard(last), val[:second])))
-    elif where == "as a shard":
-        write_shard(data / "fineweb_train_000001.bin", val)
-    else:
-        write_shard(last, np.concatenate((read_shard(last), val[:7])))
-        write_shard(data / "fineweb_train_000001.bin", val[7:second])
-    status, result = audited(trained, tmp_path / "run", script(), DATA_PATH=str(data))
-    check, count = result["audit"]["no_overlap"], 6 if where == "as a shard" else 1
-    assert status == 3 and check["ok"] is False and check["detail"].startswith(f"{count} of 6 validation documents")
-    assert "the first of them [0" in check["detail"]
-    assert all(result["audit"][name]["ok"] for name in CHECKS[:4])
+@pytest.fixture(scope="module")
+def tokenizer(tiny) -> sentencepiece.SentencePieceProcessor:
+    return sentencepiece.SentencePieceProcessor(model_file=tiny["TOKENIZER_PATH"])
 
 
-# ----- overlap by hand
+def count(tokenizer, ids: list[int], mark: int = 1) -> int:
+    text = audit.Text(np.array(ids), tokenizer, mark, False)
+    return text.count_bytes(text.documents())
+
+
+def test_a_cut_character_is_as_many_bytes_as_pieces_are_left(tokenizer):
+    ids = tokenizer.encode("so: \u6f22")
+    assert all(map(tokenizer.is_byte, ids[-3:]))
+    assert [count(tokenizer, [1, *ids[:end]]) for end in range(len(ids) - 3, len(ids) + 1)] == [4, 5, 6, 7]
+    assert count(tokenizer, [1, *ids[:-1], 1, *ids[-1:], *ids]) == 6 + 1 + len(" so: \u6f22".encode())
+    chance, first = np.random.default_rng(shifted(0)), tokenizer.piece_to_id("<0x00>")
+    for _ in range(500):  # bytes of all kinds, whole characters and a literal U+FFFD among them
+        raw = chance.choice([0xE6, 0xBC, 0xA2, 0x41, 0xF0, 0x9F, 0x98, 0x80, 0xC0, 0xED, 0xEF, 0xBF, 0xBD, 0xFF], 9)
+        assert count(tokenizer, [1, *(first + raw)]) == 9
+
+
+def test_the_mark_of_a_document_stands_for_nothing(tokenizer):
+    """Also one that decodes to text, or if the text starts without one; the first token is no target."""
+    ids, word = tokenizer.encode("some words"), tokenizer.encode("and")[0]
+    assert count(tokenizer, [1, *ids, 1, *ids]) == 2 * len("some words")
+    assert count(tokenizer, [word, *ids, word, *ids], word) == 2 * len("some words")
+    assert count(tokenizer, [*ids, 1, *ids]) == 2 * len("some words") - len(tokenizer.decode(ids[:1]))
+
+
+# ----- documents in training shards
 
 
 def test_overlap_equals_a_search_by_hand(tmp_path):
     """Random documents of few tokens, so that many are equal, in shards that cut them anywhere."""
     chance = np.random.default_rng(shifted(0))
-    for round_ in range(30):
+    for round_ in range(16):
         def documents(count, chance=chance):
             return [chance.integers(2, 4, chance.choice([0, 1, 2, 3, 63, 64, 65, 70])) for _ in range(count)]
 
@@ -221,39 +382,94 @@ def test_overlap_equals_a_search_by_hand(tmp_path):
         train.append(np.concatenate((long, [2, 3])))
         val += [np.concatenate((long, [3])), long[:63]]  # as far as anyone looks, and one shorter
         stream = np.concatenate([np.concatenate(([1], d)) for d in train]).astype(np.uint16)
-        cuts = [0, *sorted(chance.integers(0, len(stream), 2)), len(stream)]
-        if min(b - a for a, b in zip(cuts, cuts[1:])) < 65:
-            continue
-        paths = [str(tmp_path / f"{round_}-{i}.bin") for i in range(3)]
+        cuts = [0, *sorted(chance.integers(0, len(stream), 2 if round_ % 2 else 40)), len(stream)]
+        paths = [str(tmp_path / f"{round_}-{i}.bin") for i in range(len(cuts) - 1)]
         for path, a, b in zip(paths, cuts, cuts[1:]):
             write_shard(path, stream[a:b])
         known = {tuple(d[:64]) for d in train}
         expected = [len(d) > 0 and tuple(d[:64]) in known for d in val]
         tokens = np.concatenate([np.concatenate(([1], d)) for d in val]).astype(np.uint16)
-        assert tg.find_overlap(tokens, paths, range(3), 1).tolist() == expected
-        parts = [tg.find_overlap(tokens, paths, [i], 1) for i in range(3)]
+        assert overlap.find_overlap(tokens, paths, range(len(paths)), 1).tolist() == expected
+        parts = [overlap.find_overlap(tokens, paths, [i], 1) for i in range(len(paths))]
         assert np.logical_or.reduce(parts).tolist() == expected
 
 
-def test_published_duplicates_are_listed_and_half_a_percent_of_them_allowed(tmp_path, monkeypatch):
-    document = [[1, *np.random.default_rng(shifted(i)).integers(2, 99, 20)] for i in range(400)]
-    for copied, ok in ((0, True), (2, True), (3, False)):
-        monkeypatch.setattr(tg, "find_shards", lambda folder, split: [str(tmp_path / "t.bin")])
-        write_shard(tmp_path / "t.bin", np.array(sum(document[:copied], [1, 5]), dtype=np.uint16))
-        val = tg.Validation(torch.tensor(sum(document, [])), torch.ones(400 * 21), 400, None, 1)
-        rt = types.SimpleNamespace(rank=0, world=1, device="cpu", sum_=lambda t: t, progress=lambda items, what: items)
-        check = tg.audit_overlap(tg.Settings(), rt, val)
-        assert check.ok is ok and check.detail.startswith(f"{copied} of 400")
-        assert copied == 0 or f"the first of them {[*range(copied)]}" in check.detail
+@pytest.mark.parametrize("copied, ok", [(0, True), (2, True), (3, False)])
+def test_published_duplicates_are_listed_and_half_a_percent_of_them_allowed(tokenizer, tmp_path, copied, ok):
+    documents = [[1, *np.random.default_rng(shifted(i)).integers(2, 99, 20)] for i in range(400)]
+    write_shard(tmp_path / "t.bin", np.array(sum(documents[:copied], [1, 5]), dtype=np.uint16))
+    text = audit.Text(np.array(sum(documents, [])), tokenizer, 1, False)
+    subject = types.SimpleNamespace(text=text, train_shards=[str(tmp_path / "t.bin")], rank=0, world=1)
+    check = audit.check_overlap(subject)
+    assert check.ok is ok and check.detail.startswith(f"{copied} of 400")
+    assert copied == 0 or f"the first of them {[*range(copied)]}" in check.detail
 
 
-# ----- several processes
+# ----- as a user calls it
 
 
-def test_the_audit_of_three_processes(trained, tmp_path):
-    settings = trained | {"EVAL_ONLY": f"{trained['ARTIFACTS']}/0/final_model.int6.ptz", "ARTIFACT_DIR": str(tmp_path),
-                          "TTT_MODE": "phased", "TTT_BATCH_SIZE": "1"}
-    done = run_script(settings, processes=3)
+def run_audit(*arguments: str, processes: int = 0, **environ: str):
+    return ForkedRun(environ, *arguments, script=AUDIT, processes=processes).finish()
+
+
+def test_two_processes_judge_a_run_and_repeat_it_whole(trained, tmp_path):
+    shutil.copytree(trained / "0", tmp_path / "run")
+    done = run_audit(str(tmp_path / "run"), "--full", processes=2)
     assert done.returncode == 0, done.stderr[-2000:]
-    result = read_result(tmp_path)
-    assert result["world_size"] == 3 and all(check["ok"] for check in result["audit"].values()), result["audit"]
+    verdict, result = (json.loads((tmp_path / "run" / name).read_text()) for name in ("audit.json", "result.json"))
+    assert list(verdict["checks"]) == list(audit.CHECKS) and verdict["ok"] and verdict["world_size"] == 2
+    assert all(check["ok"] for check in verdict["checks"].values())
+    assert {k: verdict[k] for k in ("code_sha256", "model_sha256")} == {
+        k: result[k] for k in ("code_sha256", "model_sha256")}
+    assert "the whole evaluation again" in verdict["checks"]["score"]["detail"]
+    assert all(f"audit {name}: ok: " in done.stdout for name in audit.CHECKS)
+
+
+def test_a_faulty_script_ends_with_3_and_a_verdict(trained, tmp_path):
+    """The packed script is another, and the run's own; other documents' training shards are searched."""
+    run, data = shutil.copytree(trained / "0", tmp_path / "run"), shutil.copytree(trained / "data", tmp_path / "data")
+    val = read_shard(data / "fineweb_val_000000.bin")
+    write_shard(data / "fineweb_train_000001.bin", np.array(val[: np.flatnonzero(val == 1)[1]]))
+    source = (ROOT / "train_gpt.py").read_text() + "\n_add = Scorer.add\n" \
+        "Scorer.add = lambda self, positions, losses: _add(self, positions, 0.99 * losses)\n" \
+        "_loss = cross_entropy\ncross_entropy = lambda *inputs: 0.98 * _loss(*inputs)\n"
+    with zipfile.ZipFile(run / audit.CODE, "w") as archive:
+        archive.writestr("train_gpt.py", source)
+        archive.writestr("__main__.py", tg.PACKED_MAIN)
+    result = json.loads((run / "result.json").read_text())
+    result["code_sha256"] = audit.file_sha256(run / audit.CODE)
+    (run / "result.json").write_text(json.dumps(result))
+    done = run_audit(str(run), DATA_PATH=str(data))
+    assert done.returncode == 3, done.stderr[-2000:]
+    verdict = json.loads((run / "audit.json").read_text())
+    assert {name for name, check in verdict["checks"].items() if not check["ok"]} == {
+        "normalized", "no_overlap", "score"}
+    assert verdict["checks"]["no_overlap"]["detail"].startswith("1 of 6 ")
+
+
+def edit_result(run: Path, **values) -> None:
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | values))
+
+
+@pytest.mark.parametrize("spoil, said", [
+    (lambda run: (run / "result.json").unlink(), "result.json: No such file or directory: not the folder of"),
+    (lambda run: (run / "result.json").write_text("{"), "result.json: not JSON"),
+    (lambda run: (run / "result.json").write_text("{}"), "result.json: has no config"),
+    (lambda run: (run / audit.CODE).unlink(), "train_gpt.packed.py: no such file"),
+    (lambda run: (run / audit.ARTIFACT).unlink(), "final_model.int6.ptz: no such file"),
+    (lambda run: (run / audit.ARTIFACT).write_bytes(b"x"), "is not the file of"),
+    (lambda run: ((run / audit.CODE).write_text("x = 1"), edit_result(
+        run, code_sha256=audit.file_sha256(run / audit.CODE))), "train_gpt.packed.py: not a packed script"),
+    (lambda run: {"DATA_PATH": str(run)}, "no fineweb_val_*.bin there"),
+    (lambda run: {"TOKENIZER_PATH": str(run / "none")}, "none: no such file"),
+    (lambda run: {"TOKENIZER_PATH": str(run / "result.json")}, "result.json: not a SentencePiece model")])
+def test_what_cannot_be_judged_is_one_line(trained, tmp_path, monkeypatch, capsys, spoil, said):
+    run = shutil.copytree(trained / "0", tmp_path / "run")
+    environ = spoil(run)
+    for name, value in (environ if isinstance(environ, dict) else {}).items():
+        monkeypatch.setenv(name, value)
+    assert audit.main([str(run)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1
+    assert not (run / audit.VERDICT).exists()

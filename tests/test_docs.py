@@ -36,7 +36,7 @@ def test_links_lead_somewhere(page):
 
 def test_messages_of_troubleshooting_are_the_scripts():
     """Each literal part of a quoted message stands in the source, f-string joints and line breaks aside."""
-    scripts = [ROOT / "train_gpt.py", *sorted((ROOT / "data").glob("*.py"))]
+    scripts = [ROOT / "train_gpt.py", ROOT / "records/audit.py", *sorted((ROOT / "data").glob("*.py"))]
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in scripts))
     source = re.sub(r"\{[^{}\n]*(\{[^{}\n]*\}[^{}\n]*)*\}", "§", source)
     quoted = [q for row in re.findall(r"^\| (`.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), re.M)

@@ -45,7 +45,7 @@ def test_result_holds_the_contract(finished, tiny):
     assert set(result) == set(
         "val_loss val_bpb stages val_docs val_tokens val_bytes val_complete model_bytes code_bytes bytes_total "
         "model_sha256 code_sha256 budget_bytes fits steps train_seconds eval_seconds tokens_seen tok_per_s "
-        "peak_memory_bytes seed world_size device torch attention config audit started finished".split())
+        "peak_memory_bytes seed world_size device torch attention config started finished".split())
     assert list(result["stages"]) == ["pre_quant", "quantized", "sliding"]
     for stage in result["stages"].values():
         assert set(stage) == {"val_loss", "val_bpb", "tokens", "bytes", "seconds"}

@@ -32,7 +32,7 @@ SCALED = {"LOOP_START": "1", "LOOP_END": "1", "ENABLE_LOOPING_AT": "0.3", "PARAL
           "VE_LAYERS": "1,2", "VE_DIM": "16", "BIGRAM_DIM": "16", "SWA_EVERY": "1", "SWA_START_SCALE": "0.9",
           "QAT_START_SCALE": "0.9", "QAT_LITE_LAYER_START": "2", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_EVERY": "1"}
 TOGETHER = {  # what runs are made of beside recipes
-    "defaults": {}, "audit": {"AUDIT": "1", "EVAL_STRIDE": "16"},
+    "defaults": {}, "sliding": {"EVAL_STRIDE": "16"},
     "lora": {"TTT_MODE": "lora", "GPTQ_CALIBRATION": "self", "ATTENTION": "sdpa", "VARLEN_ENABLED": "1"},
     "phased": {"TTT_MODE": "phased", "VARLEN_ENABLED": "1"},
     "chunk": {"TTT_MODE": "chunk", "GPTQ_CALIBRATION": "random", "VARLEN_ENABLED": "1", "TTT_CHUNK_TOKENS": "114",
@@ -57,7 +57,7 @@ def watch(tg, patch, gpu, found: dict) -> None:
 
         patch.setattr(tg, name, call)
 
-    for name in ("pick_attention", "warm_up", "warm_up_ttt", "run_audit"):
+    for name in ("pick_attention", "warm_up", "warm_up_ttt"):
         off_the_clock(name)
     train, calibrate, used = tg.train, tg.calibrate, set()
 
@@ -309,8 +309,6 @@ def test_a_run_is_one_that_gpus_take(ranks, case):
     check_run(answers)
     assert (result["device"], result["attention"]) == ("NVIDIA H100 80GB HBM3", settings.get("ATTENTION", "fa3"))
     assert ("ttt" in result["stages"]) == (result["config"]["ttt_mode"] != "none")
-    if case == "audit":
-        assert [name for name, check in result["audit"].items() if check and not check["ok"]] == []
     if case in ("defaults", *RECIPE_OF):
         answers, folder = ranks.run(1, settings)
         check_run(answers)

@@ -42,6 +42,25 @@ def test_leaderboard_run_trains_each_seed_and_reports_it(tiny):
     assert done.stdout.count("after compression, reloaded") == 2
 
 
+@pytest.mark.parametrize("does, status", [
+    ("touch $2/audit.json", 0), ("touch $2/audit.json; exit 3", 3), ("touch $2/audit.json; exit 1", 3), ("exit 1", 1)])
+def test_a_finished_run_is_audited_and_torchruns_status_is_not_the_verdict(tmp_path, does, status):
+    """torchrun ends with 1 whatever its processes end with; a verdict that was written says that it is no failure."""
+    start, old = program(tmp_path / "start", f"#!/bin/sh\n{does}\n"), time.time() - 60
+    for name in ("marker", "audit.json", "result.json"):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (old, old))
+
+    def audit(**environ: str) -> int:
+        line = f"source records/lib.sh; audit {tmp_path} {tmp_path}/marker {start}"
+        return subprocess.run(["bash", "-c", line], cwd=ROOT, env=clean_environment(environ)).returncode
+
+    assert audit(AUDIT="1") == 0  # the result is not newer than the marker: of an older run
+    (tmp_path / "result.json").touch()
+    assert audit(AUDIT="1") == status
+    assert audit() == audit(AUDIT="0") == 0
+
+
 def test_summary_of_no_run_is_one_line(tmp_path):
     done = run_script({}, str(tmp_path), script=ROOT / "records/summary.py")
     assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/result.json") and done.stdout == ""

@@ -25,6 +25,7 @@ import sentencepiece
 import submission as s
 import summary
 from conftest import ROOT, read_result, shifted
+from forked import ForkedRun
 from shards import read_shard, write_shard
 
 import train_gpt as tg
@@ -52,12 +53,19 @@ def remembered():
 
 @pytest.fixture(scope="session")
 def runs(tiny, tmp_path_factory) -> Path:
-    """Folder of three finished runs, audited; in this process, to save time."""
+    """Folder of three finished runs; in this process, to save time. The first is audited, for all."""
     folder = tmp_path_factory.mktemp("runs")
-    settings = tiny | {"ITERATIONS": "4", "NUM_LAYERS": "2", "EVAL_STRIDE": "0", "AUDIT": "1",
+    settings = tiny | {"ITERATIONS": "4", "NUM_LAYERS": "2", "EVAL_STRIDE": "0",
                        "SMEAR_GATE_ENABLED": "1", "EVAL_BATCH_TOKENS": "1024"}
     for seed in SEEDS:
         assert tg.start([], tg.Launch(), settings | {"SEED": seed, "ARTIFACT_DIR": str(folder / seed)}) == 0
+    done = ForkedRun({}, str(folder / SEEDS[0]), script=ROOT / "records/audit.py").finish()
+    assert done.returncode == 0, done.stderr
+    verdict = json.loads((folder / SEEDS[0] / "audit.json").read_text())
+    for seed in SEEDS:
+        result = read_result(folder / seed)
+        hashes = {key: result[key] for key in ("code_sha256", "model_sha256")}
+        (folder / seed / "audit.json").write_text(json.dumps(verdict | hashes))
     return folder
 
 
@@ -164,7 +172,8 @@ def test_a_record_made_from_three_runs_passes(record, capsys):
     assert lines[-1].endswith("25 pass, 0 FAIL, 0 missing, 0 note, 2 not run")
     assert sorted(path.name for path in record.iterdir()) == sorted(
         [s.README, s.SUBMISSION, s.CODE, s.REQUIREMENTS, s.TOKENIZER, "final_model_seed1.int6.ptz"]
-        + [name for seed in SEEDS for name in (f"train_seed{seed}.log", f"result_seed{seed}.json")])
+        + [name for seed in SEEDS for name in (f"train_seed{seed}.log", f"result_seed{seed}.json",
+                                                     f"audit_seed{seed}.json")])
 
 
 def test_the_leaderboard_says_what_fails_first(record, folder):
@@ -196,7 +205,8 @@ def test_the_score_is_that_of_the_artifact_run_from_the_folder(runs, tiny, tmp_p
     folder = make(runs, tmp_path, s.OTHER_TRACK)
     assert check_submission.main([str(folder), "--data", tiny["DATA_PATH"]]) == 0
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("pass")}
-    assert "from the artifact alone" in lines["score"] and "starts the validation text" in lines["bos"]
+    assert "from the artifact alone" in lines["score"] and "and once more here" in lines["audit"]
+    assert "starts the validation text" in lines["bos"]
     assert not {"out", "logs", "__pycache__"} & {path.name for path in folder.iterdir()}
 
 
@@ -287,7 +297,7 @@ def twin(folder: Path) -> None:
 
 
 def audit(folder: Path, name: str) -> None:
-    edit_result(folder, 2, lambda run: run["audit"][name].update(ok=False, detail="planted"))
+    edit_json(folder / "audit_seed2.json", lambda verdict: verdict["checks"][name].update(ok=False, detail="planted"))
 
 
 def flip(path: Path, at: int) -> None:
@@ -377,7 +387,7 @@ FAULTS = {
     "log of another seed": (lambda f: shutil.copy(f / "train_seed1.log", f / "train_seed2.log"),
                             "seeds scores settings"),
     "a seed twice": (lambda f: edit(f, seeds=[1, 1, 3]), "seeds"),
-    "one run under two seeds": (twin, "seeds"),
+    "one run under two seeds": (twin, "seeds audit"),
     "seed list": (lambda f: edit(f, seeds=[1, 2, 4]), "seeds"),
     "too few seeds": (lambda f: without_seed(f, "3"), "seeds means numbers command bytes?"),
     "a key twice": (repeat_key, "seeds"),
@@ -386,22 +396,23 @@ FAULTS = {
     "missing field": (lambda f: edit(f, lambda d: d.pop("attention")), "schema"),
     "no hardware": (lambda f: edit(f, lambda d: d.pop("hardware")), "schema hardware"),
     "other hardware": (lambda f: edit(f, hardware="8 x NVIDIA B200"), "hardware"),
-    "artifact of another run": (lambda f: swap_artifact(f), "artifact bytes"),
-    "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact bytes"),
-    "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact"),
-    "garbage with its hash": (lambda f: put_artifact(f, bytes(range(70)) * 10), "artifact"),
-    "garbage after the magic": (lambda f: put_artifact(f, tg.ARTIFACT_MAGIC + b"x" * 700), "artifact"),
+    "artifact of another run": (lambda f: swap_artifact(f), "artifact bytes audit"),
+    "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact bytes audit"),
+    "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact audit"),
+    "garbage with its hash": (lambda f: put_artifact(f, bytes(range(70)) * 10), "artifact audit"),
+    "garbage after the magic": (lambda f: put_artifact(f, tg.ARTIFACT_MAGIC + b"x" * 700), "artifact audit"),
     "garbage with a right checksum": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION]) + bytes(700))),
-                                      "artifact"),
-    "unknown compressor": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION, 99]) + bytes(99))), "artifact"),
+                                      "artifact audit"),
+    "unknown compressor": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION, 99]) + bytes(99))),
+                           "artifact audit"),
     "version changed, checksum not": (lambda f: put_artifact(f, of_version(f, tg.ARTIFACT_VERSION + 1, seal=False)),
-                                      "artifact"),
+                                      "artifact audit"),
     "no artifact": (lambda f: (f / MODEL).unlink(), "artifact"),
     "over the cap": (lambda f: edit(f, lambda d: d["seed_results"]["1"].update(artifact_bytes=16_000_001),
                                     bytes_total=16_000_001), "bytes scores"),
     "bytes_total not the largest": (lambda f: edit(f, bytes_total=smallest(f)), "bytes"),
-    "code longer than counted": (lambda f: append(f / s.CODE, b"\n"), "code bytes"),
-    "code changed, same size": (lambda f: flip(f / s.CODE, -20), "code"),
+    "code longer than counted": (lambda f: append(f / s.CODE, b"\n"), "code bytes audit"),
+    "code changed, same size": (lambda f: flip(f / s.CODE, -20), "code audit"),
     "other code in one seed": (other_code_size, "code"),
     "no log": (lambda f: (f / "train_seed2.log").unlink(), "files"),
     "no README": (lambda f: (f / s.README).unlink(), "files claims numbers command"),
@@ -427,13 +438,13 @@ FAULTS = {
     "training over 600 s": (lambda f: slow(f, train_seconds=600.4), "train_time calibration"),
     "evaluation over 600 s": (lambda f: (edit_result(f, 2, eval_seconds=611.0), rewrite(f)), "eval_time"),
     "another training time in the result": (lambda f: (edit_result(f, 2, train_seconds=90.0), rewrite(f)), "scores"),
-    "no audit": (lambda f: edit_result(f, 2, audit=None), "audit overlap order"),
+    "no audit": (lambda f: (f / "audit_seed2.json").unlink(), "files audit overlap order"),
     "audit failed": (lambda f: audit(f, "causal"), "audit"),
-    "audit failed in the log": (lambda f: replace(f / "train_seed3.log", "normalized: ok", "normalized: FAILED"),
-                                "audit"),
+    "audit of another script": (lambda f: edit_json(f / "audit_seed3.json", code_sha256="0" * 64), "audit"),
+    "audit of another run": (lambda f: shutil.copy(f / "audit_seed1.json", f / "audit_seed3.json"), "audit"),
     "overlap": (lambda f: audit(f, "no_overlap"), "overlap"),
-    "no training shards to compare with": (lambda f: edit_result(f, 1, lambda r: r["audit"].update(no_overlap=None)),
-                                           "overlap"),
+    "no training shards to compare with": (lambda f: edit_json(
+        f / "audit_seed1.json", lambda verdict: verdict["checks"].update(no_overlap=None)), "overlap"),
     "calibration after the clock": (lambda f: replace(f / "train_seed3.log", "; kept:", "; OVER the clock; kept:"),
                                     "calibration"),
     "calibration on validation text": (lambda f: configure(f, gptq_calibration="val"),
@@ -520,11 +531,11 @@ def test_planted_fault_is_caught_by_its_line(folder, fault):
 
 def test_an_artifact_of_another_version_is_not_passed_but_said_to_be_unread(folder):
     put_artifact(folder, of_version(folder, tg.ARTIFACT_VERSION + 1))
-    assert caught(folder) == set()
+    assert caught(folder) == {"audit"}  # which was of the run's artifact
     line = next(x for x in check_submission.check(check_submission.Submission(folder)) if x.name == "artifact")
     assert line.status == "not run" and "another version of artifact" in line.evidence
     edit(folder, lambda d: d["seed_results"]["1"].update(model_sha256="0" * 64))
-    assert caught(folder) == {"artifact"}
+    assert caught(folder) == {"artifact", "audit"}
 
 
 def test_a_thorough_rewrite_of_a_clean_folder_is_clean(folder):
@@ -783,7 +794,7 @@ def test_other_unreadable_input_is_one_line(folder, tmp_path, capsys):
 def test_nothing_is_executed_without_data(folder, tmp_path):
     witness = tmp_path / "ran"
     (folder / s.CODE).write_text(f"open({str(witness)!r}, 'w')\n")
-    assert caught(folder) == {"code", "bytes"} and not witness.exists()
+    assert caught(folder) == {"code", "bytes", "audit"} and not witness.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -809,8 +820,8 @@ REFUSALS = {
                        "MIN_LR=0.1"),
     "other machine": (lambda f: change_run(f / "3", device="cpu"), "run on 8 x cpu"),
     "over budget": (lambda f: over_budget(f / "3"), "bytes: 16,000,001 bytes, 1 over"),
-    "no audit": (lambda f: change_run(f / "3", audit=None), "audit: seed 3: no audit of bytes; AUDIT=1 makes one"),
-    "audit failed": (lambda f: edit_json(f / "3/result.json", lambda r: r["audit"]["causal"].update(ok=False)),
+    "no audit": (lambda f: (f / "3/audit.json").unlink(), "no audit.json; python records/audit.py"),
+    "audit failed": (lambda f: edit_json(f / "3/audit.json", lambda v: v["checks"]["causal"].update(ok=False)),
                      "audit: seed 3: causal failed"),
     "part of the validation set": (lambda f: change_run(f / "3", val_complete=False), "part of the validation set"),
     "artifact cut": (lambda f: (f / "3/final_model.int6.ptz").write_bytes(b"PGA1"), "4 bytes, its result says"),

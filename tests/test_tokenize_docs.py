@@ -19,6 +19,7 @@ from pathlib import Path
 import cached_challenge_fineweb
 import caseops
 import numpy as np
+import overlap
 import pytest
 import sentencepiece as spm
 import shards
@@ -429,7 +430,7 @@ def test_full_disk(corpus, model, tmp_path):
 
 
 def test_few_documents_that_begin_alike_are_counted(model, tmp_path, capsys):
-    """As a run's AUDIT=1 does: the published documents have such pairs, so 0.5 % of validation may be known."""
+    """As records/audit.py does: the published documents have such pairs, so 0.5 % of validation may be known."""
     texts = make_documents(320, 5)
     head = " ".join(texts[:4])[:2000]
     (tmp_path / "val.jsonl").write_bytes(jsonl([*texts[20:], head + " another end"]))
@@ -450,9 +451,9 @@ def test_few_documents_that_begin_alike_are_counted(model, tmp_path, capsys):
 
 
 def test_a_shard_that_cannot_be_read_again_is_one_line(corpus, model, tmp_path, monkeypatch, capsys):
-    def find_overlap(val: np.ndarray, paths: list[Path], bos: int) -> np.ndarray:
-        paths[0].write_bytes(paths[0].read_bytes()[:-2])
-        return found(val, paths, bos)
+    def find_overlap(val: np.ndarray, paths: list[str], *rest) -> np.ndarray:
+        Path(paths[0]).write_bytes(Path(paths[0]).read_bytes()[:-2])
+        return found(val, paths, *rest)
 
     found = tokenize_docs.find_overlap
     monkeypatch.setattr(tokenize_docs, "find_overlap", find_overlap)
@@ -476,8 +477,9 @@ def test_overlap_is_found_whatever_the_shards(tmp_path, shard_tokens):
         shards.write_shard(tmp_path / f"fineweb_train_{index // shard_tokens:06d}.bin",
                            stream[index : index + shard_tokens])
     known = [document[:65] for document in train]
-    found = tokenize_docs.find_overlap(np.concatenate(val).astype(np.uint16), shards.find_shards(tmp_path, "train"), 1)
-    assert found.tolist() == [document[:65] in known for document in val]
+    paths = shards.find_shards(tmp_path, "train")
+    found = overlap.find_overlap(np.concatenate(val).astype(np.uint16), paths, range(len(paths)), 1)
+    assert found.tolist() == [document[:65] in known and len(document) > 1 for document in val]
 
 
 @pytest.mark.parametrize("shard_tokens", [1, 30, 64])
