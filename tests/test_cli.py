@@ -237,8 +237,8 @@ def test_what_this_script_has_not_is_told_by_a_line_of_its_own(given):
 @pytest.mark.parametrize("given", [
     "NGRAM_TILT_ENABLED=0", "ASYM_LOGIT_RESCALE=False", "AGREE_ADD_BOOST=0.0", "LAYER_SCALE_INIT=1.0",
     "WITHIN_TAU=99.0", "QK_BITS=6", "QK_BITS=5 MATRIX_BITS=5", "ROPE_TRAIN_SEQ_LEN=1024 TRAIN_SEQ_LEN=1024",
-    "GPTQ_ENABLED=True", "QK_GAIN_SCHEDULE=[]", "VAL_BATCH_TOKENS=524288", "VAL_BATCH_SIZE=1", "TTT_OUTPUT_DIR=", "EMBED_LR=0.6",
-    "LQER_ASYM_ENABLED=1", "GATED_ATTN_QUANT_GATE=1", "GATED_ATTN_QUANT_GATE=False",
+    "GPTQ_ENABLED=True", "QK_GAIN_SCHEDULE=[]", "VAL_BATCH_TOKENS=524288", "VAL_BATCH_SIZE=1", "TTT_OUTPUT_DIR=",
+    "EMBED_LR=0.6", "LQER_ASYM_ENABLED=1", "GATED_ATTN_QUANT_GATE=1", "GATED_ATTN_QUANT_GATE=False",
 ])
 def test_what_is_off_or_as_it_is_here_is_not_told(given):
     _, notes = read(**dict(part.split("=") for part in given.split()))
