@@ -33,6 +33,7 @@ fi
 [ "$NPROC" -eq 8 ] || echo "note: $NPROC processes; the leaderboard's machine has 8"
 [ -z "$folder" ] || use_recipe "$folder"
 default AUDIT 1  # after the score, and what a submission needs
+default EVAL_STAGES final  # the challenge's 600 s of evaluation hold the score that counts and nothing else
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
 "$PYTHON" records/gpu_check.py --record  # so does a machine on which the run would be lost

@@ -7,7 +7,7 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   runtime       device, processes, log files, the training clock
   data          token shards, the tokenizer's byte counts, shuffled windows or packed documents
   kernels       causal attention, dense or inside documents, behind one signature with four backends; what lies between
-                matrix products in plain forms, some of it as Triton kernels (FUSED=1); products in FP8
+                matrix products in plain forms, some of it as Triton kernels (FUSED=1)
   model         one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
   optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
   training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
@@ -25,7 +25,7 @@ Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf 
 """
 
 import dataclasses
-import glob
+import fcntl
 import hashlib
 import importlib
 import inspect
@@ -37,6 +37,7 @@ import os
 import re
 import resource
 import signal
+import struct
 import sys
 import threading
 import time
@@ -91,6 +92,7 @@ TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1 TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DEC
 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1 TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1
 WARMDOWN_ITERS=0 WITHIN_BOOST=0 WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
 """.split())
+LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 
 
 class RunError(Exception):
@@ -113,7 +115,7 @@ def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases
 class Settings:
     """Every setting of a run. A field's environment name is its name in capitals. An instance is always valid."""
 
-    run_id: str | None = setting(None, "run", "name of the run; auto: time and seed")
+    run_id: str | None = setting(None, "run", "name of the run; auto: time, seed and a random number")
     artifact_dir: str | None = setting(None, "run", "folder for everything a run writes; auto: logs/<RUN_ID>")
     seed: int = setting(1337, "run", "seed of initial weights and of the data order", high=2**63 - 1)
     device: str = setting("auto", "run", "where to run", choices="auto cpu cuda")
@@ -190,8 +192,6 @@ class Settings:
     iterations: int = setting(20000, "train", "most optimizer steps; schedules follow the nearer limit; 0: the clock")
     max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
     warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
-    fp8: str = setting("none", "train", "training's products of these in fp8; not measured yet",
-                       choices="none mlp head both")
     warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
     warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
     min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0, aliases={"LR_FLOOR": {}})
@@ -262,7 +262,10 @@ class Settings:
     audit: bool = setting(False, "eval", "after scoring, prove on the artifact that the score is legal; see AUDIT in "
                           "README")
     eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
-    eval_budget_seconds: float = setting(600.0, "eval", "test-time training stops adapting to end in time; 0: no limit")
+    eval_budget_seconds: float = setting(600.0, "eval", "from loading the artifact to the last score, kept by adapting "
+                                         "to less of the text; 0: no limit")
+    eval_stages: str = setting("all", "eval", "scores taken on the evaluation's clock; final: only the last",
+                               choices="all final")
     ttt_mode: str = setting("none", "eval", "test-time training on scored tokens", choices="none chunk lora phased",
                             aliases={"TTT_ENABLED": {"1": "chunk lora phased", "0": "none"},
                                      "PHASED_TTT_ENABLED": {"1": "phased", "0": "none chunk lora"}})
@@ -285,6 +288,8 @@ class Settings:
     ttt_k_lora: bool = setting(True, "eval", "lora: adapt the keys")
     ttt_v_lora: bool = setting(True, "eval", "lora: adapt the values")
     ttt_o_lora: bool = setting(True, "eval", "lora: adapt attention's output")
+    ttt_lora_o_input: str = setting("norm", "eval", "lora: what that adapter reads, the normed stream or what "
+                                    "attention's output matrix reads", choices="norm attention")
     ttt_mlp_lora: bool = setting(True, "eval", "lora: an adapter beside the MLP")
     ttt_head_lora: bool = setting(True, "eval", "lora: adapt the head")
     ttt_doc_order: str = setting("bucketed", "eval", "lora: as they stand, by length in windows of them, or in all",
@@ -302,7 +307,7 @@ class Settings:
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}"
+        run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}-{os.urandom(4).hex()}"
         case = "_caseops" if self.caseops_enabled else ""
         for name, value in {
             "run_id": run_id,
@@ -441,6 +446,8 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
     if kind in (int, float) and not low <= value <= (math.inf if high is None else high):  # `not` also stops nan
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
         raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
+    if kind is float and abs(value) > LARGEST:
+        raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
 
 
 def kind_of(f: dataclasses.Field) -> type:
@@ -688,7 +695,7 @@ class Runtime:
                            "DEVICE=cpu")
         self.device = torch.device("cuda", local_rank) if cuda and cfg.device != "cpu" else torch.device("cpu")
         self.dtype = pick_dtype(cfg.dtype, self.device)
-        self.folder, self.log_file, self.metrics_file, self.events = cfg.artifact_dir, None, None, []
+        self.log_file, self.metrics_file, self.events = None, None, []
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.cuda.reset_peak_memory_stats()
@@ -697,16 +704,42 @@ class Runtime:
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
             with self.exchange("start"):
                 dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        # rank 0's: each process chose a name of its own
+        self.folder = os.fsdecode(self.share_bytes(os.fsencode(cfg.artifact_dir)))
 
-    def open_logs(self, append: bool) -> None:
-        """Start writing into the run's folder; only once its inputs are known to be good."""
-        if self.rank == 0:
-            os.makedirs(self.folder, exist_ok=True)
-            if os.path.exists(self.path("result.json")):
-                os.remove(self.path("result.json"))  # a result is of the run that finished, never of the one before
-            mode = "a" if append else "w"
-            self.log_file = open(self.path("train.log"), mode, encoding="utf-8")
-            self.metrics_file = open(self.path("metrics.jsonl"), mode, encoding="utf-8")
+    def open_logs(self, append: bool, training: bool = True) -> None:
+        """Start writing into the run's folder; only once its inputs are known to be good.
+
+        The folder is this process's as long as it runs: a lock on train.log keeps a second run out. RunError where
+        another one holds it, or where a run without `training` would replace the result of one with it.
+        """
+        if self.rank:
+            return
+        os.makedirs(self.folder, exist_ok=True)
+        self.log_file = open(self.path("train.log"), "a", encoding="utf-8", errors="backslashreplace")
+        try:
+            fcntl.flock(self.log_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"ARTIFACT_DIR={self.folder}: another run is writing there; takes a folder of its "
+                           "own") from None
+        except OSError:  # a file system without locks
+            pass
+        if os.path.exists(self.path("result.json")):
+            if not training and self.holds_training():
+                raise RunError(f"ARTIFACT_DIR={self.folder}: holds the result of a training run, which EVAL_ONLY would "
+                               "replace; takes another folder")
+            os.remove(self.path("result.json"))  # a result is of the run that finished, never of the one before
+        if not append:
+            self.log_file.truncate(0)
+        self.metrics_file = open(self.path("metrics.jsonl"), "a" if append else "w", encoding="utf-8")
+
+    def holds_training(self) -> bool:
+        """Whether the folder's result.json is of a run that trained, or cannot be read."""
+        try:
+            with open(self.path("result.json"), encoding="utf-8") as file:
+                return json.load(file)["steps"] != 0
+        except (ValueError, LookupError, TypeError):
+            return True
 
     def forget_after(self, step: int) -> None:
         """Take from metrics.jsonl what was logged after `step`, from where a resumed run logs again."""
@@ -735,14 +768,20 @@ class Runtime:
     def log(self, message: str) -> None:
         """One line to the console and train.log, from rank 0."""
         if self.rank == 0:
-            tqdm.write(message, file=sys.stdout)
-            sys.stdout.flush()
             self.note(message)
+            try:
+                tqdm.write(message, file=sys.stdout)
+                sys.stdout.flush()
+            except OSError:  # nobody reads the console any more, which is no reason to lose a run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def note(self, message: str) -> None:
         """One line to train.log alone: what a reader of the console can do without."""
         if self.rank == 0:
-            print(message, file=self.log_file, flush=True)
+            try:
+                print(message, file=self.log_file, flush=True)
+            except OSError as e:  # a full disk ends the run where a result cannot be written, not a line
+                print(f"note: {self.path('train.log')} misses a line: {e.strerror}", file=sys.stderr)
 
     def metric(self, **values) -> None:
         if self.rank == 0:
@@ -982,17 +1021,35 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, path: str) -> None:
 
 
 def find_shards(folder: str, split: str) -> list[str]:
-    """Paths of the `train`, `val` or `val_bytes` shards in a folder, in order."""
-    return sorted(glob.glob(os.path.join(glob.escape(folder), f"fineweb_{split}_[0-9]*.bin")))
+    """Paths of the `train`, `val` or `val_bytes` shards in a folder, in order.
+
+    RunError where a file beside them looks like a shard and has another name (a copy would be text counted twice), or
+    where their numbers do not run from 0 without a gap.
+    """
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    looks_like_one = re.compile(rf"(?!\.).*fineweb_{split}(?!_bytes).*\.bin", re.IGNORECASE)
+    shards = [name for name in names if re.fullmatch(rf"fineweb_{split}_\d{{6}}\.bin", name, re.ASCII)]
+    strangers = [name for name in names if looks_like_one.fullmatch(name) and name not in shards]
+    if strangers:
+        raise RunError(f"{os.path.join(folder, strangers[0])}: looks like a shard and is not named like one; takes "
+                       f"fineweb_{split}_000000.bin, _000001.bin and so on, and no other {split} files beside them")
+    for number, name in enumerate(shards):
+        if name != (expected := f"fineweb_{split}_{number:06}.bin"):
+            raise RunError(f"{os.path.join(folder, expected)}: missing; the shards are numbered from 0 without a gap, "
+                           f"and {name} is there")
+    return [os.path.join(folder, name) for name in shards]
 
 
 def shard_paths(cfg: Settings, split: str) -> list[str]:
-    """Paths of the `train` or `val` shards of the run; RunError when there are none."""
+    """Paths of the `train` or `val` shards; RunError when there are none, or more than the manifest lists."""
     paths = find_shards(cfg.data_path, split)
     if not paths:
         raise RunError(f"DATA_PATH={cfg.data_path}: no fineweb_{split}_*.bin there; "
                        "data/cached_challenge_fineweb.py downloads them, data/tokenize_docs.py makes them, "
                        "./run_smoke_1gpu.sh makes a small set")
+    listed = manifest_stats(cfg.data_path).get(f"files_{split}", len(paths))
+    if len(paths) > listed:
+        raise RunError(f"{paths[listed]}: not in the manifest, which lists {listed} {split} shards")
     return paths
 
 
@@ -1014,11 +1071,12 @@ class ByteTable(NamedTuple):
         return F.pad(self.length[tokens[1:]] + space, (1, 0))
 
 
-def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
-    """Byte table of a SentencePiece model; RunError if it does not fit VOCAB_SIZE or cannot spell a space.
+def read_tokenizer(path: str, vocab_size: int, bos: int | None = None) -> ByteTable:
+    """Byte table of a SentencePiece model. `bos`: the token that starts documents; None: the tokenizer's own.
 
-    Without a stand-alone "▁" piece SentencePiece spells a lone space as three byte tokens, which would inflate the
-    byte count; such a tokenizer is refused.
+    RunError where the model does not fit VOCAB_SIZE, or bytes could not be counted exactly: without a stand-alone "▁"
+    piece SentencePiece spells a lone space as three byte tokens; a mark of documents that is a piece of text would take
+    text out of the count; and some models spell or decode other text than was encoded.
     """
     import sentencepiece
 
@@ -1043,9 +1101,28 @@ def read_tokenizer(path: str, vocab_size: int) -> ByteTable:
         else:
             space[i] = piece.startswith("▁")
             length[i] = len(piece[space[i]:].replace("▁", " ").encode())
+    if bos is not None:
+        if bos >= vocab_size or not (boundary[bos] or is_user_defined(sp, bos)):
+            raise RunError(f"BOS_ID={bos}: takes a control or user-defined piece of {path}; a document's mark costs no "
+                           "bytes, so it must not be a piece of text")
+        boundary[bos], length[bos], space[bos] = 1, 0, 0
     keeps_space = sp.decode_pieces(["▁", "a"]).startswith(" ")
     tensors = torch.from_numpy(length), torch.from_numpy(space), torch.from_numpy(boundary).bool()
-    return ByteTable(*tensors, int(keeps_space), sp.bos_id(), pieces.issuperset(CASE_MARKERS))
+    table = ByteTable(*tensors, int(keeps_space), sp.bos_id() if bos is None else bos, pieces.issuperset(CASE_MARKERS))
+    probe, mark = "Bytes of a probe", max(table.bos, 0)
+    ids = sp.encode(probe)
+    counted, decoded = int(table.of(torch.tensor([mark, *ids])).sum()), len(sp.decode(ids).encode())
+    known = table.boundary[mark] and sp.unk_id() not in ids
+    if known and not counted == decoded == len(probe):
+        raise RunError(f"TOKENIZER_PATH={path}: spells {probe!r} in pieces of {counted} bytes that decode to "
+                       f"{decoded}, not {len(probe)}, so bytes would be miscounted")
+    return table
+
+
+def is_user_defined(sp: Any, token: int) -> bool:
+    """Whether a piece is user-defined. The library does not tell; the model has it as piece, score and kind (4)."""
+    entry = sp.id_to_piece(token).encode() + b"\x15" + struct.pack("<f", sp.get_score(token)) + b"\x18\x04"
+    return entry in sp.serialized_model_proto()
 
 
 def case_restorer() -> Callable[[str], str]:
@@ -1089,7 +1166,7 @@ class Validation(NamedTuple):
     bytes: Tensor  # (N,) int32: bytes charged to each
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
-    bos: int = -1
+    bos: int = -1  # the token that starts a document
 
     @classmethod
     def load(cls, cfg: Settings, table: ByteTable, device: str | torch.device = "cpu") -> "Validation":
@@ -1110,21 +1187,30 @@ class Validation(NamedTuple):
         return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos)
 
 
-def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
-    """Whether the counts equal those in manifest.json (beside datasets/, or in the folder); None if it has none."""
+def manifest_stats(data_path: str) -> dict[str, int]:
+    """Counts of this data set in manifest.json, beside datasets/ or in the folder; empty where no manifest lists it.
+
+    Other programs write files of that name too, so what is not a list of data sets is passed over.
+    """
     folder = os.path.abspath(data_path)
     for path in (os.path.join(folder, "..", "..", "manifest.json"), os.path.join(folder, "manifest.json")):
-        if os.path.exists(path):
-            try:
-                with open(path, encoding="utf-8") as file:
-                    datasets = json.load(file)["datasets"]
-                stats = next((dict(d["stats"]) for d in datasets if d["name"] == os.path.basename(folder)), {})
-            except (ValueError, KeyError, TypeError):
-                raise RunError(f"{os.path.normpath(path)}: not a manifest of data/tokenize_docs.py") from None
-            shared = [k for k in found if k in stats]
-            if shared:
-                return all(found[k] == stats[k] for k in shared)
-    return None
+        try:
+            with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
+                datasets = json.load(file)["datasets"]
+            stats = next(d["stats"] for d in datasets if d["name"] == os.path.basename(folder))
+            counts = {name: count for name, count in stats.items() if type(count) is int}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration):
+            continue
+        if counts:
+            return counts
+    return {}
+
+
+def matches_manifest(data_path: str, found: dict[str, int]) -> bool | None:
+    """Whether the counts equal the manifest's; None where it has none of them."""
+    stats = manifest_stats(data_path)
+    shared = [name for name in found if name in stats]
+    return all(found[name] == stats[name] for name in shared) if shared else None
 
 
 class Batch(NamedTuple):
@@ -1159,6 +1245,15 @@ class Windows:
             raise RunError(f"DATA_PATH={cfg.data_path}: no train shard holds one row of {self.length} tokens and the "
                            "next token; lower TRAIN_SEQ_LEN")
         self.epoch, self.order = -1, None
+
+    def identity(self) -> dict[str, str]:
+        """By shard, its name, what it holds: a count of tokens, and a hash of its first and last ones.
+
+        A checkpoint keeps this. The order of rows follows from the shards, so over others it would be another run.
+        """
+        ends = [np.concatenate((shard[:4096], shard[-4096:])).tobytes() for shard in self.shards]
+        return {os.path.basename(path): f"{len(shard)} tokens, hash {hashlib.sha256(end).hexdigest()[:16]}"
+                for path, shard, end in zip(self.paths, self.shards, ends)}
 
     def window(self, g: int) -> np.ndarray:
         """(length + 1,) uint16 tokens of the run's g-th row."""
@@ -1450,30 +1545,6 @@ def softcap(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits.float() / cap)
 
 
-def product_fp8(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times weight (out, in), rows of both scaled to reach 448, e4m3's largest number, and rounded to e4m3.
-    """
-    rows, cols = (m.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / 448 for m in (x, weight))
-    a, b = ((m / scale).to(torch.float8_e4m3fn) for m, scale in ((x, rows), (weight, cols)))
-    y = torch._scaled_mm(a.flatten(0, -2), b.contiguous().mT, rows.flatten(0, -2), cols.mT, out_dtype=x.dtype,
-                         use_fast_accum=True)
-    return y.unflatten(0, x.shape[:-1])
-
-
-class LinearFp8(torch.autograd.Function):
-    """F.linear by products of e4m3 (the format: arXiv 2209.05433), but for the weight's gradient."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return product_fp8(x, weight)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
-        x, weight = ctx.saved_tensors
-        return product_fp8(grad, weight.mT), grad.flatten(0, -2).mT @ x.flatten(0, -2)
-
-
 def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
     """Losses (B, T) fp32 in nats of targets (B, T) under logits (B, T, V) softly capped; 0 where IGNORE."""
     losses = F.cross_entropy(softcap(logits, cap).flatten(0, 1), targets.flatten(), reduction="none",
@@ -1649,7 +1720,7 @@ def pick_ops(cfg: Settings, device: torch.device) -> Ops:
 class Site(NamedTuple):
     """One use of one weight matrix: its role, its physical layer, and which visit of that layer this is."""
 
-    role: str  # q, k, v, o, up, down, head, ...; mlp: the whole MLP, which only an adapter stands beside
+    role: str  # q, k, v, o, up, down, head, ...; attn, mlp: a whole half, which only an adapter stands beside
     layer: int = -1  # -1: outside the layers
     visit: int = 0
 
@@ -1672,16 +1743,14 @@ class Hooks(NamedTuple):
     hessians: dict[str, Tensor] | None = None  # role -> (layers, in, in) fp32; sums of x xᵀ are added in place
     moments: dict[str, Tensor] | None = None  # role -> (layers, out) fp32: sums of squares of the gradients of x Wᵀ
     fake_quant: Callable[[Tensor, Site], Tensor] | None = None
-    fp8: str | bool = "none"  # as the setting; of one layer, whether
 
     def at(self, layer: int = -1, visit: int = 0) -> "Hooks":
         """Those of one visit of a layer, or of what is outside the layers."""
-        adapters, *sums, fake_quant, fp8 = self
+        adapters, *sums, fake_quant = self
         return Hooks(
             adapters and {site.role: a for site, a in adapters.items() if site[1:] == (layer, visit)},
             *(s and {role: of[layer] for role, of in s.items() if layer < len(of)} for s in sums),
-            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))),
-            fp8 in ("both", "head" if layer < 0 else "mlp"))
+            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))))
 
 
 NO_HOOKS = Hooks()
@@ -1714,8 +1783,7 @@ def linear(x: Tensor, weight: Tensor, role: str, here: Hooks) -> Tensor:
     capture(x, role, here)
     if here.fake_quant is not None:
         weight = here.fake_quant(weight, role)
-    product = LinearFp8.apply if here.fp8 and role in ("up", "down", "head") else F.linear
-    y = product(x, weight.to(x.dtype))
+    y = F.linear(x, weight.to(x.dtype))
     feel(y, role, here)
     return adapt(y, x, role, here)
 
@@ -1866,7 +1934,7 @@ class GPT(nn.Module):
         """
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
         rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
-        x, values = embed(ids, bounds, hooks.at())
+        x, values = embed(ids, hooks.at())
         shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds)
         order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
         half, skips, lane, outputs = len(order) // 2, [], None, {}
@@ -1900,9 +1968,9 @@ class GPT(nn.Module):
             None if blend is None else blend[layer - self.cfg.loop_start],
             of("lane_keep", late), of("lane_write", late), layer >= n - self.cfg.xsa_last_n, late >= 0)
 
-    def embed(self, ids: Tensor, bounds: Bounds | None, here: Hooks) -> tuple[Tensor, Tensor | None]:
+    def embed(self, ids: Tensor, here: Hooks) -> tuple[Tensor, Tensor | None]:
         """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
-        cfg, starts = self.cfg, document_starts(ids, bounds, self.bos)
+        cfg, starts = self.cfg, document_starts(ids, self.bos)
         x = lookup(self.tok_emb, ids, "emb", here, self.dtype)
         if cfg.embedding_dim:
             x = linear(x, self.embed_in_bank[0], "embed_in", here)
@@ -1999,7 +2067,7 @@ class GPT(nn.Module):
             y = exclude_self(y, v, gate)
         elif gate is not None:
             y = y * gate[..., None]
-        return linear(y.flatten(2), own.weights["o"], "o", here)
+        return adapt(linear(y.flatten(2), own.weights["o"], "o", here), n, "attn", here)
 
     def mlp_half(self, n: Tensor, own: Layer, here: Hooks) -> Tensor:
         """The MLP on the normed stream n (B, T, d)."""
@@ -2032,14 +2100,9 @@ def mix(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
     return (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
 
 
-def document_starts(ids: Tensor, bounds: Bounds | None, bos: int) -> Tensor:
-    """(B, T) bool: tokens with no token before them in their document. Rows start one, and so does `bos`."""
-    if bounds is None:
-        inner = ids[:, 1:] == bos
-    else:
-        segment = bounds.segment.view_as(ids)
-        inner = segment[:, 1:] != segment[:, :-1]
-    return F.pad(inner, (1, 0), value=True)
+def document_starts(ids: Tensor, bos: int) -> Tensor:
+    """(B, T) bool: tokens with no token before them in their row or document. Attention may be cut elsewhere too."""
+    return F.pad(ids[:, 1:] == bos, (1, 0), value=True)
 
 
 def previous(x: Tensor, starts: Tensor) -> Tensor:
@@ -2252,31 +2315,30 @@ class Phase(NamedTuple):
 
 
 def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
-    """QAT-lite (PR 1894): mean over the weights of q and k of the later layers of what rounding would change, squared.
+    """QAT-lite (PR 1894): what rounding would change in q and k of the later layers, squared. 0-dim.
 
-    mse: (W - grid(W))²; clip: the excess over the grid's ends, squared; hybrid: both. 0-dim.
+    A mean of the matrices' means, in which layer i weighs (i + 1)^QAT_LITE_DEPTH_POWER. mse: (W - grid(W))²; clip: the
+    excess over the grid's ends, squared; hybrid: half of both.
     """
-    total, weights = torch.zeros((), device=model.tok_emb.device), 0
+    total, weights, bits, sigmas = 0.0, 0.0, cfg.qat_lite_bits, cfg.qat_lite_clip_sigmas
     for layer in range(cfg.qat_lite_layer_start, cfg.num_layers):
         depth = ((layer + 1) / cfg.num_layers) ** cfg.qat_lite_depth_power
         for w in (model.qo_bank[layer], model.kv_bank[layer]):
-            bits, sigmas = cfg.qat_lite_bits, cfg.qat_lite_clip_sigmas
             limit = clip_scales(w.detach(), bits, sigmas).float()[:, None] * (2 ** (bits - 1) - 1)
-            if cfg.qat_lite_penalty != "clip":
-                total = total + depth * (w - on_grid(w.detach(), bits, sigmas)).square().sum()
-            if cfg.qat_lite_penalty != "mse":
-                total = total + depth * F.relu(w.abs() - limit).square().sum()
-            weights += w.numel()
-    return total / max(weights, 1)
+            mse = (w - on_grid(w.detach(), bits, sigmas)).square().mean()
+            clip = F.relu(w.abs() - limit).square().mean()
+            total = total + depth * {"mse": mse, "clip": clip, "hybrid": 0.5 * (mse + clip)}[cfg.qat_lite_penalty]
+            weights += depth
+    return total / weights
 
 
 class Trainer:
     """What one training step needs: the model, its compiled forward, optimizer and weight averages."""
 
-    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
-        self.cfg, self.rt, self.model, self.forward = cfg, rt, model, forward
-        self.plan, self.hooks = StepPlan.of(cfg, rt.world), Hooks(fp8=cfg.fp8)
-        self.qat_hooks = self.hooks._replace(fake_quant=fake_quantizer(cfg))
+    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, shards: dict[str, str] | None = None):
+        """`shards`: the training text, as Windows.identity() has it."""
+        self.cfg, self.rt, self.model, self.forward, self.shards = cfg, rt, model, forward, shards or {}
+        self.plan, self.qat_hooks = StepPlan.of(cfg, rt.world), Hooks(fake_quant=fake_quantizer(cfg))
         self.reset()
 
     def reset(self) -> None:
@@ -2289,7 +2351,7 @@ class Trainer:
     def step(self, batches: list[Batch], phase: Phase) -> Tensor:
         """Forward, backward and update over one global batch; returns this rank's share of the mean loss, 0-dim."""
         total = torch.zeros((), device=self.rt.device)
-        hooks = self.qat_hooks if phase.qat else self.hooks
+        hooks = self.qat_hooks if phase.qat else NO_HOOKS
         for ids, targets, bounds in batches:
             loss = self.forward(ids, targets, bounds=bounds, hooks=hooks, loops=phase.loops).sum()
             loss = loss / self.cfg.train_batch_tokens
@@ -2317,9 +2379,9 @@ class Trainer:
         return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
 
     def must_match(self) -> dict[str, Any]:
-        """What a resumed run shares with the one that wrote the checkpoint: model, training, data; not when to stop."""
+        """Settings that a resumed run shares with the one that wrote the checkpoint: all but those of when to stop."""
         free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
-        names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed", "data_path"]
+        names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed"]
         return {name: getattr(self.cfg, name) for name in names if name not in free and not name.startswith("gptq")}
 
     def save(self, step: int, seconds: float) -> None:
@@ -2330,9 +2392,10 @@ class Trainer:
         momentum = self.optimizer.muon.state()
         if self.rt.rank == 0:
             save_tensors(self.rt.path("checkpoint.pt"), {
-                "step": step, "seconds": seconds, "settings": self.must_match(), "muon": momentum,
-                "params": [p.detach() for p in self.params], "adamw": self.optimizer.adamw.state_dict(),
-                "ema": self.ema, "swa": self.swa, "snapshots": self.snapshots})
+                "step": step, "seconds": seconds, "settings": self.must_match(), "shards": self.shards,
+                "params": [p.detach() for p in self.params], "muon": momentum,
+                "adamw": self.optimizer.adamw.state_dict(), "ema": self.ema, "swa": self.swa,
+                "snapshots": self.snapshots})
 
     def load(self) -> tuple[int, float]:
         """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another run."""
@@ -2344,6 +2407,9 @@ class Trainer:
             for name, value in self.must_match().items():
                 if (was := saved["settings"].get(name)) != value:
                     raise RunError(f"{path}: made with {name.upper()}={was}, this run has {value}")
+            if other := min(saved["shards"].items() ^ self.shards.items(), default=None):
+                was, now = (shards.get(other[0], "absent") for shards in (saved["shards"], self.shards))
+                raise RunError(f"{path}: made with other training text; {other[0]} was {was}, is {now}")
             torch._foreach_copy_([p.detach() for p in self.params], saved["params"])
             self.optimizer.muon.load(saved["muon"])
             self.optimizer.adamw.load_state_dict(saved["adamw"])
@@ -2624,8 +2690,11 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
 
 
 def clip_scales(weight: Tensor, bits: int, sigmas: float) -> Tensor:
-    """SDClip (PR 1394): step of each row's symmetric grid, (..., rows) fp16, for weight (..., rows, cols)."""
-    scale = sigmas * weight.float().std(dim=-1, correction=0) / (2 ** (bits - 1) - 1)
+    """SDClip (PR 1394): step of each row's symmetric grid, (..., rows) fp16, for weight (..., rows, cols).
+
+    It follows from the row's standard deviation, the unbiased one.
+    """
+    scale = sigmas * weight.float().std(dim=-1) / (2 ** (bits - 1) - 1)
     return scale.clamp(2.0**-14, 60000.0).half()  # the least normal fp16: rows of zeros get a step too
 
 
@@ -3301,9 +3370,12 @@ class Scorer:
     kept by position and added in float64 in stream order, so the score does not depend on batches or ranks.
     """
 
-    def __init__(self, rt: Runtime, target_bytes: Tensor, audited: bool = False):
-        """target_bytes (N,) int32: bytes charged to each token. `audited`: note faults for the audit, do not raise."""
+    def __init__(self, rt: Runtime, target_bytes: Tensor, audited: bool = False, loaded: float | None = None):
+        """target_bytes (N,) int32: bytes charged to each token. `audited`: note faults for the audit, do not raise.
+        `loaded`: when the artifact was loaded, from where EVAL_BUDGET_SECONDS counts; None: now.
+        """
         self.rt, self.target_bytes, self.began = rt, target_bytes, time.perf_counter()
+        self.loaded = self.began if loaded is None else loaded
         self.losses = torch.zeros(len(target_bytes), dtype=torch.float32, device=rt.device)
         self.times = torch.zeros(len(target_bytes), dtype=torch.int32, device=rt.device)
         self.turns = torch.zeros_like(self.times) if audited else None  # on this rank: in which call of add()
@@ -3399,24 +3471,32 @@ def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, sco
 class Sgd:
     """Momentum SGD on all weights, from tokens that have been scored; the same on every rank."""
 
-    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, lr: float, momentum: float,
-                 size: int):
-        """`size`: tokens of a usual step, which set how many rows a forward pass has: always the same, one graph."""
-        self.cfg, self.rt, self.forward, self.lr, length = cfg, rt, forward, lr, cfg.eval_seq_len
-        self.rows = max(1, min(cfg.eval_batch_tokens // length, -(-size // (length * rt.world))))
+    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
+        """How many rows a forward pass has follows from the usual step alone: one size, one graph.
+
+        Phased: one row holds a whole step, with attention inside its documents (PR 1626); a rank computes it.
+        """
+        self.cfg, self.rt, self.forward, self.phased = cfg, rt, forward, cfg.ttt_mode == "phased"
+        self.lr, self.length, self.rows = cfg.global_ttt_lr, cfg.global_ttt_chunk_tokens, 1
+        if not self.phased:
+            self.lr, self.length = cfg.ttt_lr, cfg.eval_seq_len
+            self.rows = max(1, min(cfg.eval_batch_tokens // self.length,
+                                   -(-cfg.ttt_chunk_tokens // (self.length * rt.world))))
         self.params = list(model.parameters())
-        self.optimizer = torch.optim.SGD(self.params, lr=lr, momentum=momentum)
+        self.optimizer = torch.optim.SGD(self.params, lr=self.lr, momentum=(
+            cfg.global_ttt_momentum if self.phased else cfg.ttt_momentum))
 
     def step(self, tokens: Tensor, bos: int, lr_scale: float) -> None:
-        """One step on the mean loss of tokens (n,), in rows of EVAL_SEQ_LEN dealt to ranks; norm clipped to 1."""
-        length, rows, count = self.cfg.eval_seq_len, self.rows, len(tokens) - 1
+        """One step on the mean loss of tokens (n,), in rows dealt to ranks; the gradient's norm clipped to 1."""
+        length, rows, count = self.length, self.rows, len(tokens) - 1
         place = torch.arange(-(-count // (rows * length)) * rows * length, device=tokens.device).view(-1, length)
         ids, targets = gather(tokens, place, place < count, bos)
         for p in self.params:
             p.requires_grad_(True).grad = torch.zeros_like(p)
         for first in range(self.rt.rank * rows, len(ids), self.rt.world * rows):
             part = ids[first : first + rows]
-            bounds = Bounds.find(part, bos, length) if self.cfg.varlen_enabled else None
+            inside = self.phased or self.cfg.varlen_enabled
+            bounds = Bounds.find(part, bos, self.cfg.eval_seq_len) if inside else None
             losses = self.forward(part, targets[first : first + rows], bounds=bounds, loops=self.cfg.num_loops)
             (losses.sum() / count).backward()
         flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.params]))
@@ -3429,9 +3509,9 @@ class Sgd:
             p.requires_grad_(False).grad = None
 
 
-def cosine(i: int, count: int) -> float:
-    """From 1 at i = 0 towards 0 at i = count."""
-    return 0.5 * (1 + math.cos(math.pi * i / count))
+def cosine(i: int, last: int) -> float:
+    """From 1 at i = 0 to 0 at i = last."""
+    return 0.5 * (1 + math.cos(math.pi * i / max(last, 1)))
 
 
 class Budget:
@@ -3464,23 +3544,26 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
 
     No chunk is trained on any more when the rest would not end within EVAL_BUDGET_SECONDS.
     """
-    sgd = Sgd(cfg, rt, model, forward, cfg.ttt_lr, cfg.ttt_momentum, cfg.ttt_chunk_tokens)
+    sgd = Sgd(cfg, rt, model, forward)
     stride, length = cfg.eval_stride or cfg.eval_seq_len, cfg.eval_seq_len
     windows = find_windows(cfg, val, stride)
-    number = windows[:, 0] // (max(1, cfg.ttt_chunk_tokens // stride) * stride)  # of the chunk each is in
-    chunks, trained, plain = windows.split(number.unique_consecutive(return_counts=True)[1].tolist()), 0, 0
+    number = windows[:, 1] // cfg.ttt_chunk_tokens  # of the chunk that holds the first token a window scores
+    chunks = windows.split(number.unique_consecutive(return_counts=True)[1].tolist())
+    last, trained, plain = (len(val.tokens) - 2) // cfg.ttt_chunk_tokens, 0, 0
     scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
-    budget = Budget(cfg, rt, scorer.began, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
+    budget = Budget(cfg, rt, scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
     for i, chunk in enumerate(rt.progress(chunks, "ttt", scorer.running)):
         adapt = rt.largest(float(not budget.allows(len(chunk)))) == 0  # every rank or none
         score_windows(cfg, rt, forward, val, scorer, chunk, "chunk")
-        scored = int(chunk[-1, 0]) + length  # the last target of the chunk
+        scored = min(int(chunk[-1, 0]) + length, len(val.tokens) - 1)  # the last target of these windows
         if i + 1 < len(chunks) and adapt:
+            # whole chunks, of which windows have scored all targets; by number: nothing here depends on later text
+            stop = scored // cfg.ttt_chunk_tokens * cfg.ttt_chunk_tokens
             for _ in range(cfg.ttt_epochs):
-                # by where it starts, not by its number of all: that would depend on where later documents start
-                sgd.step(val.tokens[trained : scored + 1], val.bos, cosine(int(chunk[0, 0]), len(val.tokens)))
-            trained = scored
-        plain += 0 if adapt else min(scored, len(val.tokens) - 1) - int(chunk[0, 1])
+                sgd.step(val.tokens[trained : stop + 1], val.bos,
+                         cosine(int(chunk[0, 1]) // cfg.ttt_chunk_tokens, last))
+            trained = stop
+        plain += 0 if adapt else scored - int(chunk[0, 1])
     return finish_ttt(cfg, rt, scorer, plain)
 
 
@@ -3531,7 +3614,8 @@ class DocumentAdapters:
         self.cfg, generator = cfg, torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
         d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
         shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
-        sites = [(Site(role, *virtual), *shape) for virtual in virtual_layers(cfg, cfg.num_loops)
+        beside = {"o": "attn"} if cfg.ttt_lora_o_input == "norm" else {}
+        sites = [(Site(beside.get(role, role), *virtual), *shape) for virtual in virtual_layers(cfg, cfg.num_loops)
                  for role, shape in shapes.items() if getattr(cfg, f"ttt_{role}_lora")]
         if cfg.ttt_head_lora:
             sites.append((Site("head"), model.tok_emb.size(1), cfg.vocab_size))
@@ -3568,8 +3652,8 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
                     adapters: DocumentAdapters | None) -> None:
     """Score a batch of documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
 
-    A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk, in one of a few widths. A document's last
-    chunk is only scored. Without adapters the chunks are as wide as a quarter of that, and nothing is learned.
+    A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, in one of a few widths. A
+    document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of that length.
     """
     longest, size, device = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device
     chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
@@ -3581,7 +3665,8 @@ def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Sc
         while width < min(high, cfg.ttt_eval_seq_len):
             width *= 2
         width = min(width, cfg.ttt_eval_seq_len)
-        place = starts + max(0, high - width) + torch.arange(width, device=device)
+        first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
+        place = first + torch.arange(width, device=device)
         scored = (place >= starts + low) & (place < starts + high) & (place < ends)
         ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
         goes_on = (starts + high < ends).float()  # (size, 1)
@@ -3609,9 +3694,8 @@ def warm_up_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
         windows = torch.zeros(rt.world * (cfg.eval_batch_tokens // cfg.eval_seq_len), 2, dtype=torch.long)
         score_windows(cfg, rt, forward, val._replace(tokens=tokens), scorer, windows.to(rt.device), "warm-up")
     if cfg.ttt_mode != "lora":
-        size = cfg.ttt_chunk_tokens if cfg.ttt_mode == "chunk" else cfg.global_ttt_chunk_tokens
-        sgd = Sgd(cfg, rt, model, forward, 0.0, 0.0, size)
-        sgd.step(tokens.repeat(rt.world * sgd.rows), val.bos, 1.0)  # something for each rank
+        sgd = Sgd(cfg, rt, model, forward)
+        sgd.step(tokens.repeat(rt.world * sgd.rows), val.bos, 0.0)  # something for each rank
 
 
 def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
@@ -3631,7 +3715,7 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
     for i, (low, high) in enumerate(pairwise(cuts)):
         mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
         work = sum(padded_tokens(batch) for batch in mine)
-        budget = Budget(cfg, rt, scorer.began, work, 0.5)  # at most: no backward pass, and wider chunks
+        budget = Budget(cfg, rt, scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
         for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", scorer.running):
             late = not budget.allows(padded_tokens(batch)) or late
             if late:
@@ -3639,11 +3723,10 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
             score_documents(cfg, forward, val.tokens, scorer, batch, None if late else adapters)
         late = rt.largest(float(late)) > 0
         if low < high < len(documents) and not late:
-            end, size = documents[high - 1][1], cfg.global_ttt_chunk_tokens
-            sgd = Sgd(cfg, rt, model, forward, cfg.global_ttt_lr, cfg.global_ttt_momentum, size)
-            for first in range(0, end, size):  # all of it has been scored, on whatever rank
-                stop = min(first + size, end)
-                sgd.step(val.tokens[first : stop + 1], val.bos, cosine(first, end))
+            sgd, size = Sgd(cfg, rt, model, forward), cfg.global_ttt_chunk_tokens
+            last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
+            for step in range(last):
+                sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, cosine(step, last))
     return finish_ttt(cfg, rt, scorer, int(rt.sum_(torch.tensor(plain, device=rt.device))))
 
 
@@ -3800,8 +3883,7 @@ def document_leak(cfg: Settings, model: GPT, ids: Tensor, start: int, bos: int) 
     """How much the input x0 of the document at `start` changes with the tokens before it; ids (2, n) differ there."""
     ids = ids.long()
     ids[1, start:] = ids[0, start:]
-    bounds = Bounds.find(ids, bos, ids.size(1)) if cfg.varlen_enabled else None
-    x = model.embed(ids, bounds, NO_HOOKS.at())[0].float()
+    x = model.embed(ids, NO_HOOKS.at())[0].float()
     return float((x[0, start:] - x[1, start:]).abs().max())
 
 
@@ -3897,10 +3979,6 @@ def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:
     """Resolve the `auto` values that depend on the device."""
     most = 8192
     if rt.device.type == "cuda":
-        if cfg.fp8 != "none" and (
-                math.gcd(16, cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim), cfg.vocab_size, cfg.embedding_dim) < 16
-                or rt.dtype != torch.bfloat16 or torch.cuda.get_device_capability(rt.device)[0] < 9):
-            raise RunError(f"FP8={cfg.fp8}: needs a Hopper GPU, bf16 and widths in sixteens; takes none here")
         most = int(98304 * min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9))
     micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, most)
     return dataclasses.replace(cfg, micro_batch_tokens=micro,
@@ -3914,12 +3992,13 @@ class Run:
         self.cfg, self.rt, self.started = cfg, rt, datetime.now(timezone.utc)
         self.stages: dict[str, Score] = {}
         self.scorer, self.faults = None, []  # of the last stage; what an audit is to say of all
+        self.loaded = None  # when the evaluation's clock began
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
-        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
+        self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
         self.attention, ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
         self.code = pack_code(read_code()) if rt.rank == 0 else b""
-        rt.open_logs(append=bool(cfg.resume or cfg.eval_only))
+        rt.open_logs(append=bool(cfg.resume or cfg.eval_only), training=not cfg.eval_only)
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
         compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"
         rt.note(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
@@ -3945,7 +4024,7 @@ class Run:
 
     def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
         """Run an evaluation with a scorer, log its score and return it."""
-        self.scorer = Scorer(self.rt, self.val.bytes, self.cfg.audit)
+        self.scorer = Scorer(self.rt, self.val.bytes, self.cfg.audit, self.loaded)
         score = evaluation(self.scorer)
         if self.scorer.fault:
             self.faults.append(f"{name}: {self.scorer.fault}")
@@ -3960,7 +4039,8 @@ class Run:
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
-        cfg, rt, trainer = self.cfg, self.rt, Trainer(self.cfg, self.rt, self.model, self.forward)
+        cfg, rt = self.cfg, self.rt
+        trainer = Trainer(cfg, rt, self.model, self.forward, self.windows.identity())
         plan, first = trainer.plan, 0
         rt.log(f"training: {self.windows.count} rows of {cfg.row_tokens} tokens; a step is {plan.windows} of them, "
                f"{plan.micro} forward passes of {plan.size} on each rank")
@@ -4005,22 +4085,38 @@ class Run:
                 artifact = file.read()
         return rt.share_bytes(artifact)
 
-    def score(self, artifact: bytes, name: str) -> float:
-        """Load the artifact over poisoned weights and run the stages; returns their seconds."""
-        start = time.perf_counter()
+    def load(self, artifact: bytes, name: str) -> None:
+        """Put the artifact's weights into the model."""
         with torch.no_grad():
             for p in self.model.parameters():
                 p.fill_(math.nan)  # nothing of the trained model may reach the score but through these bytes
         load_weights(self.model, self.cfg, read_artifact(artifact, name)[1], name)
-        self.stages["quantized"] = self.window_stage("quantized", self.cfg.eval_seq_len)
-        if self.cfg.eval_stride:
-            self.stages["sliding"] = self.window_stage("sliding", self.cfg.eval_stride)
-        if self.cfg.ttt_mode != "none":
+
+    def score(self, artifact: bytes, name: str) -> float:
+        """Load the artifact and run the stages; returns the seconds from loading to the last score.
+
+        EVAL_STAGES=final leaves only the last stage in that time. A run that trained has then taken the score of the
+        compressed weights before it.
+        """
+        cfg = self.cfg
+        stages = ["quantized", *["sliding"] * bool(cfg.eval_stride), *["ttt"] * (cfg.ttt_mode != "none")]
+        if cfg.eval_stages == "final":
+            if not cfg.eval_only and len(stages) > 1:
+                self.load(artifact, name)
+                self.stages["quantized"] = self.window_stage("quantized", cfg.eval_seq_len)
+            stages = stages[-1:]
+        self.loaded = time.perf_counter()
+        self.load(artifact, name)
+        for stage in stages:
+            if stage != "ttt":
+                stride = cfg.eval_stride if stage == "sliding" else cfg.eval_seq_len
+                self.stages[stage] = self.window_stage(stage, stride)
+                continue
             if self.forward is not self.model:
-                warm_up_ttt(self.cfg, self.rt, self.model, self.final_forward, self.val)
-            self.stages["ttt"] = self.stage("ttt", lambda scorer: final_stage(
-                self.cfg, self.rt, self.model, self.final_forward, self.val, scorer))
-        return time.perf_counter() - start
+                warm_up_ttt(cfg, self.rt, self.model, self.final_forward, self.val)
+            self.stages[stage] = self.stage(stage, lambda scorer: final_stage(
+                cfg, self.rt, self.model, self.final_forward, self.val, scorer))
+        return self.rt.largest(time.perf_counter() - self.loaded)
 
     def audit(self, artifact: bytes, name: str, eval_seconds: float) -> dict[str, Any] | None:
         """With AUDIT=1 the checks, on the artifact loaded anew, as result.json has them."""
@@ -4067,11 +4163,11 @@ class Run:
         if rt.rank == 0:
             with atomic_write(rt.path("train_gpt.packed.py")) as file:
                 file.write(self.code)
-            part = "; of a PARTIAL validation set" if self.val.complete is False else ""
-            rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
-                   f"in {rt.path('result.json')}{part}")
             with atomic_write(rt.path("result.json")) as file:
                 file.write(json.dumps(result, indent=1, allow_nan=False).encode())
+        part = "; of a PARTIAL validation set" if self.val.complete is False else ""
+        rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
+               f"in {rt.path('result.json')}{part}")
         rt.largest(0.0)  # all wait for the files: torchrun ends everyone when the first process ends with a status
         failed = audit and not all(check["ok"] for check in audit.values() if check)
         return 0 if rt.rank else 3 if failed else 0 if fits else 2
@@ -4108,9 +4204,26 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     return status
 
 
+def explain(error: Exception) -> str:
+    """In one line what the user can do about an error of PyTorch's; empty for what is a defect of this script."""
+    text, module = str(error), type(error).__module__
+    memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text
+    if memory:
+        where = "GPU " if isinstance(error, torch.OutOfMemoryError) else ""
+        return f"out of {where}memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
+    if "without overflow" in text:
+        return "a learning rate, weight decay or initial value is too large for float32; lower it"
+    if module.startswith(("torch._dynamo", "torch._inductor", "triton")) or "C compiler" in text:
+        said = next((line for line in reversed(text.splitlines()) if "rror" in line or "ompiler" in line), text)
+        return f"COMPILE=1: the model could not be compiled ({said.strip()[:300]}); COMPILE=0 does without"
+    return ""
+
+
 def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
     launch, status, message = Launch.read(dict(os.environ)), 1, ""
+    for stream in (sys.stdout, sys.stderr):  # a name that the console cannot print is no reason to lose a run
+        stream.reconfigure(errors="backslashreplace")
     if launch.world > 1:
         leave_when_told(launch)
     else:  # unwind, so that no temporary file stays
@@ -4119,12 +4232,14 @@ def main() -> int:
         status = start(sys.argv[1:], launch, dict(os.environ))
     except RunError as e:
         message = str(e)
-    except torch.OutOfMemoryError:
-        message = "out of GPU memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
     except OSError as e:
         message = f"{e.filename}: {e.strerror}" if e.filename else f"reading or writing failed: {e.strerror or e}"
     except KeyboardInterrupt:
         message = "interrupted"
+    except Exception as e:  # of PyTorch, what the user can mend
+        message = explain(e)
+        if not message:
+            raise
     if message:
         tell(launch, message)
     if launch.world > 1:

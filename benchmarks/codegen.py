@@ -44,7 +44,7 @@ import train_gpt as tg
 RECIPES = {path.parent.name.split("_", 1)[1]: path for path in sorted(
     (Path(__file__).resolve().parent.parent / "records").glob("track_*/*/recipe.env"))}
 FORMS = {"defaults": {}, "lora": {"TTT_MODE": "lora"}, "fused": {"FUSED": "1", "TTT_MODE": "lora"},
-         "fp8": {"FP8": "both"}, "layers": {"NUM_LOOPS": "2"}}
+         "layers": {"NUM_LOOPS": "2"}}
 ONE_GPU = {"MICRO_BATCH_TOKENS": "98304", "TRAIN_BATCH_TOKENS": "98304", "WARMUP_STEPS": "1", "DEVICE": "cpu",
            "MAX_WALLCLOCK_SECONDS": "0"}  # without a clock no calibration in the warm-up: it compiles nothing
 FEW_LAYERS = {"NUM_LAYERS": "9", "LOOP_START": "1", "LOOP_END": "3", "PARALLEL_START_LAYER": "5", "VE_LAYERS": "7,8",

@@ -11,10 +11,10 @@ and looped as 17. The optimizer is not shared with other GPUs here: its time is 
 same code runs at tiny sizes, as a check that it works, and the Triton kernels in Triton's interpreter.
 
 Kernels: `kernels` checks train_gpt.py's two against their plain forms, `compiled` is the step with plain forms, `fused`
-that with both (FUSED=1), `each` that with one of them alone, `fp8` that with FP8=mlp and with FP8=head. What is right
-and makes the step take fewer ms than `compiled` is worth having. `curve` trains from the initial weights, plain,
-fused, with FP8=both, and plain from another seed to show how much losses differ by chance; on the benchmark's own
-tokens, or those of DATA_PATH where it is set, which must be of this VOCAB_SIZE.
+that with both (FUSED=1), `each` that with one of them alone. What is right and makes the step take fewer ms than
+`compiled` is worth having. `curve` trains from the initial weights, plain, fused, and plain from another seed to show
+how much losses differ by chance; on the benchmark's own tokens, or those of DATA_PATH where it is set, which must be of
+this VOCAB_SIZE.
 
 On several GPUs `exchange` sums and gathers the real banks over ranks, checks every number against what one rank works
 out alone, and times it; `compiled` is then the step of all of them, 98,304 tokens on each.
@@ -187,22 +187,14 @@ class Bench:
                 rows[name] = {"error": describe(error)}
         return rows or self.no_kernels()
 
-    def fp8_steps(self) -> dict:
-        """The compiled step at the most virtual layers with products of the MLP, or of the head, in FP8."""
-        most, rows = max(self.work), {}
-        for which in ("mlp", "head"):
-            rows |= {f"{layers} layers, {which}": row
-                     for layers, row in self.step_speed(self.compiled, [most], fp8=which).items()}
-        return rows
-
     def curve(self) -> dict:
-        """Mean loss over the last steps of a short training: plain from two seeds, with kernels, and in FP8."""
+        """Mean loss over the last steps of a short training: plain from two seeds, and with kernels."""
         (steps, last), seed = (300, 50) if self.gpu else (3, 2), self.cfg.seed
         before = [p.detach().clone() for p in self.model.parameters()]
         found = {"steps": steps, "mean_of_last": last, "tokens_of": "DATA_PATH" if self.train_path else "the benchmark"}
         try:
             for ops, runs in ((tg.PLAIN, {"plain": {}, "plain_next_seed": {"seed": seed + 1}}),
-                              (self.fused, {"fused": {}}), (tg.PLAIN, {"fp8": {"fp8": "both"}})):
+                              (self.fused, {"fused": {}})):
                 if ops:
                     with self.using(ops) as forward:
                         for name, changes in runs.items():
@@ -408,7 +400,7 @@ class Bench:
 # in the order they run: what is wanted most first, as the time may end
 PARTS = {"exchange": Bench.exchange, "kernels": Bench.check_kernels, "warm_up": Bench.warm_up,
          "compiled": Bench.compiled_steps, "families": Bench.families, "fused": Bench.fused_steps,
-         "each": Bench.each_kernel, "fp8": Bench.fp8_steps, "curve": Bench.curve, "syncs": Bench.syncs,
+         "each": Bench.each_kernel, "curve": Bench.curve, "syncs": Bench.syncs,
          "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
          "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
 
@@ -554,7 +546,7 @@ def read_config(folder: str, world: int) -> tuple[tg.Settings, bool]:
     gpu = torch.cuda.is_available() and chosen.get("device") != "cpu"
     ours = {"artifact_dir": folder, "data_path": os.path.join(folder, "data"), "gptq_reserve_seconds": 0.0,
             "warmup_steps": 1, "quant_allocation": "auto", "gptq_calibration": "train", "max_wallclock_seconds": 0.0,
-            "caseops_enabled": False, "qat_enabled": False, "bos_id": None, "fused": False, "fp8": "none"}
+            "caseops_enabled": False, "qat_enabled": False, "bos_id": None, "fused": False}
     defaults = FULL if gpu else TINY
     defaults = defaults | {"train_batch_tokens": world * defaults["train_batch_tokens"]}
     return tg.Settings(**defaults | chosen | ours), gpu

@@ -3,7 +3,6 @@
 
     NUM_LOOPS=2 python benchmarks/plan.py              plain forms, whole and by parts, each kernel of FUSED=1, all
     NUM_LOOPS=2 python benchmarks/plan.py plain mlp --list
-    FP8=both python benchmarks/plan.py plain
 
 Needs a CUDA build of torch, but no GPU: Inductor's passes and its scheduler run on fake tensors under an H100's
 properties up to the list of kernels to make, and stop there. Nothing is compiled further, run or timed: this says how
@@ -186,7 +185,7 @@ def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable)
             setattr(model, name, torch.nn.Parameter(torch.empty(p.shape)))
         ids, targets = (torch.zeros(tokens // cfg.train_seq_len, cfg.train_seq_len, dtype=torch.long) for _ in "it")
         forward, start = tg.compile_model(model, backend)[form == "parts"], time.perf_counter()
-        forward(ids, targets, hooks=tg.Hooks(fp8=cfg.fp8), loops=loops).sum().backward()
+        forward(ids, targets, loops=loops).sum().backward()
         seconds = time.perf_counter() - start
     if form != "parts" and len(made) != 2:
         raise RuntimeError(f"{len(made)} graphs instead of one forward and one backward")

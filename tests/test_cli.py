@@ -76,7 +76,7 @@ def test_any_other_argument_is_an_error():
       for name in ("SEEDS", "seed", "SED", "SEDE", "Seeds", "SEED_")),
     ({"DEVICES": "cpu"}, "DEVICES=cpu: no such setting; did you mean DEVICE?"),
     ({"DTYP": "fp32"}, "DTYP=fp32: no such setting; did you mean DTYPE?"),
-    ({"FP16": "1", "FP4": "mlp"}, "FP4=mlp: no such setting; did you mean FP8?"),
+    ({"FUSE": "1"}, "FUSE=1: no such setting; did you mean FUSED?"),
     ({"SWA_ENABLE": "1"}, "SWA_ENABLE=1: no such setting; did you mean SWA_ENABLED?"),
     ({"TTT_ENABLE": "1"}, "TTT_ENABLE=1: no such setting; did you mean TTT_ENABLED?"),  # of an alias
 ])
@@ -152,7 +152,7 @@ def test_every_name_one_letter_off_is_refused_but_for_a_few():
                     name[:i] + name[i + 1 : i + 2] + name[i] + name[i + 2 :]}
         for wrong in off - known - {*tg.ORDINARY, *tg.ELSEWHERE}:
             assert any(tg.is_typo(wrong.upper(), k) for k in known), wrong
-    for name, other in (("SEED", "SPEEDY"), ("FP8", "FP16"), ("DEVICE", "DEVTYPE"), ("BETA1", "ALPHA"),
+    for name, other in (("SEED", "SPEEDY"), ("FUSED", "MUSE"), ("DEVICE", "DEVTYPE"), ("BETA1", "ALPHA"),
                         ("DATA_DIR", "XDG_DATA_DIRS")):
         assert not tg.is_typo(other, name)
 

@@ -81,13 +81,38 @@ def test_any_bytes_are_a_shard_or_refused(tmp_path_factory, data):
 
 
 def test_shards_come_in_order_and_by_split(tmp_path):
-    for name in ("fineweb_val_000000.bin", "fineweb_train_000010.bin", "fineweb_train_000002.bin",
-                 "fineweb_val_bytes_000000.bin", "other.bin"):
+    numbers = [*range(11)]
+    for name in ("fineweb_val_000000.bin", *(f"fineweb_train_{n:06}.bin" for n in reversed(numbers)),
+                 "fineweb_val_bytes_000000.bin", "other.bin", "fineweb_val_000000.bin.tmp12",
+                 "._fineweb_val_000000.bin"):
         write_shard(tmp_path, name, [1])
     cfg = tg.Settings(data_path=str(tmp_path))
-    assert [p.split("/")[-1] for p in tg.shard_paths(cfg, "train")] == ["fineweb_train_000002.bin",
-                                                                       "fineweb_train_000010.bin"]
+    assert [p.split("/")[-1] for p in tg.shard_paths(cfg, "train")] == [f"fineweb_train_{n:06}.bin" for n in numbers]
     assert [p.split("/")[-1] for p in tg.shard_paths(cfg, "val")] == ["fineweb_val_000000.bin"]
+
+
+@pytest.mark.parametrize("split", ["train", "val", "val_bytes"])
+@pytest.mark.parametrize("name", ["fineweb_{}_000000 (1).bin", "fineweb_{}_000000_old.bin", "fineweb_{}_0.bin",
+                                  "Copy of fineweb_{}_000000.bin", "fineweb_{}_0000001.bin", "Fineweb_{}_000001.BIN",
+                                  "fineweb_{}_00000\N{FULLWIDTH DIGIT ONE}.bin"])
+def test_a_copy_beside_the_shards_is_refused_by_name(tmp_path, name, split):
+    write_shard(tmp_path, f"fineweb_{split}_000000.bin", [1])
+    assert len(tg.find_shards(str(tmp_path), split)) == 1
+    name = name.format(split)
+    write_shard(tmp_path, name, [1])
+    with pytest.raises(tg.RunError) as caught:
+        tg.find_shards(str(tmp_path), split)
+    assert str(caught.value).startswith(str(tmp_path / name))
+    for other in {"train", "val", "val_bytes"} - {split}:
+        assert tg.find_shards(str(tmp_path), other) == []
+
+
+@pytest.mark.parametrize("numbers,missing", [((1,), 0), ((0, 2), 1), ((0, 1, 3, 4), 2), ((7, 8), 0)])
+def test_a_missing_shard_is_named(tmp_path, numbers, missing):
+    for number in numbers:
+        write_shard(tmp_path, f"fineweb_train_{number:06}.bin", [1])
+    with pytest.raises(tg.RunError, match=f"fineweb_train_{missing:06}.bin: missing"):
+        tg.find_shards(str(tmp_path), "train")
 
 
 def test_no_shards_is_refused(tmp_path):
@@ -193,6 +218,47 @@ def test_published_formula_token_by_token(tokenizers):
             opens = piece.startswith("▁") and not boundary(before)
             expected.append(len(piece.removeprefix("▁").replace("▁", " ").encode()) + opens)
     assert table.of(torch.tensor(stream)).tolist() == expected
+
+
+@pytest.mark.parametrize("name,mark", [("unigram", "<x>"), ("unigram", "y z"), ("project", "<s>"), ("project", "</s>"),
+                                       ("neither", "</s>")])
+def test_a_mark_of_documents_costs_nothing_whatever_its_kind(tokenizers, tmp_path, name, mark):
+    """Documents between marks cost what they decode to, without the mark and the dummy space after it."""
+    sp, _ = tokenizers[name]
+    path = tmp_path / "t.model"
+    path.write_bytes(sp.serialized_model_proto())
+    bos = sp.piece_to_id(mark)
+    table = tg.read_tokenizer(str(path), sp.vocab_size(), bos)
+    documents = [[i for i in sp.encode(text) if i not in (bos, sp.unk_id())]
+                 for text in ("a b", " two  spaces", "abc", "no")]
+    stream = torch.tensor([i for ids in documents for i in [bos, *ids]])
+    assert table.bos == bos
+    assert int(table.of(stream).sum()) == sum(len(sp.decode(ids).encode()) for ids in documents)
+    assert int(table.of(stream)[stream == bos].sum()) == 0
+
+
+def test_a_piece_of_text_as_mark_of_documents_is_refused(tokenizers, tmp_path):
+    sp, _ = tokenizers["unigram"]
+    path = tmp_path / "t.model"
+    path.write_bytes(sp.serialized_model_proto())
+    words = [i for i in range(sp.vocab_size()) if len(sp.id_to_piece(i)) == 2 and sp.get_score(i) < 0]
+    for bos in (sp.piece_to_id("<0x41>"), sp.piece_to_id("▁"), sp.piece_to_id("a"), *words[:3], sp.vocab_size()):
+        with pytest.raises(tg.RunError, match=f"BOS_ID={bos}: takes a control or user-defined piece"):
+            tg.read_tokenizer(str(path), sp.vocab_size(), bos)
+
+
+def test_kinds_of_pieces(tokenizers):
+    sp, _ = tokenizers["unigram"]
+    assert {sp.id_to_piece(i) for i in range(sp.vocab_size()) if tg.is_user_defined(sp, i)} == {"<x>", "▁▁", "y z"}
+    assert not any(tg.is_user_defined(tokenizers["project"][0], i) for i in range(100))
+
+
+def test_a_tokenizer_that_adds_text_is_refused(tmp_path):
+    """Spaces at the ends of pieces: every document would have a space more than its text."""
+    path = train_tokenizer(tmp_path / "t.model", **VARIANTS["project"], treat_whitespace_as_suffix=True)
+    sp = sentencepiece.SentencePieceProcessor(model_file=path)
+    with pytest.raises(tg.RunError, match="t.model: spells .* not 16, so bytes would be miscounted"):
+        tg.read_tokenizer(path, sp.vocab_size())
 
 
 def test_tokenizer_without_a_space_piece_is_refused(tmp_path):
@@ -392,6 +458,10 @@ def manifest(*datasets: dict) -> str:
     (manifest({"name": "other", "stats": {}}, {"name": "fineweb10B_sp9", "stats": FOUND}), True),
     (manifest({"name": "fineweb10B_sp9", "stats": FOUND | {"tokens_val": 501}}), False),
     (manifest({"name": "fineweb10B_sp9", "stats": {"files_val": 2}}), False),
+    ("\ufeff" + manifest({"name": "fineweb10B_sp9", "stats": FOUND}), True),  # saved with a byte-order mark
+    ('{"name": "my application", "icons": []}', None),  # of another program
+    ('[1, 2]', None),
+    ('{"datasets": [{"name": "fineweb10B_sp9", "stats": {"files_val"', None),
 ])
 @pytest.mark.parametrize("beside", [True, False])
 def test_manifest_says_whether_the_validation_is_whole(tmp_path, text, expected, beside):
@@ -412,11 +482,21 @@ def test_manifest_says_whether_the_validation_is_whole(tmp_path, text, expected,
 @example(b'{"datasets": [{"name": "fuzz", "stats": 5}]}')
 @example(b'{"datasets": [{"name": "fuzz", "stats": ["files_val"]}]}')
 @example(b'{"datasets": [{"name": "fuzz"}]}')
-def test_any_manifest_is_read_or_refused(tmp_path_factory, data):
+def test_any_manifest_is_read_or_passed_over(tmp_path_factory, data):
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     folder.mkdir(exist_ok=True)
     (folder / "manifest.json").write_bytes(data)
-    try:
-        assert tg.matches_manifest(str(folder), FOUND) in (True, False, None)
-    except tg.RunError as e:
-        assert "manifest.json" in str(e)
+    assert tg.matches_manifest(str(folder), FOUND) in (True, False, None)
+
+
+def test_shards_that_the_manifest_does_not_list_are_refused(tmp_path):
+    stats = {"files_train": 2, "files_val": 1}
+    (tmp_path / "manifest.json").write_text(manifest({"name": tmp_path.name, "stats": stats}))
+    cfg = tg.Settings(data_path=str(tmp_path))
+    for split, listed in (("train", 2), ("val", 1)):
+        for number in range(listed):
+            write_shard(tmp_path, f"fineweb_{split}_{number:06}.bin", [1])
+            assert len(tg.shard_paths(cfg, split)) == number + 1  # training may use some of them
+        write_shard(tmp_path, f"fineweb_{split}_{listed:06}.bin", [1])
+        with pytest.raises(tg.RunError, match=f"fineweb_{split}_{listed:06}.bin: not in the manifest"):
+            tg.shard_paths(cfg, split)

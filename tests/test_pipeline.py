@@ -1,5 +1,6 @@
 """The whole run, as a user starts it: training to result.json, the artifact alone, and what goes wrong on the way."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -11,9 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sentencepiece
+import torch
 from conftest import LONGEST, ROOT, ForkedRun, clean_environment, read_losses, read_result, run_script
 
 import train_gpt as tg
@@ -274,3 +277,185 @@ def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp
     assert told < next(i for i, line in enumerate(lines) if line.startswith("stage:quantized"))
     result = read_result(tmp_path)
     assert not result["fits"] and f"OVER by {result['bytes_total'] - budget};" in lines[told]
+
+
+# ----- the evaluation's clock
+
+
+@pytest.mark.parametrize("settings,stages,seconds", [
+    ({}, ["quantized", "sliding"], 33), ({"eval_stages": "final"}, ["quantized", "sliding"], 23),
+    ({"eval_stride": 0}, ["quantized"], 13), ({"eval_stride": 0, "eval_stages": "final"}, ["quantized"], 13),
+    ({"ttt_mode": "lora"}, ["quantized", "sliding", "ttt"], 73),
+    ({"ttt_mode": "lora", "eval_stages": "final"}, ["quantized", "ttt"], 43),
+    ({"ttt_mode": "lora", "eval_only": "x"}, ["quantized", "sliding", "ttt"], 73),
+    ({"ttt_mode": "lora", "eval_only": "x", "eval_stages": "final"}, ["ttt"], 43),
+])
+def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, settings, stages, seconds):
+    """By a clock that loading advances by 3 seconds and the stages by 10, 20 and 40."""
+    clock, began = SimpleNamespace(now=500.0), []
+
+    def advance(seconds: float):
+        clock.now += seconds
+        return seconds
+
+    def stage(name: str, _) -> float:
+        began.append(run.loaded)
+        return advance({"quantized": 10, "sliding": 20, "ttt": 40}[name])
+
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    run = SimpleNamespace(cfg=tg.Settings(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
+                          window_stage=stage, load=lambda *_: advance(3), rt=SimpleNamespace(largest=float))
+    assert tg.Run.score(run, b"", "x") == seconds
+    assert list(run.stages) == stages
+    assert run.loaded == clock.now - seconds and began[-1] == run.loaded  # from where the budget counts
+
+
+def test_only_the_final_score_on_the_clock(tiny, tmp_path):
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path / "run"), "ITERATIONS": "2", "EVAL_STAGES": "final",
+                       "TTT_MODE": "chunk", "TTT_CHUNK_TOKENS": "1024", "TTT_EPOCHS": "1"}
+    done = run_script(settings)
+    assert done.returncode == 0, done.stderr
+    trained = read_result(tmp_path / "run")
+    assert list(trained["stages"]) == ["pre_quant", "quantized", "ttt"]
+    assert trained["val_bpb"] == trained["stages"]["ttt"]["val_bpb"]
+    artifact = str(tmp_path / "run/final_model.int6.ptz")
+    done = run_script(settings | {"EVAL_ONLY": artifact, "ARTIFACT_DIR": str(tmp_path / "eval")})
+    assert done.returncode == 0, done.stderr
+    scored = read_result(tmp_path / "eval")
+    assert list(scored["stages"]) == ["ttt"] and scored["val_bpb"] == pytest.approx(trained["val_bpb"], abs=1e-6)
+
+
+# ----- the folder of a run
+
+
+def runtime(folder: Path) -> tg.Runtime:
+    return tg.Runtime(tg.Settings(artifact_dir=str(folder), device="cpu"), tg.Launch())
+
+
+@pytest.mark.parametrize("append", [False, True])
+def test_a_second_run_into_a_folder_in_use_is_refused(tmp_path, append):
+    first, second = runtime(tmp_path), runtime(tmp_path)
+    first.open_logs(append=False)
+    first.log("a line of the first")
+    with pytest.raises(tg.RunError, match="another run is writing there"):
+        second.open_logs(append=append)
+    first.log("one more")
+    assert (tmp_path / "train.log").read_text() == "a line of the first\none more\n"
+    first.close()
+    third = runtime(tmp_path)
+    third.open_logs(append=append)
+    assert (tmp_path / "train.log").read_text() == ("a line of the first\none more\n" if append else "")
+    third.close()
+
+
+def test_a_folder_is_free_again_when_its_run_is_killed(tiny, tmp_path):
+    run = subprocess.Popen([sys.executable, ROOT / "train_gpt.py"], stdout=subprocess.PIPE, text=True,
+                           env=clean_environment(tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "100000"}))
+    assert run.stdout.readline().startswith("settings")  # it holds the folder now
+    with pytest.raises(tg.RunError, match="another run is writing there"):
+        runtime(tmp_path).open_logs(append=True)
+    run.kill()
+    run.wait()
+    again = runtime(tmp_path)
+    again.open_logs(append=True)
+    again.close()
+
+
+def test_default_names_never_collide():
+    names = {tg.Settings(seed=7).artifact_dir for _ in range(50)}
+    assert len(names) == 50 and all(re.search(r"\d{8}-\d{6}-seed7-[0-9a-f]{8}$", name) for name in names)
+
+
+@pytest.mark.parametrize("content", ['{"steps": 2}', "half a resu", "[]", "{}"])
+def test_scoring_into_the_folder_of_a_training_run_is_refused(tmp_path, content):
+    for name in ("result.json", "train.log", "metrics.jsonl"):
+        (tmp_path / name).write_text(content)
+    with pytest.raises(tg.RunError, match="holds the result of a training run"):
+        runtime(tmp_path).open_logs(append=True, training=False)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("result.json", "train.log", "metrics.jsonl"), content)
+
+
+@pytest.mark.parametrize("content", ['{"steps": 0}', None])
+def test_scoring_again_may_replace_a_score(tmp_path, content):
+    if content:
+        (tmp_path / "result.json").write_text(content)
+    rt = runtime(tmp_path)
+    rt.open_logs(append=True, training=False)
+    assert not (tmp_path / "result.json").exists()
+    rt.close()
+
+
+def test_a_training_run_keeps_its_result_when_scored_in_its_own_folder(finished, tiny, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(finished[0], folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = run_script(tiny | {"ARTIFACT_DIR": str(folder), "EVAL_ONLY": str(folder / "final_model.int6.ptz")})
+    assert done.returncode == 1 and done.stderr.startswith("error: ARTIFACT_DIR=")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_names_that_a_console_cannot_print_lose_nothing(tiny, tmp_path):
+    folder = os.path.join(tmp_path, "caf\udce9 \u6f22")  # a byte of Latin-1, and more than ASCII
+    settings = tiny | {"ARTIFACT_DIR": folder, "ITERATIONS": "1", "EVAL_STRIDE": "0", "PYTHONIOENCODING": "ascii",
+                       "RUN_ID": "\u6f22"}
+    done = run_script(settings, fresh=True)
+    assert done.returncode == 0, done.stderr
+    assert read_result(Path(folder))["steps"] == 1
+    assert "caf\\udce9 \\u6f22" in done.stdout
+
+
+def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
+    read, write = os.pipe()
+    with os.fdopen(write, "w") as console:
+        monkeypatch.setattr(sys, "stdout", console)
+        os.close(read)
+        rt = runtime(tmp_path)
+        rt.open_logs(append=False)
+        for line in ("one", "two"):
+            rt.log(line)
+        monkeypatch.undo()
+    assert (tmp_path / "train.log").read_text() == "one\ntwo\n"
+    rt.close()
+
+
+def test_a_log_on_a_full_disk_ends_no_run(tmp_path, capsys):
+    rt = runtime(tmp_path)
+    rt.open_logs(append=False)
+    rt.log_file.close()
+    rt.log_file = open("/dev/full", "w", encoding="utf-8")
+    rt.log("a line")
+    said = capsys.readouterr()
+    assert said.out == "a line\n" and "train.log misses a line: No space left on device" in said.err
+    with contextlib.suppress(OSError):  # what its buffer holds cannot be written either
+        rt.log_file.close()
+    rt.log_file = None
+    rt.close()
+
+
+# ----- what PyTorch says
+
+
+@pytest.mark.parametrize("error,said", [
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried"),
+     "out of memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"),
+    (MemoryError("Unable to allocate 8 GiB"), "out of memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"),
+    (torch.OutOfMemoryError("CUDA out of memory."), "out of GPU memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"),
+    (torch._dynamo.exc.BackendCompilerFailed(lambda: None, RuntimeError("No working C++ compiler found"), None),
+     "COMPILE=1: the model could not be compiled"),
+    (RuntimeError("Failed to find C compiler. Please specify via CC environment variable."),
+     "COMPILE=1: the model could not be compiled (Failed to find C compiler. Please"),
+    (RuntimeError("value cannot be converted to type float without overflow"),
+     "a learning rate, weight decay or initial value is too large for float32"),
+    (RuntimeError("size mismatch"), ""),
+    (KeyError("a defect"), ""),
+])
+def test_errors_of_pytorch_in_one_line(error, said):
+    told = tg.explain(error)
+    assert told.startswith(said) and bool(told) == bool(said) and "\n" not in told
+
+
+def test_a_model_that_does_not_fit_the_memory_is_one_line(tiny, tmp_path):
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MODEL_DIM": "4194304", "NUM_HEADS": "65536"})
+    assert done.returncode == 1
+    assert done.stderr == "error: out of memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS\n"

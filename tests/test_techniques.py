@@ -69,6 +69,13 @@ def spans(ids: torch.Tensor, max_len: int) -> list[tuple[int, int, int]]:
     return found
 
 
+def same_document(ids: torch.Tensor, row: int, start: int) -> list[int]:
+    """The tokens before `start` in its document, as far as the row has them."""
+    tokens = ids[row].tolist()
+    first = next((t for t in range(start, -1, -1) if tokens[t] == BOS), 0)
+    return tokens[first:start]
+
+
 # ----- the reference
 
 
@@ -89,7 +96,7 @@ class Reference:
 
     def __init__(self, cfg: tg.Settings, model: tg.GPT, loops: int = 0, span: int = 1):
         """`span`: how far attention may reach, which is what YaRN looks at."""
-        self.cfg, self.loops, self.span = cfg, loops, span
+        self.cfg, self.loops, self.span, self.context = cfg, loops, span, []
         self.p = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
     def before(self, x: torch.Tensor, ids: list[int]) -> torch.Tensor:
@@ -175,7 +182,7 @@ class Reference:
 
     def logits(self, ids: list[int]) -> torch.Tensor:
         cfg, p = self.cfg, self.p
-        x = x0 = self.inputs(ids)
+        x = x0 = self.inputs(self.context + ids)[len(self.context) :]
         looped = list(range(cfg.loop_start, cfg.loop_end + 1)) if self.loops else []
         order = list(range(cfg.num_layers))
         if looped:
@@ -229,9 +236,9 @@ class Reference:
         return (keep[0] * lane0 + write[0, 0] * a + write[1, 0] * m,
                 keep[1] * lane1 + write[0, 1] * a + write[1, 1] * m)
 
-    def losses(self, ids: list[int], targets: list[int]) -> torch.Tensor:
-        """(T,) nats; 0 where ignored."""
-        self.ids = ids
+    def losses(self, ids: list[int], targets: list[int], context: list[int] = ()) -> torch.Tensor:
+        """(T,) nats; 0 where ignored. `context`: tokens before in the document, which attention does not reach."""
+        self.ids, self.context = ids, [*context]
         logits = self.logits(ids)
         log_sum = logits.exp().sum(-1).log()
         return torch.stack([0 * log_sum[t] if w == tg.IGNORE else log_sum[t] - logits[t, w]
@@ -281,7 +288,7 @@ def assert_equals_reference(cfg: tg.Settings, max_len: int | None, loops: int) -
     reference = Reference(cfg, model, loops, max_len or ids.size(1))
     pieces = spans(ids, max_len) if max_len else [(row, 0, ids.size(1)) for row in range(len(ids))]
     expected, gradients, sizes = by_piece(pieces, lambda row, a, b: reference.losses(
-        ids[row, a:b].tolist(), targets[row, a:b].tolist()), share, reference.p)
+        ids[row, a:b].tolist(), targets[row, a:b].tolist(), same_document(ids, row, a)), share, reference.p)
     assert_close(losses, expected, 2e-5)
     assert expected.std() > 0.3
     for name, parameter in model.named_parameters():
@@ -432,10 +439,7 @@ def test_bigram_buckets_by_hand(buckets):
 
 def test_document_starts():
     ids = torch.tensor([[1, 5, 6, 7, 1, 1, 8], [9, 9, 9, 9, 9, 1, 9]])
-    rows = tg.document_starts(ids, None, BOS)
-    assert rows.int().tolist() == [[1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1, 0]]
-    pieces = tg.document_starts(ids, tg.Bounds.find(ids, BOS, 3), BOS)
-    assert pieces.int().tolist() == [[1, 0, 0, 1, 1, 1, 0], [1, 0, 0, 1, 0, 1, 0]]
+    assert tg.document_starts(ids, BOS).int().tolist() == [[1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1, 0]]
 
 
 # ----- off is absent
@@ -590,8 +594,7 @@ def test_neutral_initial_values_change_nothing_and_can_move(name):
             if name == "bigram":  # each bucket that occurs
                 ids, _ = packed_text(cfg)
                 used[:] = False
-                starts = tg.document_starts(ids, tg.Bounds.find(ids, BOS, 14) if bounds else None, BOS)
-                used[tg.bigram_bucket(ids, starts, 13).flatten().long()] = True
+                used[tg.bigram_bucket(ids, tg.document_starts(ids, BOS), 13).flatten().long()] = True
                 assert used.sum() > 6
             assert (grad[used] != 0).all(), key
     for key in movable:  # and once it has moved it does something
@@ -642,11 +645,13 @@ def test_packed_documents_equal_documents_alone(changes, max_len):
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
 
-    expected, gradients, _ = by_piece(spans(ids, max_len), lambda row, a, b: alone(
-        ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0], share, dict(alone.named_parameters()))
+    def by_itself(row: int, a: int, b: int) -> torch.Tensor:
+        document = ids[row : row + 1, a:b]
+        return alone(document, targets[row : row + 1, a:b], tg.Bounds.find(document, BOS, max_len))[0]
+
+    expected, gradients, _ = by_piece(spans(ids, 23), by_itself, share, dict(alone.named_parameters()))
     assert_close(losses, expected, 2e-5)
-    # without a token before it nothing is smeared and attention has no choice: some gradients are 0 but for rounding,
-    # which whole documents give a scale, as does what a leak between the pieces would add
+    # where attention has no choice some gradients are 0 but for rounding, which whole documents give a scale
     sizes = sizes_of_gradients(alone, ids, targets, share)
     for name, p in packed.named_parameters():
         assert_close(p.grad, gradients[name], 5e-5, name, sizes[name])
@@ -655,12 +660,14 @@ def test_packed_documents_equal_documents_alone(changes, max_len):
 def leaks(cfg: tg.Settings) -> list[int]:
     """Places whose loss changes though nothing of their own piece of a document does; checks that others change.
 
-    The first document, the last token of a piece that is cut by length, and a whole other row are perturbed.
+    The first document, the last token of a piece that is cut by length, and a whole other row are perturbed. What looks
+    one token back reaches from a piece into the rest of its document, but no further.
     """
+    looks_back = cfg.smear_gate_enabled or cfg.bigram_vocab_size
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
     bounds = tg.Bounds.find(ids, BOS, 8)
     before, found = model(ids, targets, bounds), []
-    pieces = [(row * 23 + a, row * 23 + b) for row, a, b in spans(ids, 8)]
+    pieces, documents = ([(row * 23 + a, row * 23 + b) for row, a, b in spans(ids, most)] for most in (8, 23))
     assert {b - a for a, b in pieces} >= {1, 3, 6, 8}
     for start, stop in pieces:
         other = ids.flatten().clone()
@@ -671,7 +678,8 @@ def leaks(cfg: tg.Settings) -> list[int]:
         changed = (model(other.view_as(ids), targets, bounds) != before).flatten()
         counted = targets.flatten() != tg.IGNORE
         assert changed[inner][counted[inner]].all()
-        found += [t for t in changed.nonzero().flatten().tolist() if not start <= t < stop]
+        end = next(b for _, b in documents if b >= stop) if looks_back else stop
+        found += [t for t in changed.nonzero().flatten().tolist() if not start <= t < end]
     return found
 
 

@@ -1,11 +1,13 @@
 """The training techniques against loops in float64; the packed loader, checkpoints, recompilation, and whole runs."""
 
 import copy
+import dataclasses
 import json
 import logging
 import math
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -48,9 +50,13 @@ def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
     (folder / "data").mkdir(parents=True, exist_ok=True)
     shards = np.split(np.array(stream[: sum(sizes)], dtype="<u2"), np.cumsum(sizes)[:-1])
     for i, tokens in enumerate(shards):
-        header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
-        (folder / "data" / f"fineweb_train_{i:06}.bin").write_bytes(header.tobytes() + tokens.tobytes())
+        write_shard(folder / "data" / f"fineweb_train_{i:06}.bin", tokens)
     return shards
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
+    path.write_bytes(header.tobytes() + tokens.tobytes())
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
@@ -90,6 +96,8 @@ class Stop(Exception):
 def run(cfg: tg.Settings, rt: tg.Runtime, model: tg.GPT, crash_after: int | None = None, resume: bool = False,
         forward=None) -> tuple[dict[int, float], tg.Trainer]:
     """The training loop as Run.train has it; losses by step."""
+    if rt.log_file:
+        rt.log_file.close()  # and with it the lock of the run before
     rt.open_logs(append=False)
     trainer = tg.Trainer(cfg, rt, model, forward or model)
     first = trainer.load()[0] if resume else 0
@@ -381,7 +389,7 @@ def on_grid_by_hand(weight: torch.Tensor, bits: int, sigmas: float, seen: torch.
     """
     levels, rows = 2 ** (bits - 1) - 1, []
     for row, points in zip(weight.double(), seen.double()):
-        exact = sigmas * ((row - row.mean()) ** 2).mean().sqrt() / levels
+        exact = sigmas * (((row - row.mean()) ** 2).sum() / (len(row) - 1)).sqrt() / levels
         steps = {float((exact * (1 + e)).half()) for e in (-1e-6, 1e-6)}
         step = next((s for s in steps if torch.equal((points / s).round() * s, points)), max(steps))
         place, code = (row / step).clamp(-levels, levels), (points / step).round()
@@ -452,7 +460,7 @@ def test_late_qat_trains_as_its_phase_says(rt, tmp_path):
     for phase in (tg.Phase(0.5, 0.9, qat=True), tg.Phase(0.5, 0.9)):
         model = random_model(cfg)
         trainer = tg.Trainer(cfg, rt, model, model)
-        hooks = trainer.qat_hooks if phase.qat else trainer.hooks
+        hooks = trainer.qat_hooks if phase.qat else tg.NO_HOOKS
         expected = sum(model(b.ids, b.targets, hooks=hooks).sum() for b in random_batches(cfg)).item() / 48
         losses.append(float(trainer.step(random_batches(cfg), phase)))
         assert losses[-1] == pytest.approx(expected, rel=1e-5)
@@ -465,24 +473,25 @@ def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
     cfg = tiny(tmp_path, qat_lite_enabled=True, qat_lite_bits=3, qat_lite_clip_sigmas=1.5, qat_lite_penalty=kind,
                qat_lite_depth_power=power, qat_lite_layer_start=2, grad_clip_norm=0.0)
     model = random_model(cfg)
-    total, count, gradients = 0.0, 0, {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
+    total, weights, gradients = 0.0, 0.0, {n: torch.zeros(p.shape) for n, p in model.named_parameters()}
     for layer in (2, 3):
         depth = ((layer + 1) / 4) ** power
         for name in ("qo_bank", "kv_bank"):
             matrix = dict(model.named_parameters())[name][layer].detach()
-            grid = on_grid_by_hand(matrix, 3, 1.5, tg.on_grid(matrix, 3, 1.5))
+            grid, share = on_grid_by_hand(matrix, 3, 1.5, tg.on_grid(matrix, 3, 1.5)), depth / matrix.numel()
+            weights += depth
             for i, row in enumerate(matrix.tolist()):
-                std = float((matrix[i].double() - matrix[i].double().mean()).square().mean().sqrt())
+                deviations = (matrix[i].double() - matrix[i].double().mean()).square().sum()
+                std = math.sqrt(float(deviations) / (len(row) - 1))
                 edge = float(torch.tensor(1.5 * std / 3).half()) * 3
                 for j, w in enumerate(row):
                     off, over = w - float(grid[i, j]), max(abs(w) - edge, 0.0)
-                    parts = {"mse": off**2, "clip": over**2, "hybrid": off**2 + over**2}
-                    slopes = {"mse": off, "clip": math.copysign(over, w), "hybrid": off + math.copysign(over, w)}
-                    total, count = total + depth * parts[kind], count + 1
-                    gradients[name][layer, i, j] = 2 * depth * slopes[kind]
-    assert count == 2 * (256 + 128)
+                    parts = {"mse": off**2, "clip": over**2, "hybrid": (off**2 + over**2) / 2}
+                    slopes = {"mse": off, "clip": math.copysign(over, w), "hybrid": (off + math.copysign(over, w)) / 2}
+                    total += share * parts[kind]
+                    gradients[name][layer, i, j] = 2 * share * slopes[kind]
     penalty = tg.qat_lite_penalty(cfg, model)
-    assert penalty.item() == pytest.approx(total / count, rel=1e-4)
+    assert penalty.item() == pytest.approx(total / weights, rel=1e-4)
     grads = []
     for weight in (0.0, 7.0):  # through a whole step
         trainer = tg.Trainer(cfg, rt, model, model)
@@ -491,8 +500,8 @@ def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     for (name, gradient), plain, penalised in zip(gradients.items(), *grads):
-        assert (penalised - plain - 7.0 * gradient / count).abs().max() < 1e-4 * (1 + plain.abs().max()), name
-    assert max(g.abs().max() for g in gradients.values()) * 7 / count > 0.002
+        assert (penalised - plain - 7.0 * gradient / weights).abs().max() < 1e-4 * (1 + plain.abs().max()), name
+    assert max(g.abs().max() for g in gradients.values()) * 7 / weights > 0.002
 
 
 # ----- the packed loader
@@ -597,6 +606,48 @@ def test_a_checkpoint_does_not_change_when_training_goes_on(rt, tmp_path):
     assert not torch.equal(trainer.params[0], state[0])
     assert trainer.load() == (8, 12.5)
     assert all(torch.equal(p, q) for p, q in zip(trainer.params, state))
+
+
+def rewrite(path: Path, place: int) -> None:
+    """Another token at this place of a shard."""
+    tokens = np.array(tg.read_shard(str(path)))
+    tokens[place] = (tokens[place] + 1) % 29
+    write_shard(path, tokens)
+
+
+@pytest.mark.parametrize("change", [
+    lambda folder: write_shard(folder / "fineweb_train_000005.bin", np.arange(40, dtype=np.uint16) % 29),
+    lambda folder: (folder / "fineweb_train_000004.bin").unlink(),
+    lambda folder: rewrite(folder / "fineweb_train_000004.bin", 0),
+    lambda folder: rewrite(folder / "fineweb_train_000001.bin", -1),
+    lambda folder: write_shard(folder / "fineweb_train_000000.bin", np.zeros(151, np.uint16)),
+], ids=["arrived", "gone", "first token", "last token", "length"])
+def test_a_checkpoint_of_other_training_text_is_refused(rt, tmp_path, change):
+    cfg = tiny(tmp_path)
+
+    def trainer() -> tg.Trainer:
+        model = random_model(cfg)
+        return tg.Trainer(cfg, rt, model, model, tg.Windows(cfg, rt, BOS).identity())
+
+    rt.open_logs(append=False)
+    trainer().save(4, 1.5)
+    assert trainer().load() == (4, 1.5)
+    change(tmp_path / "data")
+    with pytest.raises(tg.RunError, match="checkpoint.pt: made with other training text; fineweb_train_00000"):
+        trainer().load()
+
+
+def test_the_same_training_text_may_stand_elsewhere(rt, tmp_path):
+    cfg, elsewhere = tiny(tmp_path), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for path in (tmp_path / "data").glob("*.bin"):
+        (elsewhere / path.name).write_bytes(path.read_bytes())
+    moved = dataclasses.replace(cfg, data_path=str(elsewhere))
+    assert tg.Windows(cfg, rt, BOS).identity() == tg.Windows(moved, rt, BOS).identity()
+    rt.open_logs(append=False)
+    model = random_model(cfg)
+    tg.Trainer(cfg, rt, model, model).save(4, 1.5)
+    assert tg.Trainer(moved, rt, model, model).load() == (4, 1.5)
 
 
 def spoilt(content: dict, name: str) -> dict:

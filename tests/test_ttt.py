@@ -67,10 +67,10 @@ class Rank(FakeRuntime):
         return max(self.meet(value))
 
 
-def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None):
+def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None, loaded=None):
     """(score, losses by position) of test-time training, or with TTT_MODE=none of the sliding window."""
     val, rt = validation(tokens), rt or Rank()
-    scorer = tg.Scorer(rt, val.bytes)
+    scorer = tg.Scorer(rt, val.bytes, loaded=loaded)
     return tg.final_stage(cfg, rt, model, forward or model, val, scorer), scorer.losses[1:].clone()
 
 
@@ -187,11 +187,12 @@ class Adapted(Reference):
         self.visits[layer] = self.visits.get(layer, -1) + 1
         plain, n, qo, kv = self.p, self.cfg.num_layers, list(self.p["qo_bank"]), list(self.p["kv_bank"])
         for role, bank, i in (("q", qo, layer), ("o", qo, n + layer), ("k", kv, layer), ("v", kv, n + layer)):
-            bank[i] = bank[i] + self.delta(role, layer)
+            bank[i] = bank[i] + self.delta(role, layer)  # "o" only where it reads what the matrix reads
         self.p = plain | {"qo_bank": qo, "kv_bank": kv}
         y = super().attention(u, layer, ids)
         self.p = plain
-        return y
+        n, delta = rms(u) / math.sqrt(layer + 1), self.delta("attn", layer)
+        return y + plain["attn_scale"][layer] * (n @ delta.T) if isinstance(delta, torch.Tensor) else y
 
     def mlp(self, u, layer):
         n, delta = rms(u) / math.sqrt(layer + 1), self.delta("mlp", layer)
@@ -223,7 +224,7 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
         for low in range(0, len(targets), cfg.ttt_chunk_size):
             high = low + cfg.ttt_chunk_size
             mine = targets[low:high]
-            first = begin + max(0, high - cfg.ttt_eval_seq_len)
+            first = begin + max(0, min(high, len(targets)) - cfg.ttt_eval_seq_len)
             wanted = [ids[i + 1] if i + 1 in mine else tg.IGNORE for i in range(first, mine[-1])]
             charged = net.losses(ids[first : mine[-1]], wanted)[-len(mine):]
             losses[mine] = charged.detach()
@@ -247,7 +248,8 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
     {"ttt_optimizer": "sgd", "ttt_lora_lr": 0.1}, {"ttt_beta1": 0.8, "ttt_beta2": 0.9, "ttt_weight_decay": 3.0},
     {"tie_embeddings": False, "ttt_chunk_size": 3, "ttt_eval_seq_len": 17},
     {"ttt_chunk_size": 10}, {"ttt_chunk_size": 1, "ttt_eval_seq_len": 6, "ttt_weight_decay": 0.0,
-     "ttt_optimizer": "sgd"},
+     "ttt_optimizer": "sgd"}, {"ttt_lora_o_input": "attention"},
+    {f"ttt_{other}_lora": other == "o" for other in ROLES} | {"ttt_lora_o_input": "attention"},
     *({f"ttt_{role}_lora": False} for role in ROLES),
     *({f"ttt_{other}_lora": other == role for other in ROLES} for role in ROLES),
 ], ids=str)
@@ -260,6 +262,8 @@ def test_adapters_equal_a_slow_reference(changes):
     plain = adapt_to(dataclasses.replace(cfg, ttt_lora_lr=0.0), model, tokens)[1]
     assert farthest(losses, plain) > 1e-2  # it did learn
     on = {role for role in ROLES if getattr(cfg, f"ttt_{role}_lora")}
+    if cfg.ttt_lora_o_input == "norm" and "o" in on:
+        on = on - {"o"} | {"attn"}
     assert {site.role for site in tg.DocumentAdapters(cfg, model, torch.device("cpu")).hooks.adapters} == on
 
 
@@ -267,7 +271,8 @@ def test_adapters_start_as_specified():
     cfg = config(num_loops=2, ttt_lora_rank=40, embedding_dim=8)
     made = tg.DocumentAdapters(cfg, random_model(cfg), torch.device("cpu"))
     made.reset()
-    roles = [(role, layer, visit) for layer, visit in [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)] for role in ROLES[:-1]]
+    roles = [(role, layer, visit) for layer, visit in [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
+             for role in ("q", "k", "v", "attn", "mlp")]
     assert sorted(map(tuple, made.hooks.adapters)) == sorted([*roles, ("head", -1, 0)])
     for site, (a, b, scale) in made.hooks.adapters.items():
         a, b = a.detach(), b.detach()
@@ -307,7 +312,7 @@ def test_without_learning_the_score_is_that_of_the_same_windows(changes):
     losses, expected, ids = adapt_to(cfg, model, tokens)[1], [], tokens.long()
     for targets in documents_by_hand(tokens):
         for i, target in enumerate(targets):
-            end = (i // 4 + 1) * 4  # its chunk's
+            end = min((i // 4 + 1) * 4, len(targets))  # its chunk's
             logits = model(ids[None, targets[0] - 1 + max(0, end - 10) : target])[0, -1].double()
             expected.append(float(logits.logsumexp(0) - logits[ids[target]]))
     assert farthest(losses, torch.tensor(expected)) < 3e-5
@@ -463,8 +468,8 @@ def spied_steps(cfg, model, tokens, monkeypatch, patch_rank=None):
         scored = {i for i, times in enumerate(scorers[0].times.tolist()) if times and i}
         steps.append(SimpleNamespace(first=place, stop=place + len(part), scored=scored, moved=moved, scale=lr_scale))
 
-    def spy_init(self, *arguments):
-        init(self, *arguments)
+    def spy_init(self, *arguments, **options):
+        init(self, *arguments, **options)
         scorers.append(self)
 
     monkeypatch.setattr(tg.Sgd, "step", spy)
@@ -477,17 +482,28 @@ def test_chunks_are_trained_on_once_scored_but_for_the_last(monkeypatch):
     cfg, tokens = config(ttt_mode="chunk"), stream(LENGTHS)
     n, model = len(tokens), random_model(cfg)
     score, steps = spied_steps(cfg, model, tokens, monkeypatch)
-    assert score.tokens == n - 1 and steps and len(steps) % 2 == 0
-    reached = 0
-    for i, (one, two) in enumerate(zip(steps[::2], steps[1::2])):  # two epochs
-        assert one.first == two.first == reached and one.stop == two.stop and one.scored == two.scored
-        reached = one.stop - 1
-        assert max(one.scored) == reached and one.scored == set(range(1, reached + 1))
+    last = (n - 2) // 16  # number of the last chunk of 16 tokens
+    assert score.tokens == n - 1 and last > 3 and len(steps) == 2 * last  # two epochs
+    for i, (one, two) in enumerate(zip(steps[::2], steps[1::2])):
+        assert (one.first, one.stop) == (two.first, two.stop) == (16 * i, 16 * i + 17)
+        assert one.scored == two.scored == set(range(1, 16 * i + 17))  # its last target, and nothing further
         assert one.moved > 1e-5 and two.moved > 1e-5
-        assert one.scale == two.scale == pytest.approx((1 + math.cos(math.pi * 16 * i / n)) / 2)
-    assert n - 1 - 16 <= reached < n - 1  # what is left is the last chunk
-    assert all(15 < b.stop - a.stop < 17 for a, b in pairwise(steps[::2]))
+        assert one.scale == two.scale == pytest.approx((1 + math.cos(math.pi * i / last)) / 2)
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("changes", [{"eval_stride": 5}, {"varlen_enabled": True}, {"ttt_chunk_tokens": 5},
+                                     {"varlen_enabled": True, "ttt_chunk_tokens": 3}], ids=str)
+def test_chunks_that_windows_do_not_end_with_hold_scored_targets_only(monkeypatch, changes):
+    cfg, tokens = config(ttt_mode="chunk", ttt_epochs=1, **changes), stream(LENGTHS)
+    size, reached = cfg.ttt_chunk_tokens, 0
+    _, steps = spied_steps(cfg, random_model(cfg), tokens, monkeypatch)
+    assert len(steps) > 2
+    for step in steps:  # whole chunks, one after another
+        assert step.first == reached and step.first % size == 0 and (step.stop - 1) % size == 0
+        assert {*range(1, step.stop)} <= step.scored
+        reached = step.stop - 1
+    assert reached > len(tokens) - 2 - max(size, 12)
 
 
 @pytest.mark.parametrize("changes", [{}, {"varlen_enabled": True}, {"num_loops": 1}, {"eval_stride": 0},
@@ -500,15 +516,17 @@ def test_chunks_without_learning_equal_the_sliding_window(changes):
 
 
 def test_phases_train_on_scored_documents_in_validation_order(monkeypatch):
-    cfg, tokens = config(ttt_mode="phased", ttt_doc_order="sorted"), stream(LENGTHS)
+    cfg = config(ttt_mode="phased", ttt_doc_order="sorted", global_ttt_chunk_tokens=4)
+    tokens = stream(LENGTHS)
     model, documents = random_model(cfg), documents_by_hand(tokens)
     score, steps = spied_steps(cfg, model, tokens, monkeypatch)
     assert score.tokens == len(tokens) - 1
     expected = []
     for count in (2, 5):  # two phases over the first five documents
         end = documents[count - 1][-1]
-        expected += [(a, min(a + 16, end) + 1, set(range(1, end + 1)), (1 + math.cos(math.pi * a / end)) / 2)
-                     for a in range(0, end, 16)]
+        last = math.ceil(end / 4) - 1  # the last step is left out
+        expected += [(4 * i, 4 * i + 5, set(range(1, end + 1)), (1 + math.cos(math.pi * i / last)) / 2)
+                     for i in range(last)]
     assert [(s.first, s.stop, s.scored) for s in steps] == [e[:3] for e in expected]
     assert [s.scale for s in steps] == pytest.approx([e[3] for e in expected])
     assert all(s.moved > 1e-5 for s in steps)
@@ -528,9 +546,9 @@ def test_phases_change_only_what_follows_them():
 
 def test_sgd_equals_its_formula():
     """Momentum SGD on the mean loss, the gradient's norm clipped to 1, over rows of 12 tokens without overlap."""
-    cfg, tokens = config(), stream([9, 30])
-    model, lr = random_model(cfg), 0.3
-    net, sgd = copy.deepcopy(model), tg.Sgd(cfg, Rank(), model, model, lr, 0.9, 16)
+    cfg, tokens, lr = config(ttt_mode="chunk", ttt_lr=0.3), stream([9, 30]), 0.3
+    model = random_model(cfg)
+    net, sgd = copy.deepcopy(model), tg.Sgd(cfg, Rank(), model, model)
     velocity, norms = [0.0 for _ in net.parameters()], []
     for scale, (first, stop) in ((1.0, (0, 31)), (0.4, (20, 38))):
         sgd.step(tokens[first : stop + 1], BOS, scale)
@@ -545,6 +563,29 @@ def test_sgd_equals_its_formula():
     assert max(norms) > 1
     for (name, p), q in zip(model.named_parameters(), net.parameters()):
         assert farthest(p, q) < 2e-5, name
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_sgd_of_phases_sees_each_document_by_itself(varlen):
+    """One row holds a step. The reference runs its documents, cut after 12 tokens, one by one."""
+    cfg = config(ttt_mode="phased", global_ttt_lr=0.3, global_ttt_chunk_tokens=40, varlen_enabled=varlen)
+    tokens = stream([9, 3, 19, 6, 8])
+    model = random_model(cfg)
+    net, rows = copy.deepcopy(model), []
+
+    def forward(ids, targets, **options):
+        rows.append(tuple(ids.shape))
+        return model(ids, targets, **options)
+
+    tg.Sgd(cfg, Rank(), model, forward).step(tokens[:41], BOS, 0.5)
+    assert rows == [(1, 40)]
+    cuts = [0, 9, 12, 24, 31, 37, 40]  # 24 inside the third
+    total = sum(torch.nn.functional.cross_entropy(net(tokens[None, a:b].long())[0], tokens[a + 1 : b + 1].long(),
+                                                  reduction="sum") for a, b in pairwise(cuts))
+    grads = torch.autograd.grad(total / 40, list(net.parameters()))
+    norm = math.sqrt(sum(float(g.square().sum()) for g in grads))
+    for (name, p), q, g in zip(model.named_parameters(), net.parameters(), grads):
+        assert farthest(p, q - 0.15 * g / max(1.0, norm)) < 1e-5, name
 
 
 @pytest.mark.parametrize("mode", ["lora", "phased", "chunk"])
@@ -569,8 +610,11 @@ def test_ranks_agree_on_score_and_weights(mode, world):
 # ----- the budget
 
 
-def timed(cfg, monkeypatch, lengths):
-    """Score, losses, messages, when batches began to adapt, by a clock that a forward pass advances by a second."""
+def timed(cfg, monkeypatch, lengths, spent=0.0):
+    """Score, losses, messages, when batches began to adapt, by a clock that a forward pass advances by a second.
+
+    `spent`: seconds since the artifact was loaded, before this.
+    """
     clock, starts, rt = SimpleNamespace(now=100.0), [], Rank()
     model, tokens, reset = random_model(cfg), stream(lengths), tg.DocumentAdapters.reset
 
@@ -584,7 +628,7 @@ def timed(cfg, monkeypatch, lengths):
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(tg.DocumentAdapters, "reset", spy)
-    return *adapt_to(cfg, model, tokens, rt, forward), rt.said, starts
+    return *adapt_to(cfg, model, tokens, rt, forward, clock.now - spent), rt.said, starts
 
 
 @pytest.mark.parametrize("budget", [0.001, 7.0, 10.0, 16.0])
@@ -602,10 +646,24 @@ def test_what_the_budget_cuts_off_is_scored_without_adaptation(monkeypatch, budg
     chunk, ids = max(1, cfg.ttt_eval_seq_len // 4), tokens.long()
     for i in range(len(kept), 6):  # windows of TTT_EVAL_SEQ_LEN in steps of a quarter, no adapters
         for j in range(9):
-            first, target = 9 * i + max(0, (j // chunk + 1) * chunk - cfg.ttt_eval_seq_len), 9 * i + j + 1
+            end, target = min((j // chunk + 1) * chunk, 9), 9 * i + j + 1
+            first = 9 * i + max(0, end - cfg.ttt_eval_seq_len)
             logits = random_model(cfg)(ids[None, first:target])[0, -1].double()
             expected = float((logits.logsumexp(0) - logits[ids[target]]).detach())
             assert float(losses[target - 1]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["lora", "phased", "chunk"])
+def test_what_was_spent_before_counts(monkeypatch, mode):
+    """Loading, earlier scores, compiling: the budget is one for all that follows the loading of the artifact."""
+    def losses(budget: float, spent: float) -> torch.Tensor:
+        cfg = config(ttt_mode=mode, ttt_batch_size=1, ttt_doc_order="sequential", eval_budget_seconds=budget,
+                     ttt_chunk_tokens=9, eval_seq_len=6, eval_stride=3)
+        return timed(cfg, monkeypatch, [9] * 6, spent)[1]
+
+    assert torch.equal(losses(512.0, 500.0), losses(12.0, 0.0))
+    assert not torch.equal(losses(512.0, 500.0), losses(512.0, 0.0))
+    assert not torch.equal(losses(512.0, 500.0), losses(512.0, 512.0))
 
 
 @pytest.mark.parametrize("budget", [0.0, 19.0])
