@@ -9,6 +9,7 @@ cd "$(dirname "$0")"
 source records/lib.sh
 use_python requirements.txt
 
+if [ -z "${DATA_PATH:-}" ]; then default CASEOPS_ENABLED 0; fi  # the local text is plain, whatever the recipe says
 recipe() { if [ -n "$RECIPE" ]; then use_recipe "$RECIPE"; fi; }
 
 machine="$("$PYTHON" records/gpu_check.py)"  # a wrong setting ends here too
@@ -27,10 +28,12 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
     default NUM_HEADS 4
     default NUM_KV_HEADS 2
     default TRAIN_SEQ_LEN 128
+    default EVAL_SEQ_LEN auto
     default TRAIN_BATCH_TOKENS 2048
     default ITERATIONS 490
     default MAX_WALLCLOCK_SECONDS 900  # only a guard
     default WARMUP_STEPS 2
+    default TRAIN_LOG_EVERY 50
     default MUON_MOMENTUM_WARMUP_STEPS 100
     default GPTQ_CALIBRATION_BATCHES 4
     default GPTQ_RESERVE_SECONDS auto

@@ -71,6 +71,26 @@ except ImportError:  # not on every machine; the kernels' plain forms run instea
 
 
 MIN_ROWS = 64  # of a step, where rows longer than a window are chosen
+ORDINARY = ("COMPILER", "TYPE")  # one letter from a setting, but set by clusters' modules and by build scripts
+# Settings of the field's other scripts that have no like here, each with the value that asks for nothing more than this
+# script does: off, what is built in, or what another setting says. With * none does: it changes no figure.
+ELSEWHERE = dict(pair.split("=", 1) for pair in """
+AGREE_ADD_BOOST=0 ASYM_LOGIT_RESCALE=0 ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=proj EMA_START_FRAC=0 EMBED_LR=0.6
+ETLB_CLIP=3 ETLB_ENABLED=0 ETLB_LR=0.05 ETLB_STEPS=5 EVAL_INCLUDE_TAIL=1 FUSED_CE_ENABLED=0 G1_GATING=0
+GATED_ATTN_INIT_STD=0.01 GATED_ATTN_QUANT_GATE=* GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1
+GLOBAL_TTT_MUON_NESTEROV=1 GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
+GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0 LAWA_ENABLED=0
+LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0 MUON_BETA2=0.95
+MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 NGRAM_TILT_ENABLED=0
+OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS QK_GAIN_SCHEDULE=[]
+QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0
+SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0
+TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0 TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32
+TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0 TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1
+TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1 TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0
+TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1 TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1
+WARMDOWN_ITERS=0 WITHIN_BOOST=0 WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
+""".split())
 LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 
 
@@ -81,8 +101,9 @@ class RunError(Exception):
 def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases=None) -> Any:
     """One field of Settings. None as a default means `auto`; numbers lie from `low` to `high`.
 
-    `aliases` maps another environment name to {its value: ours}, or to {} when it takes the same values. Under the
-    field's own name the map translates values of the field's other scripts (COMPRESSOR=pergroup).
+    `aliases` maps another environment name to {its value: ours}, to a function from one to the other, or to {} when
+    it takes the same values. Several of ours, the likeliest first: it allows each of them. Under the field's own name
+    the map translates values of the field's other scripts (COMPRESSOR=pergroup).
     """
     meta = {"group": group, "help": meaning, "low": low, "high": high, "choices": choices.split(),
             "aliases": aliases or {}}
@@ -101,7 +122,8 @@ class Settings:
     compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
     attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
     fused: bool = setting(False, "run", "Triton kernels for MLP and loss; not measured yet")
-    eval_only: str = setting("", "run", "path of an artifact: load and score it, no training")
+    eval_only: str = setting("", "run", "path of an artifact: load and score it, no training",
+                             aliases={"EVAL_ONLY_PATH": {}})
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
     checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
     resume: bool = setting(False, "run", "go on from ARTIFACT_DIR's checkpoint.pt")
@@ -127,17 +149,21 @@ class Settings:
     xsa_last_n: int = setting(11, "model", "last layers whose attention drops its own value's direction")
     ln_scale: bool = setting(True, "model", "scale normed inputs by 1/sqrt(layer+1)")
     skip_gates_enabled: bool = setting(True, "model", "U-Net skips join by a learned gate instead of a sum")
-    loop_start: int = setting(3, "model", "first looped layer")
-    loop_end: int = setting(5, "model", "last looped layer")
-    num_loops: int | None = setting(None, "model", "times looped layers run again; auto: 2 with RECUR_BLEND, else 0")
+    loop_start: int = setting(3, "model", "first looped layer",
+                              aliases={"RECUR_START": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[0]})
+    loop_end: int = setting(5, "model", "last looped layer",
+                            aliases={"RECUR_END": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[-1]})
+    num_loops: int | None = setting(None, "model", "times looped layers run again; auto: 2 with RECUR_BLEND, else 0",
+                                    aliases={"RECUR_PASSES": {"1": "0", "2": "1", "3": "2", "4": "3"},
+                                             "RECUR_LAYERS": lambda raw: "1"})
     recur_blend: str = setting("none", "model", "how revisits join the stream", choices="none alpha ab gate",
-                               aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": None},
-                                        "RECUR_AB_ENABLED": {"1": "ab", "0": None}})
+                               aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": "none ab gate"},
+                                        "RECUR_AB_ENABLED": {"1": "ab", "0": "none alpha gate"}})
     recur_alpha_init: float = setting(1.0, "model", "initial alpha of RECUR_BLEND=alpha", low=-10)
     recur_a_init: float = setting(1.0, "model", "initial a of RECUR_BLEND=ab", low=-10)
     recur_b_init: float = setting(0.0, "model", "initial b of RECUR_BLEND=ab", low=-10)
     parallel_start_layer: int | None = setting(None, "model", "first layer with attention beside MLP; auto: none",
-                                               aliases={"PARALLEL_RESIDUAL_START": {}})
+                                               aliases={"PARALLEL_RESIDUAL_START": {}, "PARALLEL_RESID_START": {}})
     parallel_mode: str = setting("gptj", "model", "how they run in parallel", choices="gptj lanes crossed")
     parallel_final_lane: str = setting("mean", "model", "end of PARALLEL_MODE=crossed", choices="mean attn mlp")
     varlen_enabled: bool = setting(False, "model", "attention stays inside documents")
@@ -168,8 +194,9 @@ class Settings:
     warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
     warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
     warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
-    min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0)
-    enable_looping_at: float = setting(0.35, "train", "share of training from which layers loop; above 1: a step")
+    min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0, aliases={"LR_FLOOR": {}})
+    enable_looping_at: float = setting(0.35, "train", "share of training from which layers loop; above 1: a step",
+                                       aliases={"RECUR_START_STEP": lambda raw: "0" if raw == "1" else raw})
     loop_schedule: str = setting("", "train", "loops in stages instead: 0.35:1,0.55:2 is 1 from 0.35, 2 from 0.55")
     matrix_lr: float = setting(0.026, "train", "Muon learning rate")
     muon_momentum: float = setting(0.97, "train", "Muon momentum after its warm-up", high=1.0)
@@ -194,8 +221,10 @@ class Settings:
     swa_start_scale: float = setting(0.2, "train", "LR factor below which they are taken")
     average: str | None = setting(None, "train", "weights kept; ema+swa: snapshots of the EMA; auto: what is on",
                                   choices="ema swa ema+swa")
-    qat_enabled: bool = setting(False, "train", "late QAT: straight-through rounding to the grid GPTQ will use")
-    qat_start_scale: float = setting(0.15, "train", "LR factor below which it starts")
+    qat_enabled: bool = setting(False, "train", "late QAT: straight-through rounding to the grid GPTQ will use",
+                                aliases={"LATE_QAT_THRESHOLD": lambda raw: "1 0" if raw.strip("0.") else "0"})
+    qat_start_scale: float = setting(0.15, "train", "LR factor below which it starts",
+                                     aliases={"LATE_QAT_THRESHOLD": {}})
     qat_lite_enabled: bool = setting(False, "train", "pull some matrices to a grid by a penalty now and then")
     qat_lite_start_frac: float = setting(0.55, "train", "share of training after which it starts", high=1.0)
     qat_lite_every: int = setting(4, "train", "steps between penalties", low=1)
@@ -222,11 +251,12 @@ class Settings:
     lqer_asym_group: int = setting(64, "quant", "LQER: numbers of a factor that share a grid", low=1)
     quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16")
     gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train self random")
-    gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1)
+    gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1,
+                                            aliases={"GPTQ_CALIB_BATCHES": {}})
     gptq_reserve_seconds: float | None = setting(None, "quant", "clock kept for calibration; auto: measured")
 
     compressor: str = setting("ans", "pack", "coder of the artifact", choices="ans brotli lzma",
-                              aliases={"COMPRESSOR": {"pergroup": "brotli"}})
+                              aliases={"COMPRESSOR": {"pergroup": "ans"}})
     artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
 
     eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
@@ -235,8 +265,8 @@ class Settings:
     eval_stages: str = setting("all", "eval", "scores taken on the evaluation's clock; final: only the last",
                                choices="all final")
     ttt_mode: str = setting("none", "eval", "test-time training on scored tokens", choices="none chunk lora phased",
-                            aliases={"TTT_ENABLED": {"1": "chunk", "0": None},
-                                     "PHASED_TTT_ENABLED": {"1": "phased", "0": None}})
+                            aliases={"TTT_ENABLED": {"1": "chunk lora phased", "0": "none"},
+                                     "PHASED_TTT_ENABLED": {"1": "phased", "0": "none chunk lora"}})
     ttt_lr: float = setting(0.005, "eval", "chunk: SGD learning rate, falling by a cosine over the chunks")
     ttt_momentum: float = setting(0.9, "eval", "chunk: momentum", high=1.0)
     ttt_epochs: int = setting(3, "eval", "chunk: steps on each chunk", low=1)
@@ -247,7 +277,8 @@ class Settings:
     ttt_lora_rank: int = setting(96, "eval", "lora: rank of the adapters", low=1)
     ttt_lora_alpha: float = setting(144.0, "eval", "lora: they are scaled by this over the rank")
     ttt_lora_lr: float = setting(1e-4, "eval", "lora: learning rate")
-    ttt_optimizer: str = setting("adamw", "eval", "lora: optimizer", choices="adamw sgd")
+    ttt_optimizer: str = setting("adamw", "eval", "lora: optimizer", choices="adamw sgd",
+                                 aliases={"TTT_OPTIMIZER": {"adam": "adamw"}})
     ttt_beta1: float = setting(0.0, "eval", "lora: AdamW beta 1", high=0.999999)
     ttt_beta2: float = setting(0.999, "eval", "lora: AdamW beta 2", high=0.999999)
     ttt_weight_decay: float = setting(0.5, "eval", "lora: weight decay of the adapters")
@@ -273,6 +304,7 @@ class Settings:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
+        given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}-{os.urandom(4).hex()}"
         case = "_caseops" if self.caseops_enabled else ""
         for name, value in {
@@ -294,54 +326,64 @@ class Settings:
             object.__setattr__(self, "embedding_dim", 0)
         if self.qat_enabled:  # it has the matrices trained on SDClip's grid
             object.__setattr__(self, "quant_allocation", "sdclip")
-        self.check_contradictions()
+        self.check_contradictions(given)
 
-    def check_contradictions(self) -> None:
-        """Raise RunError for the first pair of settings that cannot both hold."""
+    def check_contradictions(self, given: set[str]) -> None:
+        """Raise RunError for the first settings that cannot all hold, naming one of those `given` first.
+
+        Each line has what is wrong, the setting that does not fit, then those it has to fit, and what it takes.
+        """
         head_dim = self.model_dim // self.num_heads
-        for wrong, name, takes in (
-            (self.model_dim % self.num_heads, "num_heads", f"a divisor of MODEL_DIM={self.model_dim}"),
-            (self.num_heads % self.num_kv_heads, "num_kv_heads", f"a divisor of NUM_HEADS={self.num_heads}"),
-            (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims", f"an even number up to {head_dim}, the "
-             "width of a head"),
-            (int(self.mlp_mult * self.model_dim) < 1, "mlp_mult", "at least 1/MODEL_DIM"),
-            (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens",
+        for wrong, names, takes in (
+            (self.model_dim % self.num_heads, "num_heads model_dim", f"a divisor of MODEL_DIM={self.model_dim}"),
+            (self.num_heads % self.num_kv_heads, "num_kv_heads num_heads", f"a divisor of NUM_HEADS={self.num_heads}"),
+            (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims model_dim num_heads",
+             f"an even number up to {head_dim}, the width of a head"),
+            (int(self.mlp_mult * self.model_dim) < 1, "mlp_mult model_dim", "at least 1/MODEL_DIM"),
+            (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens train_seq_len",
              f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
-            ((self.micro_batch_tokens or self.train_seq_len) < self.train_seq_len, "micro_batch_tokens",
-             f"at least TRAIN_SEQ_LEN={self.train_seq_len}"),
-            ((self.eval_batch_tokens or self.eval_seq_len) < self.eval_seq_len, "eval_batch_tokens",
-             f"at least EVAL_SEQ_LEN={self.eval_seq_len}"),
-            (self.num_loops and not self.loop_start <= self.loop_end < self.num_layers, "loop_end",
+            ((self.micro_batch_tokens or self.train_seq_len) < self.train_seq_len,
+             "micro_batch_tokens train_seq_len", f"at least TRAIN_SEQ_LEN={self.train_seq_len}"),
+            ((self.eval_batch_tokens or self.eval_seq_len) < self.eval_seq_len,
+             "eval_batch_tokens eval_seq_len train_seq_len", f"at least EVAL_SEQ_LEN={self.eval_seq_len}"),
+            (self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
+             "loop_end loop_start num_layers num_loops recur_blend",
              f"a layer from LOOP_START={self.loop_start} to {self.num_layers - 1}"),
             (self.num_loops and self.parallel_mode != "gptj" and self.parallel_start_layer <= self.loop_end,
-             "parallel_start_layer", f"more than LOOP_END={self.loop_end} with PARALLEL_MODE={self.parallel_mode}"),
+             "parallel_start_layer loop_end parallel_mode num_loops recur_blend",
+             f"more than LOOP_END={self.loop_end} with PARALLEL_MODE={self.parallel_mode}"),
             (self.gated_attn_enabled + self.sparse_attn_gate_enabled + self.attn_out_gate_enabled > 1,
              "gated_attn_enabled" if self.gated_attn_enabled else "sparse_attn_gate_enabled",
              "0 beside another of the three output gates"),
             ((self.sparse_attn_gate_enabled or self.attn_out_gate_enabled or self.smear_gate_enabled) and
-             self.gate_window > self.model_dim, "gate_window", f"at most MODEL_DIM={self.model_dim}"),
+             self.gate_window > self.model_dim, "gate_window model_dim", f"at most MODEL_DIM={self.model_dim}"),
             (self.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
-            (self.rope_yarn and self.rope_dims < 4, "rope_dims", "at least 4 with ROPE_YARN=1"),
-            (self.ve_enabled and not self.ve_layer_list(), "ve_layers", f"layers below NUM_LAYERS={self.num_layers}, "
-             "as 9,10"),
-            (self.qat_lite_enabled and self.qat_lite_layer_start >= self.num_layers, "qat_lite_layer_start",
-             f"a layer below NUM_LAYERS={self.num_layers}"),
-            (self.num_loops and not self.loop_stages(), "loop_schedule", f"stages, as 0.35:1,0.55:2, that end "
-             f"in NUM_LOOPS={self.num_loops}, the most"),
-            ("ema" in self.average and "swa" in self.average and not self.ema_decay, "average",
+            (self.rope_yarn and self.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
+            (self.ve_enabled and not self.ve_layer_list(), "ve_layers num_layers ve_enabled",
+             f"layers below NUM_LAYERS={self.num_layers}, as 9,10"),
+            (self.qat_lite_enabled and self.qat_lite_layer_start >= self.num_layers,
+             "qat_lite_layer_start num_layers qat_lite_enabled", f"a layer below NUM_LAYERS={self.num_layers}"),
+            (self.num_loops and not self.loop_stages(), "loop_schedule num_loops recur_blend",
+             f"stages, as 0.35:1,0.55:2, that end in NUM_LOOPS={self.num_loops}, the most"),
+            ("ema" in self.average and "swa" in self.average and not self.ema_decay, "average ema_decay",
              "swa, since EMA_DECAY=0 keeps no EMA"),
-            ("swa" in self.average and not self.swa_enabled, "average", "ema, or SWA_ENABLED=1"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride", f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
-            (self.ttt_mode in ("lora", "phased") and self.ttt_chunk_size > self.ttt_eval_seq_len, "ttt_chunk_size",
+            ("swa" in self.average and not self.swa_enabled, "average swa_enabled", "ema, or SWA_ENABLED=1"),
+            (self.eval_stride > self.eval_seq_len, "eval_stride eval_seq_len train_seq_len",
+             f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
+            (self.ttt_mode in ("lora", "phased") and self.ttt_chunk_size > self.ttt_eval_seq_len,
+             "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
              f"at most TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
-            (not (self.iterations or self.max_wallclock_seconds), "iterations",
+            (not (self.iterations or self.max_wallclock_seconds), "iterations max_wallclock_seconds",
              "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
             (self.max_wallclock_seconds and (self.gptq_reserve_seconds or 0) >= self.max_wallclock_seconds,
-             "gptq_reserve_seconds", f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
+             "gptq_reserve_seconds max_wallclock_seconds",
+             f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
         ):
             if wrong:
-                value = getattr(self, name)
-                raise RunError(f"{name.upper()}={int(value) if isinstance(value, bool) else value}: takes {takes}")
+                name, *others = names.split()
+                blamed = next((n for n in (name, *others) if n in given), name)
+                said, unfit = (f"{n.upper()}={shown(getattr(self, n))}" for n in (blamed, name))
+                raise RunError(f"{unfit}: takes {takes}" if said == unfit else f"{said}: {unfit} takes {takes}")
 
     def ve_layer_list(self) -> list[int]:
         """VE_LAYERS as numbers; empty if it is not a list of layers of the model."""
@@ -376,10 +418,9 @@ class Settings:
         for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(self)):
             fields = [f for f in dataclasses.fields(self) if f.metadata["group"] == group]
             changed = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-            shown = [f"{name.upper()}={int(value) if isinstance(value, bool) else value}"
-                     for name, value in changed.items()
+            words = [f"{name.upper()}={shown(value)}" for name, value in changed.items()
                      if name in chosen or self.__dataclass_fields__[name].default is not None]
-            text += f"\n  {group:6}{' '.join(shown)}" if shown else ""
+            text += f"\n  {group:6}{' '.join(words)}" if words else ""
         return text or " none"
 
     @classmethod
@@ -418,8 +459,8 @@ def type_name(kind: type) -> str:
 
 def parse_value(f: dataclasses.Field, name: str, raw: str):
     """The typed value of environment variable `name`; RunError when `raw` is not one."""
-    kind, raw = kind_of(f), raw.strip()
-    if f.default is None and raw.lower() in ("", "auto"):
+    kind = kind_of(f)
+    if f.default is None and raw.lower() == "auto":
         return None
     try:
         if kind is bool:
@@ -433,12 +474,26 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
         raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
 
 
+def shown(value: Any) -> Any:
+    """A setting's value as the environment has it."""
+    return int(value) if isinstance(value, bool) else value
+
+
+def layers_in_a_row(raw: str) -> list[str]:
+    """RECUR_LAYERS as a list. RunError unless its layers follow each other."""
+    layers = raw.split(",")
+    if not layers[0].isdigit() or layers != [str(int(layers[0]) + i) for i in range(len(layers))]:
+        raise RunError(f"RECUR_LAYERS={raw}: takes layers that follow each other, as 4,5")
+    return layers
+
+
 class Notes(NamedTuple):
     """What the environment says."""
 
     explicit: dict[str, Any]  # field -> value, what the user set
     aliases: dict[str, str]  # environment name and value as given -> what it set
-    ignored: tuple[str, ...]  # unknown names that start like one of ours
+    ignored: tuple[str, ...]  # unknown names that start or look like one of ours
+    absent: tuple[str, ...] = ()  # a line for each setting of other scripts that asks for what this one has not
 
 
 def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
@@ -449,41 +504,69 @@ def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
 
 def read_environment(environ: dict[str, str]) -> Notes:
     """The values of all environment variables that are settings or their aliases, each checked by itself."""
-    known: dict[str, tuple[dataclasses.Field, dict[str, str]]] = {}
-    for f in dataclasses.fields(Settings):
-        known |= {f.name.upper(): (f, {}), **{alias: (f, values) for alias, values in f.metadata["aliases"].items()}}
-    chosen, source, aliases = {}, {}, {}
-    for name in sorted(set(environ) & set(known)):
-        (f, values), raw = known[name], environ[name]
-        raw = {"true": "1", "false": "0"}.get(raw.lower(), raw) if values else raw
-        if values.get(raw, raw) is None:  # an alias that says no to something
-            continue
-        value = parse_value(f, name, values.get(raw, raw))
-        check_range(f, value, name)
-        if f.name in chosen and chosen[f.name] != value:
+    names = [(name, f, values) for f in dataclasses.fields(Settings)
+             for name, values in ({f.name.upper(): {}} | f.metadata["aliases"]).items()]
+    allowed, source, spelt = {}, {}, []
+    for name, f, values in (entry for entry in names if entry[0] in environ):
+        raw = environ[name].strip()
+        options = allowed_by(f, name, values, raw)
+        left = [value for value in allowed.get(f.name, options) if value in options]
+        if not left:
             raise RunError(f"{name}={raw}: contradicts {source[f.name]}={environ[source[f.name]]}")
+        if left != allowed.get(f.name):
+            allowed[f.name], source[f.name] = left, name
         if name != f.name.upper() or raw in values:
-            aliases[f"{name}={raw}"] = f"{f.name.upper()}={value}"
-        chosen[f.name], source[f.name] = value, name
-    families = {name.split("_")[0] for name in known if "_" in name} - {"RUN", "DATA", "SAVE"}
-    families |= {"FUSED"}  # of other scripts of the field
-    ignored = []
-    for name in sorted(set(environ) - set(known)):
-        meant = next((k for k in known if is_typo(name.upper(), k)), None)
-        if meant:
+            spelt.append((f"{name}={raw}", f.name))
+    chosen, aliases = {name: left[0] for name, left in allowed.items()}, {}
+    for given, name in spelt:
+        aliases[given] = f"{aliases.get(given, '')} {name.upper()}={shown(chosen[name])}".strip()
+    known = {name for name, _, _ in names}
+    families = {name.split("_")[0] for name in known | set(ELSEWHERE) if "_" in name} - {"RUN", "DATA", "SAVE"}
+    ignored, absent = [], []
+    for name in sorted(set(environ) - known):
+        meant = name not in ELSEWHERE and next((k for k in sorted(known) if is_typo(name.upper(), k)), None)
+        if meant and name not in ORDINARY:
             raise RunError(f"{name}={environ[name]}: no such setting; did you mean {meant}?")
-        if "_" in name and name.split("_")[0] in families:
+        if name in ELSEWHERE and asks_for_more(name, environ[name].strip(), chosen):
+            absent.append(f"{name}={environ[name].strip()}: not in this script")
+        elif meant or (name not in ELSEWHERE and "_" in name and name.split("_")[0] in families):
             ignored.append(name)
-    return Notes(chosen, aliases, tuple(ignored))
+    return Notes(chosen, aliases, tuple(ignored), tuple(absent))
+
+
+def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callable[[str], str], raw: str) -> list[Any]:
+    """The values that NAME=raw leaves to its field, the likeliest first; `values` as in `setting`."""
+    if not raw:  # of a shell variable that is not set, say: a path that is lost must not start a training
+        raise RunError(f"{name}=: takes {type_name(kind_of(f))}, not a blank; unset it for the default")
+    word = {"true": "1", "false": "0"}.get(raw.lower(), raw)
+    if values and name != f.name.upper() and not callable(values) and word not in values:
+        raise RunError(f"{name}={raw}: takes one of {', '.join(sorted(values))}")
+    words = values(raw).split() if callable(values) else values[word].split() if word in values else [raw]
+    options = [parse_value(f, name, word) for word in words]
+    for option in options:
+        check_range(f, option, name)
+    return options
+
+
+def asks_for_more(name: str, raw: str, chosen: dict[str, Any]) -> bool:
+    """Whether NAME=raw, of ELSEWHERE, asks for what this script does not do anyway."""
+    here = ELSEWHERE[name]
+    if field := Settings.__dataclass_fields__.get(here.lower()):
+        here = str(chosen.get(field.name, field.default))
+    raw = {"true": "1", "false": "0"}.get(raw.lower(), raw)
+    try:
+        return here != "*" and raw != "" and float(raw) != float(here)
+    except ValueError:  # words
+        return raw != here
 
 
 def is_typo(name: str, known: str) -> bool:
-    """True when the two are equal or one inserted, dropped, changed or swapped character apart (names of 5 up)."""
+    """True when the two are equal or one inserted, dropped, changed or swapped character apart."""
     head = len(os.path.commonprefix([name, known]))
     a, b = name[head:], known[head:]
     tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
     a, b = a[: len(a) - tail], b[: len(b) - tail]
-    return min(len(name), len(known)) >= 5 and (max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1]))
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
 
 
 def help_text() -> str:
@@ -3700,6 +3783,8 @@ class Run:
             rt.log(f"alias: {given} taken as {meant}")
         if notes.ignored:
             rt.log(f"ignored, no such setting: {', '.join(notes.ignored)}")
+        for line in notes.absent:
+            rt.log(line)
         rt.log(f"environment: python {sys.version.split()[0]}, torch {torch.__version__}, {rt.world} x {self.device}, "
                f"dtype {str(rt.dtype)[6:]}, attention {self.attention.name} of {self.attention.source}, "
                f"compiled {'yes' if compiled else 'no'}")
@@ -3863,7 +3948,10 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     else:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:
-        print(json.dumps(dataclasses.asdict(cfg) | {"aliases": notes.aliases}, indent=1))
+        absent = {"not_here": notes.absent} if notes.absent else {}
+        print(json.dumps(dataclasses.asdict(cfg) | {"aliases": notes.aliases} | absent, indent=1))
+        for line in notes.absent:
+            print(f"note: {line}", file=sys.stderr)
         if notes.ignored:
             print(f"note: ignored, no such setting: {', '.join(notes.ignored)}", file=sys.stderr)
         return 0

@@ -9,7 +9,7 @@ real widths and batches, of fake tensors, through Dynamo and AOTAutograd. Induct
 the code that would launch its kernels, and Triton and its ptxas make sm_90 code of every kernel, in each variant that
 Inductor would try; for FUSED=1 also of the script's own. Nothing is run or timed.
 
-A form is a set of settings: `defaults`, more of them below, or a recipe. But for `layers` each has 7 layers, of every
+A form is a set of settings: `defaults`, more of them below, or a recipe. But for `layers` each has 9 layers, of every
 kind that its own 11 have: more would repeat the same kernels with other offsets. Settings in the environment win over a
 form's. Attention is one operator that is not looked into, as FlashAttention is. Graphs are cut into forward and
 backward as for a CPU and moved to the GPU after, so choices that Inductor makes before that by measuring (padding of
@@ -47,8 +47,8 @@ FORMS = {"defaults": {}, "lora": {"TTT_MODE": "lora"}, "fused": {"FUSED": "1", "
          "layers": {"NUM_LOOPS": "2"}}
 ONE_GPU = {"MICRO_BATCH_TOKENS": "98304", "TRAIN_BATCH_TOKENS": "98304", "WARMUP_STEPS": "1", "DEVICE": "cpu",
            "MAX_WALLCLOCK_SECONDS": "0"}  # without a clock no calibration in the warm-up: it compiles nothing
-FEW_LAYERS = {"NUM_LAYERS": "7", "LOOP_START": "1", "LOOP_END": "3", "PARALLEL_START_LAYER": "4", "VE_LAYERS": "5,6",
-              "QAT_LITE_LAYER_START": "4"}
+FEW_LAYERS = {"NUM_LAYERS": "9", "LOOP_START": "1", "LOOP_END": "3", "PARALLEL_START_LAYER": "5", "VE_LAYERS": "7,8",
+              "QAT_LITE_LAYER_START": "5"}
 PTXAS = re.compile(r"entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes spill stores.*?Used (\d+) registers", re.S)
 
 

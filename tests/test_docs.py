@@ -67,3 +67,18 @@ def test_settings_and_files_in_commands_exist(page):
             for word in words:
                 if re.fullmatch(r"(\./)?[\w/]+\.(sh|py)", word):
                     assert (ROOT / word).exists() or Path(word).name == word, line
+
+
+def test_rules_name_what_is_there():
+    """Every test, audit check and line of the checker that docs/rules.md names exists, and no line is left out."""
+    text = (ROOT / "docs/rules.md").read_text()
+    for name, test in re.findall(r"`(\w+\.py)::(\w+)`", text):
+        assert f"def {test}(" in (ROOT / "tests" / name).read_text(), (name, test)
+    checker = (ROOT / "records/check_submission.py").read_text()
+    listed = checker[checker.index("CHECKS:") :]
+    lines = set(re.findall(r"check_(\w+)", listed[: listed.index(")")]))
+    parts = [(what, set(re.findall(r"`([a-z_]+)`", part)))
+             for what, part in re.findall(r"(audit|checker): ([^;|.]*)", text)]
+    assert set().union(*(names for what, names in parts if what == "checker")) == lines
+    assert set().union(*(names for what, names in parts if what == "audit")) == {
+        "bytes", "single_pass", "normalized", "causal", "no_overlap"}

@@ -1,6 +1,7 @@
 """Every recipe, scaled down with all its techniques on, goes through training, compression and scoring."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,16 +16,18 @@ import train_gpt as tg
 RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
 # what the recipe's techniques must add to the model; sizes are overridden, techniques never
 PARAMETERS = {
-    "SP4096_LinearLR_DepthRecurrence": set(),
+    "SP4096_LinearLR_DepthRecurrence": {"lane_mix", "ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
     "SP8192_VarLen_Lanes_Muon097": {"lane_mix"},
-    "SP8192_PR1855_Stack": {"lane_keep", "lane_write", "smear_weight", "smear_scale", "attn_gate"},
+    **dict.fromkeys(("SP8192_PR1855_Stack", "SP8192_PR2135_Stack", "SP8192_PR2014_GrowingContext"),
+                    {"lane_keep", "lane_write", "smear_weight", "smear_scale", "attn_gate"}),
     "SP8192_Loop042_RecurAB_QATLite": {"recur_blend"},
     "11L_GPTQ_XSA11_BigramHash3072": {"recur_blend", "bigram_table", "bigram_bank", "bigram_scale", "smear_theta",
                                       "ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
 }
 SCALED = {"MODEL_DIM": "64", "MLP_MULT": "2", "EVAL_STRIDE": "0", "TRAIN_BATCH_TOKENS": "768",
           "MICRO_BATCH_TOKENS": "384", "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1",
-          "GPTQ_RESERVE_SECONDS": "0", "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "512"}
+          "GPTQ_RESERVE_SECONDS": "0", "GPTQ_CALIBRATION_BATCHES": "2", "EVAL_SEQ_LEN": "auto", "CASEOPS_ENABLED": "0",
+          "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "512"}
 
 
 def settings_of(recipe) -> dict[str, str]:
@@ -32,7 +35,43 @@ def settings_of(recipe) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines if line)
 
 
-def test_all_five_are_here():
+def published() -> dict[str, dict[str, str]]:
+    """By pull request, the settings its run used, name -> value (records/published_settings.tsv)."""
+    lines = (ROOT / "records/published_settings.tsv").read_text().splitlines()
+    (_, *requests), *rows = (line.split("\t") for line in lines if not line.startswith("#"))
+    found = {request: {} for request in requests}
+    for name, *values in rows:
+        for request, value in zip(requests, values):
+            if value:
+                assert name not in found[request], name
+                found[request][name] = value
+    return found
+
+
+def request_of(recipe) -> str:
+    return str(json.loads((recipe / "published.json").read_text())["pull_request"])
+
+
+def named_differences(recipe) -> dict[str, tuple[str, str]]:
+    """Setting -> (there, here), of the rows of the README's table of what cannot be the same."""
+    table = (recipe / "README.md").read_text().split("## What cannot be the same\n")[1].split("\n**Published")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \| .+ \|$", table, re.M)
+    return {name: (there, here) for name, there, here in rows}
+
+
+def differences(settings: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
+    """Setting -> our value, "–" for none, of every published setting that these do not have or have otherwise."""
+    ours, notes = tg.read_settings(settings | {"RUN_ID": "r"})
+    wanted = tg.read_environment(theirs)
+    assert not wanted.ignored
+    found = {line.split("=")[0]: "–" for line in wanted.absent}
+    for name, value in wanted.explicit.items():
+        if tg.Settings(**notes.explicit | {name: value}) != ours:  # as resolved: auto may be the same
+            found[name.upper()] = str(tg.shown(getattr(ours, name)))
+    return found
+
+
+def test_all_seven_are_here():
     assert sorted(path.name.split("_", 1)[1] for path in RECIPES) == sorted(PARAMETERS)
 
 
@@ -48,6 +87,46 @@ def test_recipe_is_understood_word_for_word_and_says_what_was_not_run(recipe):
         if equals and name.isupper() and not name.startswith("SETTING"):
             assert float(settings_of(recipe)[name]) == float(value) if value.replace(".", "").isdigit() else (
                 settings_of(recipe)[name] == value), word
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_is_what_was_published_but_for_what_its_readme_names(recipe):
+    theirs = published()[request_of(recipe)]
+    found, named = differences(settings_of(recipe), theirs), named_differences(recipe)
+    assert set(found) == set(named)
+    for name, (there, here) in named.items():
+        assert there == theirs[name], name
+        assert here == found[name] or float(here) == float(found[name]), name
+
+
+@pytest.mark.parametrize(("name", "value"), [
+    ("MATRIX_LR", "0.0261"), ("EMA_DECAY", "0.9"), ("QK_GAIN_INIT", "4"), ("XSA_LAST_N", "3"), ("NUM_LOOPS", "3"),
+    ("PARALLEL_START_LAYER", "6"), ("WARMDOWN_FRAC", "0.5"), ("BETA2", "0.98"), ("GRAD_CLIP_NORM", "1"),
+])
+@pytest.mark.parametrize("recipe", RECIPES[:3], ids=lambda path: path.name)
+def test_a_changed_setting_is_seen(recipe, name, value):
+    """The comparison is no formality: one wrong value more is one difference more."""
+    theirs = published()[request_of(recipe)]
+    before = differences(settings_of(recipe), theirs)
+    after = differences(settings_of(recipe) | {name: value}, theirs)
+    assert name in after and set(after) == set(before) | {name}
+
+
+@pytest.mark.parametrize("request_", published())
+def test_every_published_name_is_understood(request_):
+    """Each alone is a setting, an alias, harmless here, or told; together they are accepted as one environment."""
+    fields = tg.Settings.__dataclass_fields__
+    aliases = {alias for f in fields.values() for alias in f.metadata["aliases"]}
+    for name, value in published()[request_].items():
+        notes = tg.read_environment({name: value})
+        if name.lower() in fields or name in aliases:
+            assert notes.explicit and not notes.absent, name
+        else:
+            assert name in tg.ELSEWHERE and not notes.explicit, name
+            off = value in ("False", "0", "0.0") and tg.ELSEWHERE[name] in ("0", "*")
+            assert notes.absent in ((), (f"{name}={value}: not in this script",)) and not (off and notes.absent), name
+        assert not notes.ignored, name
+    assert tg.read_environment(published()[request_]).explicit
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +158,7 @@ def test_recipe_runs_through_compression_and_scoring(recipe, short, tmp_path):
     assert "loops:" in log and result["stages"]["quantized"]["val_bpb"] < 9
     steps = [line for line in log.splitlines() if line.startswith("step:")]
     assert len(steps) == 12 and steps[-1].endswith(" qat") == cfg.qat_enabled
-    assert ("snapshots" in done.stdout) == cfg.swa_enabled
+    assert ("snapshots" in done.stdout) == ("swa" in cfg.average)
     assert ("ttt" in result["stages"]) == (cfg.ttt_mode != "none")
 
 
