@@ -67,9 +67,9 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 
 def run_script(settings: dict[str, str], *arguments: str, processes: int = 0, script: Path = TRAIN, fresh: bool = False,
                **options) -> subprocess.CompletedProcess:
-    """Run the script to its end: forked (see there), or `fresh`, as a user starts it, under torchrun if of several."""
-    if script == TRAIN and not fresh:
-        return ForkedRun(settings, *arguments, processes=processes, **options).finish()
+    """Run a script to its end: forked (see there), or `fresh`, as a user starts it, under torchrun if of several."""
+    if not fresh:
+        return ForkedRun(settings, str(script), *arguments, processes=processes, **options).finish()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return subprocess.run([sys.executable, *torchrun, str(script), *arguments], env=clean_environment(settings),
                           capture_output=True, text=True, timeout=LONGEST, **options)

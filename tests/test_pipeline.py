@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from conftest import LONGEST, ROOT, ForkedRun, clean_environment, read_losses, read_result, run_script
+from conftest import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment, read_losses, read_result, run_script
 
 import train_gpt as tg
 
@@ -204,7 +204,7 @@ def test_nan_loss_names_the_step(tiny, tmp_path):
 @pytest.mark.parametrize("moment", ["training 20 %", "quantized and packed in", "stage:quantized"])
 def test_a_killed_run_leaves_no_result_not_even_an_old_one(tiny, tmp_path, moment):
     (tmp_path / "result.json").write_text('{"val_bpb": 0.5}')  # of an earlier run in the same folder
-    run = ForkedRun(tiny | {"ARTIFACT_DIR": str(tmp_path), "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64"})
+    run = ForkedRun(tiny | {"ARTIFACT_DIR": str(tmp_path), "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64"}, str(TRAIN))
     until = time.monotonic() + LONGEST
     while not any(line.startswith(moment) for line in run.out.read_text().splitlines()):
         assert time.monotonic() < until, "guards against waiting for ever"
