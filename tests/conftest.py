@@ -35,8 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # those that take longest; begun first, none of them is what all others wait for in the end
-SLOWEST = ["test_pipeline.py", "test_scripts.py", "test_benchmarks.py", "test_recipes.py", "test_training.py",
-           "test_ttt.py"]
+SLOWEST = [f"test_{name}.py" for name in (
+    "audit", "pretend_gpu", "pipeline", "recipes", "techniques", "ttt", "training", "tokenize_docs", "submission",
+    "scripts", "benchmarks", "codegen", "kernels", "model", "packing", "records", "cached_fineweb", "caseops_scoring")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
