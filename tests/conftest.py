@@ -16,7 +16,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
 TINY = {
     "VOCAB_SIZE": "512", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
-    "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "1536", "MICRO_BATCH_TOKENS": "768", "EVAL_BATCH_TOKENS": "4096",
+    "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "768", "MICRO_BATCH_TOKENS": "384", "EVAL_BATCH_TOKENS": "4096",
     "ITERATIONS": "20", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "1",
     "EMA_DECAY": "0.8", "EVAL_STRIDE": "32", "QUANT_MIN_WEIGHTS": "2048", "GPTQ_CALIBRATION_BATCHES": "4",
     "MUON_MOMENTUM_WARMUP_STEPS": "10", "DTYPE": "fp32", "DEVICE": "cpu",
@@ -25,16 +25,19 @@ TINY = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed-shift", default=os.environ.get("TEST_SEED_SHIFT", "0"), metavar="N", type=int,
-                     help="draw every random input of the tests from other seeds: N-th set, 0 is the usual one")
+                     help="draw every random input of the tests, and the first weights of runs, from other seeds: N-th "
+                     "set, 0 is the usual one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ["TEST_SEED_SHIFT"] = str(config.getoption("--seed-shift"))  # before any test module is imported
+    TINY["SEED"] = str(shifted(1337))  # of whole runs; the script's default is 1337
 
 
 # those that take longest; begun first, none of them is what all others wait for in the end
-SLOWEST = ["test_pipeline.py", "test_scripts.py", "test_benchmarks.py", "test_recipes.py", "test_training.py",
-           "test_ttt.py"]
+SLOWEST = [f"test_{name}.py" for name in (
+    "audit", "pretend_gpu", "pipeline", "recipes", "techniques", "ttt", "training", "tokenize_docs", "submission",
+    "scripts", "benchmarks", "codegen", "kernels", "model", "packing", "records", "cached_fineweb", "caseops_scoring")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,9 +70,9 @@ def tiny(tmp_path_factory) -> dict[str, str]:
 
 def run_script(settings: dict[str, str], *arguments: str, processes: int = 0, script: Path = TRAIN, fresh: bool = False,
                **options) -> subprocess.CompletedProcess:
-    """Run the script to its end: forked (see there), or `fresh`, as a user starts it, under torchrun if of several."""
-    if script == TRAIN and not fresh:
-        return ForkedRun(settings, *arguments, processes=processes, **options).finish()
+    """Run a script to its end: forked (see there), or `fresh`, as a user starts it, under torchrun if of several."""
+    if not fresh:
+        return ForkedRun(settings, str(script), *arguments, processes=processes, **options).finish()
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     return subprocess.run([sys.executable, *torchrun, str(script), *arguments], env=clean_environment(settings),
                           capture_output=True, text=True, timeout=LONGEST, **options)

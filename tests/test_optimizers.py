@@ -4,13 +4,11 @@ import copy
 import itertools
 import math
 import os
-import socket
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import shifted
+from conftest import ROOT, ForkedRun, shifted
 
 import train_gpt as tg
 
@@ -186,10 +184,10 @@ def gradient_parts(model: tg.GPT, step: int, world: int) -> list[list[torch.Tens
     return [random_gradients(model, step, rank + 1, 0.1) for rank in range(world)]
 
 
-def sharded_worker(rank: int, world: int, folder: str, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(world)}
-    torch.set_num_threads(1)
-    rt = tg.Runtime(tiny(folder), tg.Launch(rank, rank, world))
+def sharded_worker(folder: str) -> None:
+    """One of several processes, by its environment."""
+    launch = tg.Launch.read(dict(os.environ))
+    rt, rank, world = tg.Runtime(tiny(folder), launch), launch.rank, launch.world
     saved = {"sum": rt.sum_(torch.tensor([1.0, rank])), "largest": rt.largest(float(10 - rank)),
              "bytes": rt.share_bytes(b"\x00from\xff" * 9 if rank == 0 else None)}
     for layers in (2, 5):
@@ -216,10 +214,9 @@ def sharded_worker(rank: int, world: int, folder: str, port: int) -> None:
 def three_ranks(tmp_path_factory) -> list[dict]:
     """What three processes have after three steps, each with its part of the gradient."""
     folder = str(tmp_path_factory.mktemp("ranks"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(sharded_worker, args=(3, folder, port), nprocs=3)
+    code = "import sys, test_optimizers; test_optimizers.sharded_worker(sys.argv[1])"
+    done = ForkedRun({}, "-c", code, folder, processes=3, cwd=ROOT / "tests").finish()
+    assert done.returncode == 0, done.stderr
     return [torch.load(os.path.join(folder, f"rank{rank}.pt")) for rank in range(3)]
 
 

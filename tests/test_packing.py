@@ -4,11 +4,9 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import pickle
 import random
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -17,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import shifted
+from conftest import ForkedRun, clean_environment, run_script, shifted
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -191,14 +189,14 @@ def test_damage_under_a_right_checksum_is_an_artifact_or_refused():
 
 @pytest.mark.parametrize("streams", [slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4), slice(4, 5)])
 def test_damaged_ans_streams_under_a_right_checksum(monkeypatch, streams):
-    """Four thousand times in all: an artifact or refused, whatever the coder under it makes of that."""
+    """Two thousand times in all: an artifact or refused, whatever the coder under it makes of that."""
     here = contextlib.nullcontext(SimpleNamespace(map=map))  # starting threads would cost a third
     monkeypatch.setattr(tg, "ThreadPoolExecutor", lambda: here)
     rng, body = random.Random(shifted(streams.start)), pack("ans")[20:]
     size = int.from_bytes(body[2:6], "little")
     header = json.loads(tg.decompress(body[6 : 6 + size], "ans"))
     ends = [6 + size + sum(header["bytes"][:i]) for i in range(6)]
-    for _ in range(800):
+    for _ in range(400):
         damaged = bytearray(body)
         for _ in range(rng.randint(1, 4)):
             damaged[rng.randrange(ends[streams.start], ends[streams.stop])] = rng.randrange(256)
@@ -276,18 +274,14 @@ def test_wide_codes_take_little_more_than_their_entropy():
     assert least * 0.99 < len(tg.write_artifact({}, tensors, "ans")) < 1.03 * least
 
 
-def test_decoding_does_not_depend_on_threads(tmp_path):
-    tensors = weights_like(2, 300, 200, seed=1)
-    (tmp_path / "model").write_bytes(tg.write_artifact({}, tensors, "ans"))
-    program = ("import sys, hashlib, torch, train_gpt as tg\n"
-               "t = tg.read_artifact(open(sys.argv[1], 'rb').read(), 'model')[1]\n"
-               "w = t['w.codes'].float() * tg.octaves(t['w.row'])[..., None] * tg.octaves(t['w.col'])[:, None]\n"
-               "print(hashlib.sha256(b''.join(x.numpy().tobytes() for x in (*t.values(), w))).hexdigest())\n")
-    found = set()
-    for threads in ("1", "4"):
-        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "model")], capture_output=True, text=True,
-                              cwd=SCRIPT.parent, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
-        found.add(done.stdout.strip())
+def test_decoding_does_not_depend_on_threads():
+    data, found, usual = tg.write_artifact({}, weights_like(2, 300, 200, seed=1), "ans"), set(), torch.get_num_threads()
+    for threads in (1, 4):
+        torch.set_num_threads(threads)
+        t = tg.read_artifact(data, NAME)[1]
+        w = t["w.codes"].float() * tg.octaves(t["w.row"])[..., None] * tg.octaves(t["w.col"])[:, None]
+        found.add(b"".join(x.numpy().tobytes() for x in (*t.values(), w)))
+    torch.set_num_threads(usual)
     assert len(found) == 1
 
 
@@ -524,23 +518,20 @@ def test_packed_script_can_be_imported_from_and_packs_itself(packed):
             "assert 'def newton_schulz' in inspect.getsource(tg.newton_schulz)\n"
             "assert tg.pack_code(tg.read_code()) == open(sys.argv[1], 'rb').read()\n"
             "try: tg.softcap(None, 1.0)\nexcept AttributeError: import traceback; traceback.print_exc()\n")
-    done = subprocess.run([sys.executable, "-c", code, str(packed)], cwd=packed.parent, capture_output=True, text=True,
-                          check=False)
+    done = ForkedRun({}, "-c", code, str(packed), cwd=packed.parent).finish()
     assert done.returncode == 0 and "return cap * torch.tanh(logits.float() / cap)" in done.stderr, done.stderr
 
 
 def test_packed_script_answers_like_the_source(packed, capsys):
     """Which answers in this process, but for an error, that ends it."""
-    environ = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "LD_LIBRARY_PATH", "TMPDIR")}
-    environ |= {"RUN_ID": "same", "ARTIFACT_DIR": "same", "NUM_LAYERS": "7", "COMPRESSOR": "pergroup", "MLP_MULT": "3"}
+    environ = {"RUN_ID": "same", "ARTIFACT_DIR": "same", "NUM_LAYERS": "7", "COMPRESSOR": "pergroup", "MLP_MULT": "3"}
 
     def answer(path: Path, argument: str) -> tuple[str, str, int]:
-        done = subprocess.run([sys.executable, str(path), argument], cwd=packed.parent, env=environ,
-                              capture_output=True, text=True, timeout=300)
+        done = run_script(environ, argument, script=path, cwd=packed.parent)
         return done.stdout, done.stderr, done.returncode
 
     for argument in ("--config", "--help"):
-        status = tg.start([argument], tg.Launch(), environ)
+        status = tg.start([argument], tg.Launch(), clean_environment(environ))
         expected = (*capsys.readouterr(), status)
         assert answer(packed, argument) == expected and status == 0
         if argument == "--config":

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import sentencepiece
 import torch
-from conftest import LONGEST, ROOT, ForkedRun, clean_environment, read_losses, read_result, run_script
+from conftest import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment, read_losses, read_result, run_script
 
 import train_gpt as tg
 
@@ -51,7 +50,7 @@ def test_result_holds_the_contract(finished, tiny):
         assert set(stage) == {"val_loss", "val_bpb", "tokens", "bytes", "seconds"}
         assert stage["tokens"] == result["val_tokens"] and stage["bytes"] == result["val_bytes"]
     assert result["val_bpb"] == result["stages"]["sliding"]["val_bpb"]
-    assert result["steps"] == 20 and result["tokens_seen"] == 20 * 1536
+    assert result["steps"] == 20 and result["tokens_seen"] == 20 * int(tiny["TRAIN_BATCH_TOKENS"])
     assert result["val_docs"] == 6 and result["val_complete"] is True
     assert result["model_bytes"] == (folder / "final_model.int6.ptz").stat().st_size
     assert result["code_bytes"] == (folder / "train_gpt.packed.py").stat().st_size
@@ -132,8 +131,8 @@ def test_over_budget_is_written_and_ends_with_status_2(finished, tiny, tmp_path)
 
 def test_the_clock_ends_training(tiny, tmp_path):
     """How far it comes is the machine's; when it stops is tested on a pretended clock (test_training.py)."""
-    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MAX_WALLCLOCK_SECONDS": "4", "ITERATIONS": "100000",
-                              "GPTQ_RESERVE_SECONDS": "1", "EVAL_STRIDE": "0", "VAL_LOSS_EVERY": "5"})
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MAX_WALLCLOCK_SECONDS": "2", "ITERATIONS": "100000",
+                              "GPTQ_RESERVE_SECONDS": "0.5", "EVAL_STRIDE": "0", "VAL_LOSS_EVERY": "5"})
     assert done.returncode == 0, done.stderr
     metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps, stages = [m for m in metrics if "step" in m], [m["stage"] for m in metrics if "stage" in m]
@@ -191,10 +190,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(tiny, tmp_path):
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_half_written(tiny, tmp_path):
     limit = 40_000  # bytes a file may have: enough for the log, not for the artifact
-    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "2"}, fresh=True,
-                      preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert f"cannot write {tmp_path}/final_model.int6.ptz: File too large" in error_of(done)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["metrics.jsonl", "train.log"]
+    (tmp_path / "limited.py").write_text(f"import resource, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport train_gpt\n"
+                                         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))\n"
+                                         "sys.exit(train_gpt.main())\n")
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path / "run"), "ITERATIONS": "2"}
+    done = run_script(settings, script=tmp_path / "limited.py")
+    assert f"cannot write {tmp_path}/run/final_model.int6.ptz: File too large" in error_of(done)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["metrics.jsonl", "train.log"]
 
 
 def test_nan_loss_names_the_step(tiny, tmp_path):
@@ -207,7 +209,8 @@ def test_nan_loss_names_the_step(tiny, tmp_path):
 @pytest.mark.parametrize("moment", ["training 20 %", "quantized and packed in", "stage:quantized"])
 def test_a_killed_run_leaves_no_result_not_even_an_old_one(tiny, tmp_path, moment):
     (tmp_path / "result.json").write_text('{"val_bpb": 0.5}')  # of an earlier run in the same folder
-    run = ForkedRun(tiny | {"ARTIFACT_DIR": str(tmp_path), "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64"})
+    run = ForkedRun(tiny | {"ARTIFACT_DIR": str(tmp_path), "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64",
+                            "ITERATIONS": "10"}, str(TRAIN))
     until = time.monotonic() + LONGEST
     while not any(line.startswith(moment) for line in run.out.read_text().splitlines()):
         assert time.monotonic() < until, "guards against waiting for ever"
@@ -223,43 +226,59 @@ def test_two_processes_fail_with_one_line_when_one_cannot_go_on(tiny, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[1024 + 2 * 50_000:] = b"\xff" * (len(raw) - 1024 - 2 * 50_000)  # most windows hold tokens out of range
     path.write_bytes(raw)
-    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "out"), "DATA_PATH": str(tmp_path / "data")}, processes=2,
-                      fresh=True)
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "out"), "DATA_PATH": str(tmp_path / "data")}, processes=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode != 0 and len(errors) == 1
     assert "fineweb_train_000000.bin: expected token ids below VOCAB_SIZE=512, found 65535" in errors[0]
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
+def scoring_slowly(finished, tiny, folder) -> dict[str, str]:
+    return tiny | {"ARTIFACT_DIR": str(folder), "EVAL_ONLY": str(finished[0] / "final_model.int6.ptz"),
+                   "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64"}
+
+
+def check_that_one_line_says_it(errors: str, folder: Path) -> None:
+    said = [line for line in errors.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "another process of this run has ended" in said[0], errors[-2000:]
+    assert not (folder / "result.json").exists()
+
+
+@pytest.mark.parametrize("victim", [1, 2])
 def test_killing_one_process_of_three_ends_the_others_with_one_line(finished, tiny, tmp_path, victim):
     """In the middle of a long evaluation."""
-    folder, _ = finished
-    settings = tiny | {"ARTIFACT_DIR": str(tmp_path), "EVAL_ONLY": str(folder / "final_model.int6.ptz"),
-                       "EVAL_STRIDE": "1", "EVAL_BATCH_TOKENS": "64"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3",
-               str(ROOT / "train_gpt.py")]
-    process = subprocess.Popen(command, env=clean_environment(settings), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    run = ForkedRun(scoring_slowly(finished, tiny, tmp_path), str(TRAIN), processes=3)
+    until = time.monotonic() + LONGEST
+    while "stage:quantized" not in run.out.read_text():  # sliding then
+        assert time.monotonic() < until, "guards against waiting for ever"
+        time.sleep(0.01)
+    os.kill(run.pids[victim], signal.SIGKILL)
+    done = run.finish()
+    assert done.returncode != 0
+    check_that_one_line_says_it(done.stderr, tmp_path)
+
+
+def test_killing_the_first_process_under_torchrun_ends_the_others_with_one_line(finished, tiny, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=3", str(TRAIN)]
+    process = subprocess.Popen(command, env=clean_environment(scoring_slowly(finished, tiny, tmp_path)), text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for line in process.stdout:
         if line.startswith("stage:quantized"):
             break  # sliding now
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     ranks = {int(re.search(rb"(?:^|\0)RANK=(\d)", Path(f"/proc/{pid}/environ").read_bytes())[1]): pid
              for pid in children if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes()}
-    os.kill(ranks[victim], signal.SIGKILL)
+    os.kill(ranks[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=LONGEST)
     assert process.returncode != 0
-    said = [line for line in errors.splitlines() if line.startswith("error:")]
-    assert len(said) == 1 and "another process of this run has ended" in said[0], errors[-2000:]
+    check_that_one_line_says_it(errors, tmp_path)
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
-    assert not (tmp_path / "result.json").exists()
 
 
 def test_weighted_steps_fill_the_budget_and_never_exceed_it(finished, tiny, tmp_path):
     sizes, code = [], read_result(finished[0])["code_bytes"]
     for budget in (code + 50_000, code + 90_000):
         done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": str(budget),
-                                  "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024"})
+                                  "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024", "ITERATIONS": "8"})
         assert done.returncode == 0, done.stderr
         result = read_result(tmp_path)
         # of so small a model one step of one row can change what a table's rows share, and with it 150 bytes
@@ -270,7 +289,8 @@ def test_weighted_steps_fill_the_budget_and_never_exceed_it(finished, tiny, tmp_
 
 def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp_path):
     budget = read_result(finished[0])["code_bytes"] + 1000
-    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": str(budget), "EVAL_STRIDE": "0"})
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": str(budget), "EVAL_STRIDE": "0",
+                              "ITERATIONS": "2"})
     assert done.returncode == 2, done.stderr
     lines = done.stdout.splitlines()
     told = next(i for i, line in enumerate(lines) if "OVER by" in line and "lower NUM_LAYERS" in line)

@@ -271,7 +271,7 @@ def ranks(tiny, tmp_path_factory):
     write_shard(folder / "fineweb_train_000000.bin", tokens["train"][:20_000])
     # the second document ends with a chunk of 114 tokens
     write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens["val"][:n] for n in (50, 64, 24, 40)]))
-    made = Ranks(SMALL | {"DATA_PATH": str(folder), "TOKENIZER_PATH": tiny["TOKENIZER_PATH"]}, folder)
+    made = Ranks(SMALL | {"DATA_PATH": str(folder)} | {name: tiny[name] for name in ("TOKENIZER_PATH", "SEED")}, folder)
     yield made
     made.kill()
 

@@ -8,7 +8,7 @@ import matplotlib.image
 import numpy as np
 import plot_runs
 import pytest
-from conftest import ROOT, read_result, run_script
+from conftest import ROOT, TINY, read_result, run_script
 
 RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
 
@@ -55,7 +55,7 @@ def test_training_is_drawn_as_the_files_say(run, tmp_path, figures, capsys):
     for axes, name in ((loss, "tokens"), (loss_s, "seconds")):
         assert axes.lines[0].get_xdata().tolist() == [m[name] for m in steps]
         assert axes.lines[0].get_ydata().tolist() == [m["train_loss"] for m in steps]
-    assert bpb.lines[0].get_xdata().tolist() == [6 * 1536, 12 * 1536, 18 * 1536, 20 * 1536]
+    assert bpb.lines[0].get_xdata().tolist() == [n * int(TINY["TRAIN_BATCH_TOKENS"]) for n in (6, 12, 18, 20)]
     assert bpb_s.lines[0].get_xdata().tolist() == [steps[i]["seconds"] for i in (5, 11, 17, 19)]
     assert bpb.lines[0].get_ydata().tolist() == [scores[s] for s in ("step6", "step12", "step18", "pre_quant")]
     assert bpb.lines[1].get_ydata() == [read_result(run)["val_bpb"]]
@@ -111,7 +111,7 @@ def test_what_cannot_be_read_is_one_line(run, tmp_path, capsys, name, content, w
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_bytes(content)
-    assert plot_runs.main([str(run), str(folder), "--out", str(tmp_path)]) == 1
+    assert plot_runs.main([str(folder), str(run), "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert error.startswith(f"error: {folder}") and words in error and error.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""The run scripts as a user calls them, with the interpreter that runs the tests; and how they set themselves up, with
+"""The run scripts as a user calls them, with runs forked from the tests' server; and how they set themselves up, with
 small packages of these tests' own in place of the real ones."""
 
 import importlib.util
@@ -13,15 +13,22 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, clean_environment, read_result, run_script
+from forked import stand_in
 
 
-def leaderboard(settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
-    environment = clean_environment(settings | {"PYTHON": sys.executable})
-    return subprocess.run([ROOT / "run_leaderboard_8xh100.sh", *arguments], env=environment, capture_output=True,
-                          text=True, timeout=300)
+@pytest.fixture(scope="module")
+def leaderboard(tmp_path_factory):
+    """A function of settings and arguments that runs the script to its end."""
+    python = stand_in(tmp_path_factory.mktemp("bin"))
+
+    def call(settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run([ROOT / "run_leaderboard_8xh100.sh", *arguments], capture_output=True, text=True,
+                              timeout=300, **python | {"env": clean_environment(settings | python["env"])})
+
+    return call
 
 
-def test_leaderboard_run_checks_before_it_trains(tiny, tmp_path):
+def test_leaderboard_run_checks_before_it_trains(leaderboard, tiny, tmp_path):
     empty = tiny | {"NPROC": "2", "DATA_PATH": str(tmp_path)}
     for settings, arguments, words in (
         (tiny, ["nonsense"], "error: nonsense: neither a recipe's folder nor a seed"),
@@ -34,7 +41,7 @@ def test_leaderboard_run_checks_before_it_trains(tiny, tmp_path):
         assert done.returncode == 1 and done.stderr.startswith(words) and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_leaderboard_run_trains_each_seed_and_reports_it(tiny):
+def test_leaderboard_run_trains_each_seed_and_reports_it(leaderboard, tiny):
     done = leaderboard(tiny | {"NPROC": "2", "ITERATIONS": "3", "EVAL_STRIDE": "0", "AUDIT": "0"}, "91", "92")
     assert done.returncode == 0, done.stderr
     results = [read_result(ROOT / f"logs/defaults_seed{seed}") for seed in (91, 92)]
