@@ -60,7 +60,7 @@ for seed in "${seeds[@]}"; do
     echo "=== seed $seed -> $out"
     touch "$started"
     status=0
-    SEED="$seed" ARTIFACT_DIR="$out" "${start[@]}" train_gpt.py || status=$?
+    AUDIT=0 SEED="$seed" ARTIFACT_DIR="$out" "${start[@]}" train_gpt.py || status=$?
     summarise "$out" "$started"
     [ "$out/result.json" -nt "$started" ] || { echo "error: seed $seed did not finish" >&2; exit 1; }
     audit "$out" "$started" "${start[@]}" || status=$?

@@ -37,6 +37,7 @@ import re
 import resource
 import signal
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -127,7 +128,7 @@ class Settings:
     save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
     checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
     resume: bool = setting(False, "run", "go on from ARTIFACT_DIR's checkpoint.pt")
-    audit: bool = setting(False, "run", "have the run scripts call records/audit.py afterwards")
+    audit: bool = setting(False, "run", "afterwards have records/audit.py judge the run")
     train_log_every: int = setting(50, "run", "steps between log lines", low=1)
     val_loss_every: int = setting(0, "run", "steps between validations during training; 0: none")
 
@@ -3958,7 +3959,17 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     rt = Runtime(cfg, launch)
     status = Run(fit_to_device(cfg, rt), notes, rt).execute(artifact)
     rt.close()  # not after an error: the others would see the connection close before they hear why
-    return status
+    return judge(rt.folder, launch) or status if cfg.audit else status
+
+
+def judge(folder: str, launch: Launch) -> int:
+    """With AUDIT=1, the status of the auditor that stands beside this script: it judges the run that has ended."""
+    auditor = os.path.join(os.path.dirname(os.path.abspath(__file__)), "records", "audit.py")
+    if launch.world > 1 or not os.path.exists(auditor):
+        if launch.rank == 0:
+            print(f"AUDIT=1: to be done by records/audit.py {folder}", flush=True)
+        return 0
+    return subprocess.run([sys.executable, auditor, folder]).returncode
 
 
 def explain(error: Exception) -> str:

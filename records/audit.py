@@ -340,7 +340,7 @@ class Subject:
     def environment(self, **changes: Any) -> dict[str, str]:
         """The run's settings with these changes, as environment variables."""
         changes = {"save_model": False, "resume": False, "checkpoint_every": 0} | changes
-        values = {k: v for k, v in (self.config | changes).items() if v is not None}
+        values = {k: v for k, v in (self.config | changes).items() if v not in (None, "")}  # these are the defaults
         return {k.upper(): str(int(v) if isinstance(v, bool) else v) for k, v in values.items()}
 
     def evaluate(self, text: Text, watched: list[int] = (), verify: bool = False, data_path: str = "",
@@ -388,7 +388,7 @@ class Subject:
         script = self.script.fresh()
         self.start(script, script.Launch(), self.environment(
             eval_only="", data_path=str(folder / "data"), artifact_dir=str(folder / "run"), device="cpu", dtype="fp32",
-            compile="0", attention="auto", fused=False, fp8="none", iterations=2, max_wallclock_seconds=0.0,
+            compile="0", attention="auto", fused=False, iterations=2, max_wallclock_seconds=0.0,
             warmup_steps=0, train_batch_tokens=2 * length, micro_batch_tokens=length, gptq_calibration_batches=1,
             gptq_reserve_seconds=None, ttt_mode="none", eval_stride=0, eval_batch_tokens=self.config["eval_seq_len"],
             val_loss_every=0))
@@ -558,7 +558,8 @@ def check_causal(subject: Subject, sample: Sample, watched: list[int], plain: Ev
 
 def stage_names(config: dict[str, Any]) -> list[str]:
     """The stages of an evaluation with these settings, in order."""
-    return ["quantized", *["sliding"] * (config["eval_stride"] > 0), *["ttt"] * (config["ttt_mode"] != "none")]
+    names = ["quantized", *["sliding"] * (config["eval_stride"] > 0), *["ttt"] * (config["ttt_mode"] != "none")]
+    return names[-1:] if config["eval_stages"] == "final" else names
 
 
 def other_documents(subject: Subject, sample: Sample, tokens: np.ndarray, base: Evaluation, names: list[str]

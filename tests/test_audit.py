@@ -213,7 +213,8 @@ def train_first(name):
         real = getattr(script, name)
 
         def planted(cfg, rt, model, forward, val, scorer):
-            sgd = script.Sgd(cfg, rt, model, forward, 0.02, 0.0, 256)
+            sgd = script.Sgd(cfg, rt, model, forward)
+            sgd.lr = 0.02
             sgd.step(val.tokens[:300], val.bos, 1.0)
             return real(cfg, rt, model, forward, val, scorer)
         setattr(script, name, planted)
