@@ -47,7 +47,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from functools import cache
 from itertools import pairwise
@@ -80,17 +80,18 @@ AGREE_ADD_BOOST=0 ASYM_LOGIT_RESCALE=0 ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=pro
 ETLB_CLIP=3 ETLB_ENABLED=0 ETLB_LR=0.05 ETLB_STEPS=5 EVAL_INCLUDE_TAIL=1 FUSED_CE_ENABLED=0 G1_GATING=0
 GATED_ATTN_INIT_STD=0.01 GATED_ATTN_QUANT_GATE=* GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1
 GLOBAL_TTT_MUON_NESTEROV=1 GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
-GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0 LAWA_ENABLED=0
-LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0 MUON_BETA2=0.95
-MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 NGRAM_TILT_ENABLED=0
-OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS QK_GAIN_SCHEDULE=[]
-QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0
-SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0
-TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0 TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32
-TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0 TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1
-TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1 TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0
-TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1 TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1
-WARMDOWN_ITERS=0 WITHIN_BOOST=0 WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
+GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0
+LAWA_ENABLED=0 LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0
+MUON_BETA2=0.95 MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
+NGRAM_TILT_ENABLED=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS
+QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk
+ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005
+SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0 TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0
+TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
+TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
+TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
+TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
+WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
 """.split())
 LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 
@@ -233,7 +234,6 @@ class Settings:
     qat_lite_bits: int = setting(6, "train", "bits of its grid", low=2, high=8)
     qat_lite_clip_sigmas: float = setting(12.85, "train", "half-width of its grid, in a row's std", low=0.1)
     qat_lite_layer_start: int = setting(7, "train", "first layer it acts on")
-    qat_lite_targets: str = setting("qk", "train", "matrices it acts on", choices="qk")
     qat_lite_penalty: str = setting("mse", "train", "rounding error, excess, or both", choices="mse clip hybrid")
     qat_lite_depth_power: float = setting(0.0, "train", "layers weigh ((layer+1)/NUM_LAYERS) to this power")
 
@@ -537,7 +537,8 @@ def read_environment(environ: dict[str, str]) -> Notes:
 
 def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callable[[str], str], raw: str) -> list[Any]:
     """The values that NAME=raw leaves to its field, the likeliest first; `values` as in `setting`."""
-    if not raw:  # of a shell variable that is not set, say: a path that is lost must not start a training
+    # a blank may be a shell variable that is not set: a path that is lost must not start a training
+    if not raw and (f.default != "" or f.name == "eval_only"):
         raise RunError(f"{name}=: takes {type_name(kind_of(f))}, not a blank; unset it for the default")
     word = {"true": "1", "false": "0"}.get(raw.lower(), raw)
     if values and name != f.name.upper() and not callable(values) and word not in values:
@@ -3990,7 +3991,8 @@ def main() -> int:
     """Entry point: every expected failure becomes one line on stderr and exit status 1."""
     launch, status, message = Launch.read(dict(os.environ)), 1, ""
     for stream in (sys.stdout, sys.stderr):  # a name that the console cannot print is no reason to lose a run
-        stream.reconfigure(errors="backslashreplace")
+        with suppress(OSError, ValueError):  # one that cannot be told so
+            stream.reconfigure(errors="backslashreplace")
     if launch.world > 1:
         leave_when_told(launch)
     else:  # unwind, so that no temporary file stays

@@ -410,7 +410,7 @@ def test_published_duplicates_are_listed_and_half_a_percent_of_them_allowed(toke
 
 
 def run_audit(*arguments: str, processes: int = 0, **environ: str):
-    return ForkedRun(environ, *arguments, script=AUDIT, processes=processes).finish()
+    return ForkedRun(environ, str(AUDIT), *arguments, processes=processes).finish()
 
 
 def test_two_processes_judge_a_run_and_repeat_it_whole(trained, tmp_path):

@@ -107,7 +107,7 @@ def test_the_auditors_sidecar_is_the_exporters(cased):
 
 def failed_checks(run: Path) -> list[str]:
     """Names of what the auditor finds wrong."""
-    done = ForkedRun({}, str(run), script=ROOT / "records/audit.py").finish()
+    done = ForkedRun({}, str(ROOT / "records/audit.py"), str(run)).finish()
     assert done.returncode in (0, 3), done.stderr
     checks = json.loads((run / "audit.json").read_text())["checks"]
     return [name for name, check in checks.items() if not check["ok"]]
