@@ -354,6 +354,11 @@ def in_row(folder: Path, seed: str, name: str, change) -> None:
     edit(folder, lambda d: d["seed_results"][seed].update({name: change(d["seed_results"][seed][name])}))
 
 
+def another_last_digit(value: float) -> float:
+    """One less for 9: 0 would not be written, and seven digits say less than eight."""
+    return round(value + (1e-8 if round(value * 1e8) % 10 < 9 else -1e-8), 8)
+
+
 def repeat_key(folder: Path) -> None:
     replace(folder / s.SUBMISSION, '"author":', '"author": "Another", "author":')
 
@@ -372,7 +377,7 @@ def rounded(folder: Path) -> None:
 
 FAULTS = {
     "score, a digit": (lambda f: in_row(f, "2", "val_bpb", lambda v: v + 1e-3), "scores"),
-    "loss, two in the last digit": (lambda f: in_row(f, "2", "val_loss", lambda v: round(v + 2e-8, 8)), "scores"),
+    "loss, the last digit": (lambda f: in_row(f, "2", "val_loss", another_last_digit), "scores"),
     "score rounded to one digit": (lambda f: in_row(f, "2", "val_bpb", lambda v: round(v, 1)), "scores"),
     "loss rounded to a whole number": (lambda f: in_row(f, "2", "val_loss", round), "scores"),
     "mean rounded": (lambda f: resay(f, "val_bpb", lambda v: round(v, 2)), "means"),
