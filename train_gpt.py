@@ -3,18 +3,22 @@
 One file that runs under `python` or `torchrun`, on CPU or GPU, configured by environment variables alone
 (`--help` lists them). It reads from top to bottom in the order the data flows:
 
-  settings      one frozen dataclass: every environment variable, its default and its meaning
-  runtime       device, processes, log files, the training clock
-  data          token shards, the tokenizer's byte counts, shuffled windows or packed documents
-  kernels       causal attention, dense or inside documents, behind one signature with four backends; what lies between
-                matrix products in plain forms, some of it as Triton kernels (FUSED=1)
-  model         one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
-  optimizers    Muon on the banks (sharded over ranks), AdamW on the rest
-  training      schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
-  quantization  full-Hessian GPTQ, with steps weighted by what the loss feels or on SDClip's grid
-  packing       entropy coding, the artifact container (no pickle), the ZIP application that is counted
-  evaluation    windows, test-time training, and the scorer that turns losses into nats and bytes
-  main          the run from start to result.json
+  settings       one frozen dataclass: every environment variable, its default and its meaning
+  runtime        device, processes, log files, the training clock
+  data           token shards, the tokenizer's byte counts, shuffled windows or packed documents
+  kernels        causal attention, dense or inside documents, behind one signature with four backends; what lies between
+                 matrix products in plain forms, some of it as Triton kernels (FUSED=1)
+  projections    the one place where a weight meets activations, and what may ride on it
+  model          one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
+  optimizers     Muon on the banks (sharded over ranks), AdamW on the rest
+  training       schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
+  calibration    second moments of inputs and of gradients, from text
+  quantization   full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
+  coding         integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
+  artifact       the container (no pickle), filling the budget, the ZIP application that is counted
+  evaluation     windows, test-time training, and the scorer that turns losses into nats and bytes
+  reading        environment variables to settings: other names, misspelt ones, --help
+  main           the run from start to result.json; records/audit.py judges it from outside
 
 The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, tied
 embedding. Off by default, each by its settings: depth recurrence, parallel residuals, attention inside documents,
@@ -69,30 +73,12 @@ except ImportError:  # not on every machine; the kernels' plain forms run instea
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
+#
+# In: values by name, which read_settings() (by main) takes from the environment. Out: one frozen Settings, every value
+# of it checked, `auto` values resolved but for those that the device decides.
 
 
 MIN_ROWS = 64  # of a step, where rows longer than a window are chosen
-ORDINARY = ("COMPILER", "TYPE")  # one letter from a setting, but set by clusters' modules and by build scripts
-# Settings of the field's other scripts that have no like here, each with the value that asks for nothing more than this
-# script does: off, what is built in, or what another setting says. With * none does: it changes no figure.
-ELSEWHERE = dict(pair.split("=", 1) for pair in """
-AGREE_ADD_BOOST=0 ASYM_LOGIT_RESCALE=0 ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=proj EMA_START_FRAC=0 EMBED_LR=0.6
-ETLB_CLIP=3 ETLB_ENABLED=0 ETLB_LR=0.05 ETLB_STEPS=5 EVAL_INCLUDE_TAIL=1 FUSED_CE_ENABLED=0 G1_GATING=0
-GATED_ATTN_INIT_STD=0.01 GATED_ATTN_QUANT_GATE=* GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1
-GLOBAL_TTT_MUON_NESTEROV=1 GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
-GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0
-LAWA_ENABLED=0 LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0
-MUON_BETA2=0.95 MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
-NGRAM_TILT_ENABLED=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS
-QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk
-ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005
-SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0 TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0
-TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
-TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
-TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
-TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
-WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
-""".split())
 LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 
 
@@ -430,167 +416,10 @@ class Settings:
         return [f.name for f in dataclasses.fields(cls) if f.metadata["group"] in names]
 
 
-def check_range(f: dataclasses.Field, value, source: str = "") -> None:
-    """Raise RunError, naming `source`, unless `value` has the field's type and range; None (auto) if it is default."""
-    meta, kind, name = f.metadata, kind_of(f), source or f.name.upper()
-    if value is None and f.default is None:
-        return
-    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
-        value = float(value)
-    if type(value) is not kind:
-        raise RunError(f"{name}={value}: takes {type_name(kind)}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise RunError(f"{name}={value}: takes one of {', '.join(meta['choices'])}")
-    low, high = meta["low"], meta["high"]
-    if kind in (int, float) and not low <= value <= (math.inf if high is None else high):  # `not` also stops nan
-        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
-    if kind is float and abs(value) > LARGEST:
-        raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
-
-
-def kind_of(f: dataclasses.Field) -> type:
-    """The type of a field's values: its default's, or T where it is annotated `T | None`."""
-    return f.type.__args__[0] if f.default is None else type(f.default)
-
-
-def type_name(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
-
-
-def parse_value(f: dataclasses.Field, name: str, raw: str):
-    """The typed value of environment variable `name`; RunError when `raw` is not one."""
-    kind = kind_of(f)
-    if f.default is None and raw.lower() == "auto":
-        return None
-    try:
-        if kind is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[raw.lower()]
-        value = kind(raw)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
-    except (KeyError, ValueError):
-        auto = " or auto" if f.default is None else ""
-        raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
-
-
-def shown(value: Any) -> Any:
-    """A setting's value as the environment has it."""
-    return int(value) if isinstance(value, bool) else value
-
-
-def layers_in_a_row(raw: str) -> list[str]:
-    """RECUR_LAYERS as a list. RunError unless its layers follow each other."""
-    layers = raw.split(",")
-    if not layers[0].isdigit() or layers != [str(int(layers[0]) + i) for i in range(len(layers))]:
-        raise RunError(f"RECUR_LAYERS={raw}: takes layers that follow each other, as 4,5")
-    return layers
-
-
-class Notes(NamedTuple):
-    """What the environment says."""
-
-    explicit: dict[str, Any]  # field -> value, what the user set
-    aliases: dict[str, str]  # environment name and value as given -> what it set
-    ignored: tuple[str, ...]  # unknown names that start or look like one of ours
-    absent: tuple[str, ...] = ()  # a line for each setting of other scripts that asks for what this one has not
-
-
-def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
-    """Settings from environment variables. RunError on a bad value, a contradiction or a misspelt name."""
-    notes = read_environment(environ)
-    return Settings(**notes.explicit), notes
-
-
-def read_environment(environ: dict[str, str]) -> Notes:
-    """The values of all environment variables that are settings or their aliases, each checked by itself."""
-    names = [(name, f, values) for f in dataclasses.fields(Settings)
-             for name, values in ({f.name.upper(): {}} | f.metadata["aliases"]).items()]
-    allowed, source, spelt = {}, {}, []
-    for name, f, values in (entry for entry in names if entry[0] in environ):
-        raw = environ[name].strip()
-        options = allowed_by(f, name, values, raw)
-        left = [value for value in allowed.get(f.name, options) if value in options]
-        if not left:
-            raise RunError(f"{name}={raw}: contradicts {source[f.name]}={environ[source[f.name]]}")
-        if left != allowed.get(f.name):
-            allowed[f.name], source[f.name] = left, name
-        if name != f.name.upper() or raw in values:
-            spelt.append((f"{name}={raw}", f.name))
-    chosen, aliases = {name: left[0] for name, left in allowed.items()}, {}
-    for given, name in spelt:
-        aliases[given] = f"{aliases.get(given, '')} {name.upper()}={shown(chosen[name])}".strip()
-    known = {name for name, _, _ in names}
-    families = {name.split("_")[0] for name in known | set(ELSEWHERE) if "_" in name} - {"RUN", "DATA", "SAVE"}
-    ignored, absent = [], []
-    for name in sorted(set(environ) - known):
-        meant = name not in ELSEWHERE and next((k for k in sorted(known) if is_typo(name.upper(), k)), None)
-        if meant and name not in ORDINARY:
-            raise RunError(f"{name}={environ[name]}: no such setting; did you mean {meant}?")
-        if name in ELSEWHERE and asks_for_more(name, environ[name].strip(), chosen):
-            absent.append(f"{name}={environ[name].strip()}: not in this script")
-        elif meant or (name not in ELSEWHERE and "_" in name and name.split("_")[0] in families):
-            ignored.append(name)
-    return Notes(chosen, aliases, tuple(ignored), tuple(absent))
-
-
-def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callable[[str], str], raw: str) -> list[Any]:
-    """The values that NAME=raw leaves to its field, the likeliest first; `values` as in `setting`."""
-    # a blank may be a shell variable that is not set: a path that is lost must not start a training
-    if not raw and (f.default != "" or f.name == "eval_only"):
-        raise RunError(f"{name}=: takes {type_name(kind_of(f))}, not a blank; unset it for the default")
-    word = {"true": "1", "false": "0"}.get(raw.lower(), raw)
-    if values and name != f.name.upper() and not callable(values) and word not in values:
-        raise RunError(f"{name}={raw}: takes one of {', '.join(sorted(values))}")
-    words = values(raw).split() if callable(values) else values[word].split() if word in values else [raw]
-    options = [parse_value(f, name, word) for word in words]
-    for option in options:
-        check_range(f, option, name)
-    return options
-
-
-def asks_for_more(name: str, raw: str, chosen: dict[str, Any]) -> bool:
-    """Whether NAME=raw, of ELSEWHERE, asks for what this script does not do anyway."""
-    here = ELSEWHERE[name]
-    if field := Settings.__dataclass_fields__.get(here.lower()):
-        here = str(chosen.get(field.name, field.default))
-    raw = {"true": "1", "false": "0"}.get(raw.lower(), raw)
-    try:
-        return here != "*" and raw != "" and float(raw) != float(here)
-    except ValueError:  # words
-        return raw != here
-
-
-def is_typo(name: str, known: str) -> bool:
-    """True when the two are equal or one inserted, dropped, changed or swapped character apart."""
-    head = len(os.path.commonprefix([name, known]))
-    a, b = name[head:], known[head:]
-    tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
-    a, b = a[: len(a) - tail], b[: len(b) - tail]
-    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
-
-
-def help_text() -> str:
-    """Every setting by group: name, type, default, meaning."""
-    lines = ["usage: [NAME=value ...] python train_gpt.py [--help | --config]",
-             "       [NAME=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py", ""]
-    for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(Settings)):
-        lines.append(f"{group}:")
-        for name in Settings.group(group):
-            f = Settings.__dataclass_fields__[name]
-            default = "auto" if f.default is None else int(f.default) if kind_of(f) is bool else f.default
-            choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
-            also = [a for a in f.metadata["aliases"] if a != name.upper()]
-            alias = f" [also {', '.join(also)}]" if also else ""
-            kind = kind_of(f).__name__
-            lines.append(f"  {name.upper():28}{kind:6}{default!s:11}{f.metadata['help']}{choices}{alias}")
-        lines.append("")
-    return "\n".join(lines)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Runtime
+#
+# In: settings, torchrun's variables. Out: device, log files, clock, and all by which processes talk to each other.
 
 
 @contextmanager
@@ -989,6 +818,9 @@ class Clock:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Data
+#
+# In: shards of uint16 tokens, their manifest, a SentencePiece model. Out: the validation text with the bytes that each
+# token stands for, and the batches of each training step on each process.
 
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
@@ -1330,6 +1162,9 @@ class Feeder:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels
+#
+# In: tensors of one layer or of the head. Out: attention inside documents or rows by the fastest backend that works,
+# and what lies between matrix products, in plain forms or as Triton kernels.
 
 
 class Bounds(NamedTuple):
@@ -1714,7 +1549,10 @@ def pick_ops(cfg: Settings, device: torch.device) -> Ops:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model
+# Projections
+#
+# In: activations and a weight matrix or table. Out: their product. Adapters, statistics for quantization and rounded
+# weights ride on it here, and nowhere else.
 
 
 class Site(NamedTuple):
@@ -1756,53 +1594,60 @@ class Hooks(NamedTuple):
 NO_HOOKS = Hooks()
 
 
-def capture(x: Tensor, role: str, here: Hooks) -> None:
+def collect_hessian(x: Tensor, role: str, hooks: Hooks) -> None:
     """Add Σ x xᵀ over the rows of x (..., in) to the Hessian of this role, if one is collected."""
-    if here.hessians is not None and role in here.hessians:
+    if hooks.hessians is not None and role in hooks.hessians:
         rows = x.detach().flatten(0, -2).float()
-        here.hessians[role].addmm_(rows.T, rows)
+        hooks.hessians[role].addmm_(rows.T, rows)
 
 
-def feel(y: Tensor, role: str, here: Hooks, ids: Tensor | None = None) -> None:
+def collect_moments(y: Tensor, role: str, hooks: Hooks, ids: Tensor | None = None) -> None:
     """Have the squared gradients of y (..., out) added to the moments of this role, if they are collected: by output,
     or for rows of a table by `ids` (...), of the average element.
     """
     def add(gradient: Tensor) -> None:
         square = gradient.detach().float().square()
         if ids is None:
-            here.moments[role].add_(square.flatten(0, -2).sum(0))
+            hooks.moments[role].add_(square.flatten(0, -2).sum(0))
         else:
-            here.moments[role].index_add_(0, ids.flatten(), square.mean(-1).flatten())
+            hooks.moments[role].index_add_(0, ids.flatten(), square.mean(-1).flatten())
 
-    if here.moments is not None and role in here.moments:
+    if hooks.moments is not None and role in hooks.moments:
         y.register_hook(add)
 
 
-def linear(x: Tensor, weight: Tensor, role: str, here: Hooks) -> Tensor:
+def linear(x: Tensor, weight: Tensor, role: str, hooks: Hooks) -> Tensor:
     """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
-    capture(x, role, here)
-    if here.fake_quant is not None:
-        weight = here.fake_quant(weight, role)
+    collect_hessian(x, role, hooks)
+    if hooks.fake_quant is not None:
+        weight = hooks.fake_quant(weight, role)
     y = F.linear(x, weight.to(x.dtype))
-    feel(y, role, here)
-    return adapt(y, x, role, here)
+    collect_moments(y, role, hooks)
+    return adapt(y, x, role, hooks)
 
 
-def adapt(y: Tensor, x: Tensor, role: str, here: Hooks) -> Tensor:
+def adapt(y: Tensor, x: Tensor, role: str, hooks: Hooks) -> Tensor:
     """y (B, T, out) plus what the adapter of this role, if there is one, makes of x (B, T, in)."""
-    if here.adapters is None or role not in here.adapters:
+    if hooks.adapters is None or role not in hooks.adapters:
         return y
-    a, b, scale = here.adapters[role]
+    a, b, scale = hooks.adapters[role]
     return y + scale * ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))
 
 
-def lookup(table: Tensor, ids: Tensor, role: str, here: Hooks, dtype: torch.dtype) -> Tensor:
+def lookup(table: Tensor, ids: Tensor, role: str, hooks: Hooks, dtype: torch.dtype) -> Tensor:
     """Rows of table (rows, dim) by ids (B, T) -> (B, T, dim) in `dtype`. The one place where a table is read."""
-    if here.fake_quant is not None:
-        table = here.fake_quant(table, role)
+    if hooks.fake_quant is not None:
+        table = hooks.fake_quant(table, role)
     y = F.embedding(ids, table).to(dtype)
-    feel(y, role, here, ids)
+    collect_moments(y, role, hooks, ids)
     return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+#
+# In: tokens, and where documents begin. Out: losses or logits, by one forward pass for training, calibration,
+# evaluation and test-time training; weights stand in banks, of which each virtual layer gets its slices.
 
 
 def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -1854,7 +1699,7 @@ class Layer(NamedTuple):
     blend: Tensor | None  # (1 or 2,), of a revisit
     keep: Tensor | None  # (2,), of crossed lanes
     write: Tensor | None  # (2, 2)
-    excludes: bool  # XSA
+    xsa: bool
     parallel: bool
 
 
@@ -1942,18 +1787,18 @@ class GPT(nn.Module):
         stacks |= {name: bank.unbind(0) for name, bank in self.banks().items()}  # their gradients come in one piece
         for n, (layer, visit) in enumerate(order):
             skip = skips.pop() if n >= half and skips else None
-            own = self.slice_layer(stacks, layer, visit, -1 if skip is None else n - half)
-            last = None if own.blend is None else outputs[layer]
-            x, lane = run_layer(x, lane, skip, last, own, shared, hooks.at(layer, visit))
+            params = self.slice_layer(stacks, layer, visit, -1 if skip is None else n - half)
+            last = None if params.blend is None else outputs[layer]
+            x, lane = run_layer(x, lane, skip, last, params, shared, hooks.at(layer, visit))
             if self.cfg.recur_blend != "none":
                 outputs[layer] = x
-            if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
+            if n < half:  # one tensor as two inputs would be a graph of its params, so here and above it is another
                 skips.append(x.view_as(x))
         return predict(x, lane, targets, hooks.at())
 
     def slice_layer(self, stacks: dict[str, Any], layer: int, visit: int, step: int) -> Layer:
         """This layer's share of parameters that are cut along their first dimension; `step`: of the decoder, or -1."""
-        n, late = self.cfg.num_layers, layer - self.cfg.parallel_start_layer
+        n, parallel = self.cfg.num_layers, layer - self.cfg.parallel_start_layer
 
         def of(name: str, i: int = layer):  # a Tensor or None; torch 2.9 cannot compile an annotation that says so
             return stacks[name][i] if name in stacks and i >= 0 else None
@@ -1966,31 +1811,31 @@ class GPT(nn.Module):
             of("attn_gate"), of("ve_layer_scale", self.ve_layers.index(layer) if layer in self.ve_layers else -1),
             of("skip_weight", step), of("skip_gate", step),
             None if blend is None else blend[layer - self.cfg.loop_start],
-            of("lane_keep", late), of("lane_write", late), layer >= n - self.cfg.xsa_last_n, late >= 0)
+            of("lane_keep", parallel), of("lane_write", parallel), layer >= n - self.cfg.xsa_last_n, parallel >= 0)
 
-    def embed(self, ids: Tensor, here: Hooks) -> tuple[Tensor, Tensor | None]:
+    def embed(self, ids: Tensor, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
         cfg, starts = self.cfg, document_starts(ids, self.bos)
-        x = lookup(self.tok_emb, ids, "emb", here, self.dtype)
+        x = lookup(self.tok_emb, ids, "emb", hooks, self.dtype)
         if cfg.embedding_dim:
-            x = linear(x, self.embed_in_bank[0], "embed_in", here)
+            x = linear(x, self.embed_in_bank[0], "embed_in", hooks)
         if cfg.bigram_vocab_size:  # PR 162
             buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
-            y = lookup(self.bigram_table, buckets, "bigram_table", here, self.dtype)
-            x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", here)
+            y = lookup(self.bigram_table, buckets, "bigram_table", hooks, self.dtype)
+            x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", hooks)
         smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
         if smear == "input":  # PR 1667
-            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, "smear", here))
+            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, "smear", hooks))
             x = x + self.smear_scale.to(x.dtype) * gate * previous(x, starts)
         x = rms_norm(x)
         if smear == "vector":  # PR 65
             x = torch.lerp(x, previous(x, starts), torch.sigmoid(self.smear_theta).to(x.dtype))
         if not cfg.ve_enabled:
             return x, None
-        values = lookup(self.ve_table, ids, "ve_table", here, self.dtype)
-        return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", here)
+        values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
+        return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
 
-    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, here: Hooks) -> Tensor:
+    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, hooks: Hooks) -> Tensor:
         """Losses, or logits without targets, from the last residual stream x (B, T, d) and its other lane, if any."""
         if lane is not None and self.cfg.parallel_mode == "lanes":
             x = torch.lerp(lane, x, self.lane_mix.to(x.dtype))
@@ -1998,18 +1843,18 @@ class GPT(nn.Module):
             x = {"mean": 0.5 * (x + lane), "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
         x = rms_norm(x)
         if self.cfg.embedding_dim:
-            x = linear(x, self.embed_out_bank[0], "embed_out", here)
-        if here.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
-            capture(x, "head", here)
+            x = linear(x, self.embed_out_bank[0], "embed_out", hooks)
+        if hooks.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
+            collect_hessian(x, "head", hooks)
             return x
         weight, cap = self.tok_emb if self.cfg.tie_embeddings else self.head, self.cfg.logit_softcap
-        if self.ops.head_losses and targets is not None and not any(here):
+        if self.ops.head_losses and targets is not None and not any(hooks):
             return self.ops.head_losses(x, weight.to(x.dtype), targets, cap)
-        logits = linear(x, weight, "head", here)
+        logits = linear(x, weight, "head", hooks)
         return softcap(logits, cap) if targets is None else cross_entropy(logits, targets, cap)
 
-    def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, own: Layer,
-              shared: Shared, here: Hooks) -> tuple[Tensor, Tensor | None]:
+    def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, params: Layer,
+              shared: Shared, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
         """One virtual layer on the residual stream x (B, T, d), and on the other lane if there are two.
 
         Into x first comes the U-Net skip (PR 289) that ends here, if one does; into the output of a revisited layer, by
@@ -2017,69 +1862,70 @@ class GPT(nn.Module):
         """
         before = x
         if skip is not None:
-            skip = own.skip.to(x.dtype) * skip
-            x = x + skip if own.skip_gate is None else torch.lerp(skip, x, torch.sigmoid(own.skip_gate).to(x.dtype))
-        if own.parallel and self.cfg.parallel_mode != "gptj":
+            skip = params.skip.to(x.dtype) * skip
+            gate = params.skip_gate
+            x = x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate).to(x.dtype))
+        if params.parallel and self.cfg.parallel_mode != "gptj":
             if lane is None:  # crossed: no skip reaches lane 1
                 lane = x if self.cfg.parallel_mode == "lanes" else before
-            return self.lanes(x, lane, own, shared, here)
-        u = mix(x, shared.x0, *own.mix)
-        n = self.norm(u, own)
-        y = mix(u, self.attention_half(n, own, shared, here), None, own.attn_scale)
-        if not own.parallel:  # else the MLP reads what attention reads (GPT-J; PR 1412)
-            n = self.norm(y, own)
-        y = mix(y, self.mlp_half(n, own, here), None, own.mlp_scale)
-        if own.blend is None:
+            return self.lanes(x, lane, params, shared, hooks)
+        u = mix(x, shared.x0, *params.mix)
+        n = self.norm(u, params)
+        y = mix(u, self.attention_half(n, params, shared, hooks), None, params.attn_scale)
+        if not params.parallel:  # else the MLP reads what attention reads (GPT-J; PR 1412)
+            n = self.norm(y, params)
+        y = mix(y, self.mlp_half(n, params, hooks), None, params.mlp_scale)
+        if params.blend is None:
             return y, None
-        weight = own.blend.to(x.dtype)
+        weight = params.blend.to(x.dtype)
         if self.cfg.recur_blend == "ab":  # PR 1894
             return weight[0] * y + weight[1] * last, None
         return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0])), None
 
-    def lanes(self, lane0: Tensor, lane1: Tensor, own: Layer, shared: Shared, here: Hooks
+    def lanes(self, lane0: Tensor, lane1: Tensor, params: Layer, shared: Shared, hooks: Hooks
               ) -> tuple[Tensor, Tensor]:
         """One parallel layer on two streams: attention reads lane 0, the MLP lane 1 (PR 1523; crossed: PR 1529)."""
-        u = mix(lane0, shared.x0, *own.mix)
-        a = own.attn_scale.to(u.dtype) * self.attention_half(self.norm(u, own), own, shared, here)
-        m = own.mlp_scale.to(u.dtype) * self.mlp_half(self.norm(lane1, own), own, here)
+        u = mix(lane0, shared.x0, *params.mix)
+        a = params.attn_scale.to(u.dtype) * self.attention_half(self.norm(u, params), params, shared, hooks)
+        m = params.mlp_scale.to(u.dtype) * self.mlp_half(self.norm(lane1, params), params, hooks)
         if self.cfg.parallel_mode == "lanes":
             return u + a, lane1 + m
-        keep, write = own.keep.to(a.dtype), own.write.to(a.dtype)
+        keep, write = params.keep.to(a.dtype), params.write.to(a.dtype)
         return (keep[0] * lane0 + write[0, 0] * a + write[1, 0] * m,
                 keep[1] * lane1 + write[0, 1] * a + write[1, 1] * m)
 
-    def attention_half(self, n: Tensor, own: Layer, shared: Shared, here: Hooks) -> Tensor:
+    def attention_half(self, n: Tensor, params: Layer, shared: Shared, hooks: Hooks) -> Tensor:
         """Attention on the normed stream n (B, T, d)."""
         cfg = self.cfg
-        q, k, v = (linear(n, own.weights[role], role, here) for role in "qkv")
-        if own.value_scale is not None:  # PR 374
-            v = v + own.value_scale.to(v.dtype) * shared.values
+        q, k, v = (linear(n, params.weights[role], role, hooks) for role in "qkv")
+        if params.value_scale is not None:  # PR 374
+            v = v + params.value_scale.to(v.dtype) * shared.values
         q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
-        q = norm_rotate(q, own.q_gain.to(q.dtype), *shared.rope)
+        q = norm_rotate(q, params.q_gain.to(q.dtype), *shared.rope)
         k = norm_rotate(k, None, *shared.rope)
         y, gate = self.attend(q, k, v, shared.bounds), None
-        if own.gate is not None:
-            gate = linear(n if cfg.gated_attn_enabled else n[..., : cfg.gate_window], own.gate, "gate", here)
+        if params.gate is not None:
+            gate = linear(n if cfg.gated_attn_enabled else n[..., : cfg.gate_window], params.gate, "gate", hooks)
             if cfg.sparse_attn_gate_enabled:  # PR 1787
                 gate = cfg.sparse_attn_gate_scale * gate
             gate = torch.sigmoid(gate) * (2.0 if cfg.attn_out_gate_enabled else 1.0)  # PR 1667; arXiv 2505.06708
-        if own.excludes:
+        if params.xsa:
             y = exclude_self(y, v, gate)
         elif gate is not None:
             y = y * gate[..., None]
-        return adapt(linear(y.flatten(2), own.weights["o"], "o", here), n, "attn", here)
+        return adapt(linear(y.flatten(2), params.weights["o"], "o", hooks), n, "attn", hooks)
 
-    def mlp_half(self, n: Tensor, own: Layer, here: Hooks) -> Tensor:
+    def mlp_half(self, n: Tensor, params: Layer, hooks: Hooks) -> Tensor:
         """The MLP on the normed stream n (B, T, d)."""
-        up, down = own.weights["up"], own.weights["down"]
-        if self.ops.mlp and not any(here):
+        up, down = params.weights["up"], params.weights["down"]
+        if self.ops.mlp and not any(hooks):
             return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype))
-        y = linear(squared_leaky_relu(linear(n, up, "up", here)), down, "down", here)
-        return adapt(y, n, "mlp", here)
+        y = linear(squared_leaky_relu(linear(n, up, "up", hooks)), down, "down", hooks)
+        return adapt(y, n, "mlp", hooks)
 
-    def norm(self, u: Tensor, own: Layer) -> Tensor:
+    def norm(self, u: Tensor, params: Layer) -> Tensor:
         """What a half of this layer reads of the stream u."""
-        return rms_norm(u) if own.norm_scale is None else rms_norm(u) * own.norm_scale.to(u.dtype)
+        return rms_norm(u) if params.norm_scale is None else rms_norm(u) * params.norm_scale.to(u.dtype)
 
     def banks(self) -> dict[str, nn.Parameter]:
         """The matrices that Muon trains."""
@@ -2145,6 +1991,9 @@ def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Cal
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizers
+#
+# In: a model's gradients on this process. Out: its weights after a step, the same on every process: Muon for the banks,
+# of which each process updates its share, AdamW for the rest.
 
 
 def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kind: str = "quintic") -> Tensor:
@@ -2271,6 +2120,9 @@ class Optimizer:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
+#
+# In: the model and batches. Out: trained, averaged weights within the training clock. Schedules are functions of the
+# share of training that is done; the warm-up compiles everything before the clock starts.
 
 
 def lr_factor(cfg: Settings, frac: float) -> float:
@@ -2290,7 +2142,7 @@ def muon_momentum(cfg: Settings, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
-class Phase(NamedTuple):
+class Schedule(NamedTuple):
     """What the schedules say for one step."""
 
     lr_scale: float = 1.0
@@ -2301,7 +2153,7 @@ class Phase(NamedTuple):
     snapshot: bool = False  # for SWA
 
     @classmethod
-    def at(cls, cfg: Settings, step: int, frac: float) -> "Phase":
+    def at(cls, cfg: Settings, step: int, frac: float) -> "Schedule":
         """Step `step` (from 0), when the share `frac` of training is done."""
         scale = lr_factor(cfg, frac)
         due = [loops for at, loops in cfg.loop_stages() if (step >= at if at > 1 else frac >= at)]
@@ -2348,7 +2200,7 @@ class Trainer:
         self.ema = [p.detach().clone() for p in self.params] if self.cfg.ema_decay > 0 else None
         self.swa, self.snapshots = None, 0
 
-    def step(self, batches: list[Batch], phase: Phase) -> Tensor:
+    def step(self, batches: list[Batch], phase: Schedule) -> Tensor:
         """Forward, backward and update over one global batch; returns this rank's share of the mean loss, 0-dim."""
         total = torch.zeros((), device=self.rt.device)
         hooks = self.qat_hooks if phase.qat else NO_HOOKS
@@ -2434,7 +2286,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         return Batch(ids.to(rt.device), targets.to(rt.device), bounds)
 
     initial = [p.detach().clone() for p in trainer.params]
-    variants = [Phase(loops=loops, qat=qat) for qat in ((False, True) if cfg.qat_enabled else (False,))
+    variants = [Schedule(loops=loops, qat=qat) for qat in ((False, True) if cfg.qat_enabled else (False,))
                 for loops in sorted({0, *(loops for _, loops in cfg.loop_stages())})]
     row = (trainer.plan.size, cfg.row_tokens, cfg.train_seq_len)
     lap = 0.0
@@ -2483,7 +2335,7 @@ def calibration_seconds(cfg: Settings, rt: Runtime, model: GPT, batch: Batch) ->
 def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: Clock, validate: Callable,
           step: int = 0) -> int:
     """Train from `step` until the clock or ITERATIONS says stop; returns the number of steps. RunError on NaN."""
-    phase, pending, first, bar, latest = Phase(), [], step, Bar(rt), ""
+    phase, pending, first, bar, latest = Schedule(), [], step, Bar(rt), ""
     clock.start()
     while True:
         now = clock.tick()
@@ -2509,13 +2361,13 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
         bar.show(min(frac, 1.0), now, latest)
-        phase = Phase.at(cfg, step, min(frac, 1.0))
+        phase = Schedule.at(cfg, step, min(frac, 1.0))
         pending.append(trainer.step(feeder.next(), phase))
         rt.throttle()
         step += 1
 
 
-def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now: float, phase: Phase) -> str:
+def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now: float, phase: Schedule) -> str:
     """Log the last of the steps whose `losses` (0-dim, this rank's share) end at `step`, and return it in short;
     RunError if one is not finite.
 
@@ -2538,10 +2390,13 @@ def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Quantization
+# Calibration
+#
+# In: the trained model and some text. Out: for each group of matrices the second moments of its inputs and of its
+# output's gradients, summed over processes.
 
 
-class Group(NamedTuple):
+class QuantGroup(NamedTuple):
     """Matrices that are quantized alike: slices start..stop of a parameter, seen as (stop - start, rows, cols)."""
 
     name: str  # also the role of their projection
@@ -2556,29 +2411,30 @@ class Group(NamedTuple):
         return param[None] if param.ndim == 2 else param[self.start : self.stop]
 
 
-def quant_groups(cfg: Settings) -> list[Group]:
+def quant_groups(cfg: Settings) -> list[QuantGroup]:
     """All matrices of the model by role; together they cover the banks and the tables."""
     n, bits = cfg.num_layers, cfg.matrix_bits
     attn, mlp, embed = cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas, (cfg.embed_bits, cfg.embed_clip_sigmas)
     groups = [
-        Group("q", "qo_bank", 0, n, "q", bits, attn),
-        Group("o", "qo_bank", n, 2 * n, "o", bits, attn),
-        Group("k", "kv_bank", 0, n, "q", bits, attn),
-        Group("v", "kv_bank", n, 2 * n, "q", bits, attn),
-        Group("up", "mlp_up_bank", 0, n, "up", bits, mlp),
-        Group("down", "mlp_down_bank", 0, n, "down", bits, mlp),
-        Group("emb", "tok_emb", 0, 1, "head" if cfg.tie_embeddings else None, *embed),
+        QuantGroup("q", "qo_bank", 0, n, "q", bits, attn),
+        QuantGroup("o", "qo_bank", n, 2 * n, "o", bits, attn),
+        QuantGroup("k", "kv_bank", 0, n, "q", bits, attn),
+        QuantGroup("v", "kv_bank", n, 2 * n, "q", bits, attn),
+        QuantGroup("up", "mlp_up_bank", 0, n, "up", bits, mlp),
+        QuantGroup("down", "mlp_down_bank", 0, n, "down", bits, mlp),
+        QuantGroup("emb", "tok_emb", 0, 1, "head" if cfg.tie_embeddings else None, *embed),
     ]
     if not cfg.tie_embeddings:
-        groups.append(Group("head", "head", 0, 1, "head", *embed))
+        groups.append(QuantGroup("head", "head", 0, 1, "head", *embed))
     for on, names in ((cfg.embedding_dim, ("embed_in", "embed_out")), (cfg.bigram_vocab_size, ("bigram",)),
                       (cfg.ve_enabled, ("ve",))):
-        groups += [Group(name, f"{name}_bank", 0, 1, name, bits, cfg.matrix_clip_sigmas) for name in names if on]
-        groups += [Group(f"{n}_table", f"{n}_table", 0, 1, None, *embed) for n in names if on and n in ("bigram", "ve")]
+        groups += [QuantGroup(name, f"{name}_bank", 0, 1, name, bits, cfg.matrix_clip_sigmas) for name in names if on]
+        groups += [QuantGroup(f"{name}_table", f"{name}_table", 0, 1, None, *embed) for name in names
+                   if on and name in ("bigram", "ve")]
     return groups
 
 
-def is_table(group: Group) -> bool:
+def is_table(group: QuantGroup) -> bool:
     """Whether its rows are looked up by token."""
     return group.name.endswith("emb") or group.name.endswith("_table")
 
@@ -2687,6 +2543,13 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
     for total in (*stats.hessians.values(), *stats.moments.values()):
         rt.sum_(total)
     return stats._replace(tokens=done * rows * cfg.row_tokens)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantization
+#
+# In: weights, and the statistics of calibration. Out: integers with step sizes, by GPTQ on a grid that the statistics
+# (auto) or each row's spread (sdclip) give, and the weights that they stand for.
 
 
 def clip_scales(weight: Tensor, bits: int, sigmas: float) -> Tensor:
@@ -2969,7 +2832,10 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Packing
+# Entropy coding
+#
+# In: integer tensors and the sizes that their steps let expect. Out: bytes, and the same integers again: exactly, on
+# any machine.
 
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
@@ -3158,6 +3024,13 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
     return torch.from_numpy(array.reshape(*shape[:-2], shape[-1], shape[-2])).mT.contiguous()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Artifact
+#
+# In: quantized tensors, settings, the source of this script. Out: the two files that are counted, a container of plain
+# data and a ZIP application, and weights from the container again; loading one runs nothing of it.
+
+
 def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str) -> bytes:
     """The container: magic, version, compressor, checksum, then header and streams compressed one by one.
 
@@ -3245,20 +3118,6 @@ def artifact_settings(cfg: Settings) -> dict[str, Any]:
     names = ["vocab_size", "caseops_enabled", "bos_id", "train_seq_len", "lqer_asym_group"]
     return {name: getattr(cfg, name) for name in [*names, *Settings.group("model", "eval")]
             if name not in ("eval_batch_tokens", "eval_budget_seconds")}
-
-
-def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
-    """Settings to evaluate an artifact: its own, except what the user set. RunError where the weights would not fit."""
-    wrong = set(stored) ^ set(artifact_settings(Settings()))
-    if wrong:
-        raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
-    for key in ("vocab_size", "caseops_enabled", "lqer_asym_group", *Settings.group("model")):
-        if notes.explicit.get(key, stored[key]) != stored[key]:
-            raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
-    try:
-        return Settings(**({"train_batch_tokens": stored["train_seq_len"]} | stored | notes.explicit))
-    except RunError as e:
-        raise RunError(f"{name}: {e}") from None
 
 
 @torch.no_grad()
@@ -3371,6 +3230,9 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Evaluation
+#
+# In: the model as the artifact gives it, and the validation text. Out: the score in bits per byte, each target counted
+# once, by windows or with test-time training on what has been scored.
 
 
 class Score(NamedTuple):
@@ -3461,9 +3323,9 @@ def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation
     length, n, loops = cfg.eval_seq_len, len(val.tokens), cfg.num_loops if loops is None else loops
     rows = cfg.eval_batch_tokens // length
     spare = windows.new_tensor([[0, n]]).expand(-len(windows) % rows, 2)  # these score nothing
-    lots = torch.cat((windows, spare)).view(-1, rows, 2, 1)
-    for lot in rt.progress(lots[rt.rank :: rt.world], what, scorer.running):
-        start, fresh = lot.unbind(1)
+    batches = torch.cat((windows, spare)).view(-1, rows, 2, 1)
+    for batch in rt.progress(batches[rt.rank :: rt.world], what, scorer.running):
+        start, fresh = batch.unbind(1)
         place = start + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
         scored = (place >= fresh) & (place < n - 1)
         ids, targets = gather(val.tokens, place, scored, val.bos)
@@ -3522,7 +3384,7 @@ class Sgd:
             p.requires_grad_(False).grad = None
 
 
-def cosine(i: int, last: int) -> float:
+def half_cosine(i: int, last: int) -> float:
     """From 1 at i = 0 to 0 at i = last."""
     return 0.5 * (1 + math.cos(math.pi * i / max(last, 1)))
 
@@ -3533,16 +3395,16 @@ class Budget:
     def __init__(self, cfg: Settings, rt: Runtime, began: float, work: int, share: float):
         """`work`: what this rank has to do, in any unit; `share`: how much of its time scoring alone would take."""
         self.rt, self.end, self.left, self.share = rt, began + (cfg.eval_budget_seconds or math.inf), work, share
-        self.began, self.done, self.late = time.perf_counter(), 0, False
+        self.began, self.done, self.over = time.perf_counter(), 0, False
 
-    def allows(self, work: int) -> bool:
+    def spend(self, work: int) -> bool:
         """Whether to adapt on so much of the work, which is done next. Once False, always."""
         self.rt.sync()
         now = time.perf_counter()
         pace = (now - self.began) / self.done if self.done else 0.0
-        self.late = self.late or now + pace * (work + (self.left - work) * self.share) > self.end
+        self.over = self.over or now + pace * (work + (self.left - work) * self.share) > self.end
         self.done, self.left = self.done + work, self.left - work
-        return not self.late
+        return not self.over
 
 
 def finish_ttt(cfg: Settings, rt: Runtime, scorer: Scorer, plain: int) -> Score:
@@ -3566,7 +3428,7 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
     scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
     budget = Budget(cfg, rt, scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
     for i, chunk in enumerate(rt.progress(chunks, "ttt", scorer.running)):
-        adapt = rt.largest(float(not budget.allows(len(chunk)))) == 0  # every rank or none
+        adapt = rt.largest(float(not budget.spend(len(chunk)))) == 0  # every rank or none
         score_windows(cfg, rt, forward, val, scorer, chunk, "chunk")
         scored = min(int(chunk[-1, 0]) + length, len(val.tokens) - 1)  # the last target of these windows
         if i + 1 < len(chunks) and adapt:
@@ -3574,7 +3436,7 @@ def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Va
             stop = scored // cfg.ttt_chunk_tokens * cfg.ttt_chunk_tokens
             for _ in range(cfg.ttt_epochs):
                 sgd.step(val.tokens[trained : stop + 1], val.bos,
-                         cosine(int(chunk[0, 1]) // cfg.ttt_chunk_tokens, last))
+                         half_cosine(int(chunk[0, 1]) // cfg.ttt_chunk_tokens, last))
             trained = stop
         plain += 0 if adapt else scored - int(chunk[0, 1])
     return finish_ttt(cfg, rt, scorer, plain)
@@ -3724,22 +3586,22 @@ def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Val
     if cfg.ttt_mode == "phased":  # cut by the settings alone, never by how many documents are still to come
         phases = range(1, cfg.phased_ttt_num_phases + 1)
         cuts[1:1] = [min(cfg.phased_ttt_prefix_docs * i // len(phases), len(documents)) for i in phases]
-    late, plain = False, 0  # tokens scored without adapters
+    over, plain = False, 0  # tokens scored without adapters
     for i, (low, high) in enumerate(pairwise(cuts)):
         mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
         work = sum(padded_tokens(batch) for batch in mine)
         budget = Budget(cfg, rt, scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
         for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", scorer.running):
-            late = not budget.allows(padded_tokens(batch)) or late
-            if late:
+            over = not budget.spend(padded_tokens(batch)) or over
+            if over:
                 plain += sum(b - a for a, b in batch)
-            score_documents(cfg, forward, val.tokens, scorer, batch, None if late else adapters)
-        late = rt.largest(float(late)) > 0
-        if low < high < len(documents) and not late:
+            score_documents(cfg, forward, val.tokens, scorer, batch, None if over else adapters)
+        over = rt.largest(float(over)) > 0
+        if low < high < len(documents) and not over:
             sgd, size = Sgd(cfg, rt, model, forward), cfg.global_ttt_chunk_tokens
             last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
             for step in range(last):
-                sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, cosine(step, last))
+                sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
     return finish_ttt(cfg, rt, scorer, int(rt.sum_(torch.tensor(plain, device=rt.device))))
 
 
@@ -3751,7 +3613,212 @@ def final_stage(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Reading settings
+#
+# In: environment variables. Out: Settings, and notes of what was said under other names or cannot be done here. A
+# misspelt name or a value that a setting does not take ends the run in one line.
+
+
+ORDINARY = ("COMPILER", "TYPE")  # one letter from a setting, but set by clusters' modules and by build scripts
+# Settings of the field's other scripts that have no like here, each with the value that asks for nothing more than this
+# script does: off, what is built in, or what another setting says. With * none does: it changes no figure.
+ELSEWHERE = dict(pair.split("=", 1) for pair in """
+AGREE_ADD_BOOST=0 ASYM_LOGIT_RESCALE=0 ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=proj EMA_START_FRAC=0 EMBED_LR=0.6
+ETLB_CLIP=3 ETLB_ENABLED=0 ETLB_LR=0.05 ETLB_STEPS=5 EVAL_INCLUDE_TAIL=1 FUSED_CE_ENABLED=0 G1_GATING=0
+GATED_ATTN_INIT_STD=0.01 GATED_ATTN_QUANT_GATE=* GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1
+GLOBAL_TTT_MUON_NESTEROV=1 GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
+GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0
+LAWA_ENABLED=0 LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0
+MUON_BETA2=0.95 MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
+NGRAM_TILT_ENABLED=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS
+QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk
+ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005
+SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0 TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0
+TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
+TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
+TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
+TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
+WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
+""".split())
+
+
+def check_range(f: dataclasses.Field, value, source: str = "") -> None:
+    """Raise RunError, naming `source`, unless `value` has the field's type and range; None (auto) if it is default."""
+    meta, kind, name = f.metadata, kind_of(f), source or f.name.upper()
+    if value is None and f.default is None:
+        return
+    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
+        value = float(value)
+    if type(value) is not kind:
+        raise RunError(f"{name}={value}: takes {type_name(kind)}")
+    if meta["choices"] and value not in meta["choices"]:
+        raise RunError(f"{name}={value}: takes one of {', '.join(meta['choices'])}")
+    low, high = meta["low"], meta["high"]
+    if kind in (int, float) and not low <= value <= (math.inf if high is None else high):  # `not` also stops nan
+        bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
+        raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
+    if kind is float and abs(value) > LARGEST:
+        raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
+
+
+def kind_of(f: dataclasses.Field) -> type:
+    """The type of a field's values: its default's, or T where it is annotated `T | None`."""
+    return f.type.__args__[0] if f.default is None else type(f.default)
+
+
+def type_name(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
+
+
+def parse_value(f: dataclasses.Field, name: str, raw: str):
+    """The typed value of environment variable `name`; RunError when `raw` is not one."""
+    kind = kind_of(f)
+    if f.default is None and raw.lower() == "auto":
+        return None
+    try:
+        if kind is bool:
+            return {"0": False, "1": True, "false": False, "true": True}[raw.lower()]
+        value = kind(raw)
+        if kind is float and not math.isfinite(value):
+            raise ValueError
+        return value
+    except (KeyError, ValueError):
+        auto = " or auto" if f.default is None else ""
+        raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
+
+
+def shown(value: Any) -> Any:
+    """A setting's value as the environment has it."""
+    return int(value) if isinstance(value, bool) else value
+
+
+def layers_in_a_row(raw: str) -> list[str]:
+    """RECUR_LAYERS as a list. RunError unless its layers follow each other."""
+    layers = raw.split(",")
+    if not layers[0].isdigit() or layers != [str(int(layers[0]) + i) for i in range(len(layers))]:
+        raise RunError(f"RECUR_LAYERS={raw}: takes layers that follow each other, as 4,5")
+    return layers
+
+
+class Notes(NamedTuple):
+    """What the environment says."""
+
+    explicit: dict[str, Any]  # field -> value, what the user set
+    aliases: dict[str, str]  # environment name and value as given -> what it set
+    ignored: tuple[str, ...]  # unknown names that start or look like one of ours
+    absent: tuple[str, ...] = ()  # a line for each setting of other scripts that asks for what this one has not
+
+
+def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
+    """Settings from environment variables. RunError on a bad value, a contradiction or a misspelt name."""
+    notes = read_environment(environ)
+    return Settings(**notes.explicit), notes
+
+
+def read_environment(environ: dict[str, str]) -> Notes:
+    """The values of all environment variables that are settings or their aliases, each checked by itself."""
+    names = [(name, f, values) for f in dataclasses.fields(Settings)
+             for name, values in ({f.name.upper(): {}} | f.metadata["aliases"]).items()]
+    allowed, source, spelt = {}, {}, []
+    for name, f, values in (entry for entry in names if entry[0] in environ):
+        raw = environ[name].strip()
+        options = allowed_by(f, name, values, raw)
+        left = [value for value in allowed.get(f.name, options) if value in options]
+        if not left:
+            raise RunError(f"{name}={raw}: contradicts {source[f.name]}={environ[source[f.name]]}")
+        if left != allowed.get(f.name):
+            allowed[f.name], source[f.name] = left, name
+        if name != f.name.upper() or raw in values:
+            spelt.append((f"{name}={raw}", f.name))
+    chosen, aliases = {name: left[0] for name, left in allowed.items()}, {}
+    for given, name in spelt:
+        aliases[given] = f"{aliases.get(given, '')} {name.upper()}={shown(chosen[name])}".strip()
+    known = {name for name, _, _ in names}
+    families = {name.split("_")[0] for name in known | set(ELSEWHERE) if "_" in name} - {"RUN", "DATA", "SAVE"}
+    ignored, absent = [], []
+    for name in sorted(set(environ) - known):
+        meant = name not in ELSEWHERE and next((k for k in sorted(known) if is_typo(name.upper(), k)), None)
+        if meant and name not in ORDINARY:
+            raise RunError(f"{name}={environ[name]}: no such setting; did you mean {meant}?")
+        if name in ELSEWHERE and asks_for_more(name, environ[name].strip(), chosen):
+            absent.append(f"{name}={environ[name].strip()}: not in this script")
+        elif meant or (name not in ELSEWHERE and "_" in name and name.split("_")[0] in families):
+            ignored.append(name)
+    return Notes(chosen, aliases, tuple(ignored), tuple(absent))
+
+
+def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callable[[str], str], raw: str) -> list[Any]:
+    """The values that NAME=raw leaves to its field, the likeliest first; `values` as in `setting`."""
+    # a blank may be a shell variable that is not set: a path that is lost must not start a training
+    if not raw and (f.default != "" or f.name == "eval_only"):
+        raise RunError(f"{name}=: takes {type_name(kind_of(f))}, not a blank; unset it for the default")
+    word = {"true": "1", "false": "0"}.get(raw.lower(), raw)
+    if values and name != f.name.upper() and not callable(values) and word not in values:
+        raise RunError(f"{name}={raw}: takes one of {', '.join(sorted(values))}")
+    words = values(raw).split() if callable(values) else values[word].split() if word in values else [raw]
+    options = [parse_value(f, name, word) for word in words]
+    for option in options:
+        check_range(f, option, name)
+    return options
+
+
+def asks_for_more(name: str, raw: str, chosen: dict[str, Any]) -> bool:
+    """Whether NAME=raw, of ELSEWHERE, asks for what this script does not do anyway."""
+    here = ELSEWHERE[name]
+    if field := Settings.__dataclass_fields__.get(here.lower()):
+        here = str(chosen.get(field.name, field.default))
+    raw = {"true": "1", "false": "0"}.get(raw.lower(), raw)
+    try:
+        return here != "*" and raw != "" and float(raw) != float(here)
+    except ValueError:  # words
+        return raw != here
+
+
+def is_typo(name: str, known: str) -> bool:
+    """True when the two are equal or one inserted, dropped, changed or swapped character apart."""
+    head = len(os.path.commonprefix([name, known]))
+    a, b = name[head:], known[head:]
+    tail = len(os.path.commonprefix([a[::-1], b[::-1]]))
+    a, b = a[: len(a) - tail], b[: len(b) - tail]
+    return max(len(a), len(b)) <= 1 or (len(a) == 2 and a == b[::-1])
+
+
+def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
+    """Settings to evaluate an artifact: its own, except what the user set. RunError where the weights would not fit."""
+    wrong = set(stored) ^ set(artifact_settings(Settings()))
+    if wrong:
+        raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
+    for key in ("vocab_size", "caseops_enabled", "lqer_asym_group", *Settings.group("model")):
+        if notes.explicit.get(key, stored[key]) != stored[key]:
+            raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
+    try:
+        return Settings(**({"train_batch_tokens": stored["train_seq_len"]} | stored | notes.explicit))
+    except RunError as e:
+        raise RunError(f"{name}: {e}") from None
+
+
+def help_text() -> str:
+    """Every setting by group: name, type, default, meaning."""
+    lines = ["usage: [NAME=value ...] python train_gpt.py [--help | --config]",
+             "       [NAME=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py", ""]
+    for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(Settings)):
+        lines.append(f"{group}:")
+        for name in Settings.group(group):
+            f = Settings.__dataclass_fields__[name]
+            default = "auto" if f.default is None else int(f.default) if kind_of(f) is bool else f.default
+            choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+            also = [a for a in f.metadata["aliases"] if a != name.upper()]
+            alias = f" [also {', '.join(also)}]" if also else ""
+            kind = kind_of(f).__name__
+            lines.append(f"  {name.upper():28}{kind:6}{default!s:11}{f.metadata['help']}{choices}{alias}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Main
+#
+# In: arguments and environment. Out: the files of a run and its exit status.
 
 
 def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:

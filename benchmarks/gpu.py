@@ -217,7 +217,7 @@ class Bench:
         feeder = tg.Feeder(tg.Windows(cfg, self.rt, BOS), trainer.plan)
         try:
             for step in range(steps):
-                phase = tg.Phase.at(cfg, step, step / steps)._replace(loops=cfg.num_loops)
+                phase = tg.Schedule.at(cfg, step, step / steps)._replace(loops=cfg.num_loops)
                 losses.append(trainer.step(feeder.next(), phase))
                 self.rt.throttle()
         finally:
@@ -280,7 +280,7 @@ class Bench:
                     p.grad = torch.full_like(p, 1e-3)
                 self.rt.sync()
                 start = time.perf_counter()
-                trainer.step([], tg.Phase(lr_scale=0.0))  # no batches: only the gradients that are there
+                trainer.step([], tg.Schedule(lr_scale=0.0))  # no batches: only the gradients that are there
                 self.rt.sync()
                 times[name].append(time.perf_counter() - start)
             trainer.ema = None
@@ -366,7 +366,7 @@ class Bench:
     @contextlib.contextmanager
     def fed_steps(self, trainer: tg.Trainer, loops: int) -> Iterator[Callable]:
         """A function that takes one training step, on the data that comes next."""
-        feeder, phase = tg.Feeder(self.windows, trainer.plan), tg.Phase(lr_scale=0.01, loops=loops)
+        feeder, phase = tg.Feeder(self.windows, trainer.plan), tg.Schedule(lr_scale=0.01, loops=loops)
         try:
             yield lambda: trainer.step(feeder.next(), phase)
         finally:

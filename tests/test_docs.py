@@ -82,3 +82,19 @@ def test_rules_name_what_is_there():
     assert set().union(*(names for what, names in parts if what == "checker")) == lines
     assert set().union(*(names for what, names in parts if what == "audit")) == {
         "bytes", "single_pass", "normalized", "causal", "no_overlap"}
+
+
+def test_the_script_can_be_read():
+    """Ruled sections of at most 400 lines that open with what comes in and goes out; functions of at most 60."""
+    import ast
+
+    text = (ROOT / "train_gpt.py").read_text()
+    _, *sections = re.split(r"^# -{118}\n", text, flags=re.M)
+    assert len(sections) > 12
+    for section in sections:
+        assert re.match(r"# [A-Z][a-z ]+\n#\n# In: [^#]*(\n# |\. )?.*Out: ", section, re.S), section[:200]
+        assert section.count("\n") + 1 <= 400, section[:30]
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+    assert max(map(len, text.splitlines())) <= 120

@@ -302,7 +302,7 @@ def test_average_is_the_loop(rt, tmp_path):
     trainer = tg.Trainer(cfg, rt, model, model)
     expected = {n: p.detach().double() for n, p in model.named_parameters()}
     for step in range(4):
-        trainer.step(global_batch(6, 2, step), tg.Phase(1.0, 0.9))
+        trainer.step(global_batch(6, 2, step), tg.Schedule(1.0, 0.9))
         expected = {n: 0.7 * expected[n] + 0.3 * p.detach().double() for n, p in model.named_parameters()}
     assert not torch.allclose(model.tok_emb, expected["tok_emb"].float(), atol=1e-3)
     trainer.use_average()
@@ -313,7 +313,7 @@ def test_no_average_keeps_the_last_weights(rt, tmp_path):
     cfg = tiny(tmp_path, ema_decay=0.0)
     model = random_model(cfg)
     trainer = tg.Trainer(cfg, rt, model, model)
-    trainer.step(global_batch(6, 2), tg.Phase(1.0, 0.9))
+    trainer.step(global_batch(6, 2), tg.Schedule(1.0, 0.9))
     last = [p.detach().clone() for p in model.parameters()]
     trainer.use_average()
     assert all(torch.equal(a, b) for a, b in zip(last, model.parameters()))
@@ -326,7 +326,7 @@ def test_a_step_does_not_depend_on_how_it_is_cut(rt, tmp_path, size):
         cfg = tiny(tmp_path, micro_batch_tokens=8 * cut)
         models.append(random_model(cfg))
         trainer = tg.Trainer(cfg, rt, models[-1], models[-1])
-        losses.append([float(trainer.step(global_batch(6, cut, s), tg.Phase(0.5, 0.9))) for s in range(2)])
+        losses.append([float(trainer.step(global_batch(6, cut, s), tg.Schedule(0.5, 0.9))) for s in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     for (name, p), q in zip(models[0].named_parameters(), models[1].parameters()):
         assert (p - q).abs().max() < 1e-3, name
@@ -337,7 +337,7 @@ def test_gradient_is_that_of_the_mean_loss(rt, tmp_path):
     model, twin = random_model(cfg), random_model(cfg)
     trainer, optimizer = tg.Trainer(cfg, rt, model, model), tg.Optimizer(twin, cfg, rt)
     for seed in range(2):
-        loss = trainer.step(global_batch(6, 2, seed), tg.Phase(1.0, 0.9))
+        loss = trainer.step(global_batch(6, 2, seed), tg.Schedule(1.0, 0.9))
         (ids, targets, _), = global_batch(6, 6, seed)
         mean = twin(ids, targets).mean()
         mean.backward()
@@ -359,7 +359,7 @@ def test_warm_up_leaves_no_trace(rt, tmp_path, monkeypatch):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     for seed in range(2):
         for t in (trainer, fresh):
-            t.step(global_batch(6, 2, seed), tg.Phase(1.0, 0.9))
+            t.step(global_batch(6, 2, seed), tg.Schedule(1.0, 0.9))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), untouched.parameters()))
     assert all(torch.equal(p, q) for p, q in zip(trainer.ema, fresh.ema))
 

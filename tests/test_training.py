@@ -236,7 +236,7 @@ def test_learning_rate_by_hand(tmp_path, shape, min_lr, factors):
     cfg = tiny(tmp_path, warmdown_frac=0.4, warmdown_shape=shape, min_lr=min_lr)
     for frac, factor in zip((0.0, 0.3, 0.6, 0.7, 0.8, 0.9, 1.0), factors):
         assert tg.lr_factor(cfg, frac) == pytest.approx(factor, abs=1e-12)
-        assert tg.Phase.at(cfg, 5, frac).lr_scale == tg.lr_factor(cfg, frac)
+        assert tg.Schedule.at(cfg, 5, frac).lr_scale == tg.lr_factor(cfg, frac)
 
 
 @pytest.mark.parametrize("changes, expected", [
@@ -255,7 +255,7 @@ def test_learning_rate_by_hand(tmp_path, shape, min_lr, factors):
 def test_loops_switch_on_by_share_or_step(tmp_path, changes, expected):
     cfg = tiny(tmp_path, **changes)
     for (step, frac), loops in expected.items():
-        assert tg.Phase.at(cfg, step, frac).loops == loops, (step, frac)
+        assert tg.Schedule.at(cfg, step, frac).loops == loops, (step, frac)
 
 
 def test_iterations_switch_the_loops_when_there_is_no_clock(rt, tmp_path):
@@ -307,17 +307,17 @@ def test_validation_costs_the_clock_nothing_and_a_step_that_would_not_end_is_not
 
 def test_late_qat_starts_below_its_scale(tmp_path):
     cfg = tiny(tmp_path, warmdown_frac=0.5, qat_enabled=True, qat_start_scale=0.25)
-    assert [tg.Phase.at(cfg, 0, f).qat for f in (0.0, 0.5, 0.875, 0.88, 1.0)] == [False, False, False, True, True]
+    assert [tg.Schedule.at(cfg, 0, f).qat for f in (0.0, 0.5, 0.875, 0.88, 1.0)] == [False, False, False, True, True]
     off = tiny(tmp_path, warmdown_frac=0.5, qat_start_scale=0.25)
-    assert not tg.Phase.at(off, 0, 1.0).qat
+    assert not tg.Schedule.at(off, 0, 1.0).qat
 
 
 def test_snapshots_are_taken_late_and_now_and_then(tmp_path):
     cfg = tiny(tmp_path, warmdown_frac=0.5, swa_enabled=True, swa_every=5, swa_start_scale=0.25)
-    assert [step for step in range(30) if tg.Phase.at(cfg, step, 0.9).snapshot] == [4, 9, 14, 19, 24, 29]
-    assert not any(tg.Phase.at(cfg, step, 0.875).snapshot for step in range(30))
+    assert [step for step in range(30) if tg.Schedule.at(cfg, step, 0.9).snapshot] == [4, 9, 14, 19, 24, 29]
+    assert not any(tg.Schedule.at(cfg, step, 0.875).snapshot for step in range(30))
     off = tiny(tmp_path, warmdown_frac=0.5, swa_every=5, swa_start_scale=0.25)
-    assert not any(tg.Phase.at(off, step, 1.0).snapshot for step in range(30))
+    assert not any(tg.Schedule.at(off, step, 1.0).snapshot for step in range(30))
 
 
 def test_qat_lite_ramps_up_and_comes_now_and_then(tmp_path):
@@ -325,9 +325,9 @@ def test_qat_lite_ramps_up_and_comes_now_and_then(tmp_path):
     for frac, weight in ((0.0, 0), (0.59, 0), (0.6, 0), (0.7, 0.125), (0.8, 0.25), (1.0, 0.5)):
         for step in range(12):
             expected = weight if step % 4 == 0 else 0
-            assert tg.Phase.at(cfg, step, frac).penalty == pytest.approx(expected, abs=1e-12)
-    assert not tg.Phase.at(tiny(tmp_path, qat_lite_lambda=0.5), 0, 1.0).penalty
-    assert tg.Phase.at(tiny(tmp_path, qat_lite_enabled=True, qat_lite_start_frac=1.0), 0, 1.0).penalty == 0.02
+            assert tg.Schedule.at(cfg, step, frac).penalty == pytest.approx(expected, abs=1e-12)
+    assert not tg.Schedule.at(tiny(tmp_path, qat_lite_lambda=0.5), 0, 1.0).penalty
+    assert tg.Schedule.at(tiny(tmp_path, qat_lite_enabled=True, qat_lite_start_frac=1.0), 0, 1.0).penalty == 0.02
 
 
 # ----- averages
@@ -341,7 +341,7 @@ def test_averages_are_the_loops(rt, tmp_path, average):
     ema = {n: p.detach().double() for n, p in model.named_parameters()}
     last, snapshots = [], []
     for step in range(7):
-        trainer.step(random_batches(cfg, step), tg.Phase(1.0, 0.9, snapshot=step in (2, 3, 6)))
+        trainer.step(random_batches(cfg, step), tg.Schedule(1.0, 0.9, snapshot=step in (2, 3, 6)))
         ema = {n: 0.7 * ema[n] + 0.3 * p.detach().double() for n, p in model.named_parameters()}
         if step in (2, 3, 6):
             snapshots.append({n: p.detach().double() for n, p in model.named_parameters()} if average == "swa" else ema)
@@ -369,7 +369,7 @@ def test_without_a_snapshot_there_is_the_next_best(rt, tmp_path, changes, source
     model = random_model(cfg)
     trainer = tg.Trainer(cfg, rt, model, model)
     for step in range(3):
-        trainer.step(random_batches(cfg, step), tg.Phase(1.0, 0.9))
+        trainer.step(random_batches(cfg, step), tg.Schedule(1.0, 0.9))
     last = [p.detach().clone() for p in model.parameters()]
     expected = last if source == "last" else [p.clone() for p in trainer.ema]
     assert source in trainer.use_average()
@@ -464,7 +464,7 @@ def test_late_qat_leaves_small_matrices_alone(rt, tmp_path):
 def test_late_qat_trains_as_its_phase_says(rt, tmp_path):
     cfg = tiny(tmp_path, qat_enabled=True, matrix_bits=3, matrix_clip_sigmas=2.0)
     losses = []
-    for phase in (tg.Phase(0.5, 0.9, qat=True), tg.Phase(0.5, 0.9)):
+    for phase in (tg.Schedule(0.5, 0.9, qat=True), tg.Schedule(0.5, 0.9)):
         model = random_model(cfg)
         trainer = tg.Trainer(cfg, rt, model, model)
         hooks = trainer.qat_hooks if phase.qat else tg.NO_HOOKS
@@ -503,7 +503,7 @@ def test_qat_lite_equals_a_loop_over_weights(rt, tmp_path, kind, power):
     for weight in (0.0, 7.0):  # through a whole step
         trainer = tg.Trainer(cfg, rt, model, model)
         trainer.optimizer.step = lambda *_: None
-        trainer.step(random_batches(cfg), tg.Phase(1.0, 0.9, penalty=weight))
+        trainer.step(random_batches(cfg), tg.Schedule(1.0, 0.9, penalty=weight))
         grads.append([p.grad.clone() for p in model.parameters()])
         model.zero_grad()
     for (name, gradient), plain, penalised in zip(gradients.items(), *grads):
@@ -609,7 +609,7 @@ def test_a_checkpoint_does_not_change_when_training_goes_on(rt, tmp_path):
     _, trainer = run(cfg, rt, random_model(cfg))
     state = [p.detach().clone() for p in trainer.params]
     trainer.save(8, 12.5)
-    trainer.step(random_batches(cfg), tg.Phase(1.0, 0.9, loops=1, snapshot=True))
+    trainer.step(random_batches(cfg), tg.Schedule(1.0, 0.9, loops=1, snapshot=True))
     assert not torch.equal(trainer.params[0], state[0])
     assert trainer.load() == (8, 12.5)
     assert all(torch.equal(p, q) for p, q in zip(trainer.params, state))
