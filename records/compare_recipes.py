@@ -1,4 +1,4 @@
-"""What each recipe reaches at the same small token budget on this machine: a table for records/README.md.
+"""What each recipe reaches at the same small token budget on this machine: a table for docs/log.md.
 
     python records/compare_recipes.py --steps 200 --seeds 1 2 3 --jobs 2
 
