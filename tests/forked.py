@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
-LONGEST = 300  # seconds: only guards against waiting for ever
+LONGEST = 900  # seconds: only guards against waiting for ever
 
 
 def clean_environment(settings: dict[str, str]) -> dict[str, str]:

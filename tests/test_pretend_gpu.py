@@ -237,7 +237,7 @@ class Ranks:
 
     def ask(self, job, count: int = 1) -> list:
         """Have the first `count` processes do a job; their answers."""
-        guard = threading.Timer(300, self.kill)
+        guard = threading.Timer(900, self.kill)
         guard.start()
         try:
             for process in self.processes[:count]:

@@ -23,7 +23,7 @@ def leaderboard(tmp_path_factory):
 
     def call(settings: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run([ROOT / "run_leaderboard_8xh100.sh", *arguments], capture_output=True, text=True,
-                              timeout=300, **python | {"env": clean_environment(settings | python["env"])})
+                              timeout=900, **python | {"env": clean_environment(settings | python["env"])})
 
     return call
 
