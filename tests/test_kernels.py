@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, shifted
@@ -16,6 +17,8 @@ from kernel_check import plain_head, plain_mlp
 import train_gpt as tg
 
 triton = pytest.importorskip("triton")
+if triton.__version__.startswith("3.5.") and np.lib.NumpyVersion(np.__version__) >= "2.4.0":
+    pytest.skip("the interpreter of Triton 3.5 (of PyTorch 2.9) fails under NumPy 2.4", allow_module_level=True)
 SCRIPT = Path(tg.__file__)
 
 
