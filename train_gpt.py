@@ -957,16 +957,6 @@ def is_user_defined(sp: Any, token: int) -> bool:
     return entry in sp.serialized_model_proto()
 
 
-def case_restorer() -> Callable[[str], str]:
-    """The inverse of CaseOps (PR 1729, data/caseops.py), from its text to the raw one; lenient about markers."""
-    title, all_caps, cap, escape = CASE_MARKERS
-    capitals = (chr(i) for a, b in ((0x41, 0x24F), (0x370, 0x556), (0x1E00, 0x1FFF)) for i in range(a, b + 1))
-    upper = {ord(c.lower()): c for c in capitals if c.lower() != c and len(c.lower()) == 1 and c.lower().upper() == c}
-    small = f"[{''.join(map(chr, upper))}]"
-    marked = re.compile(f"{escape}(.)|[{title}{cap}]( ?{small})|{all_caps}( ?{small}+)|[{CASE_MARKERS}]", re.DOTALL)
-    return lambda text: marked.sub(lambda m: m[1] or (m[2] or m[3] or "").translate(upper), text)
-
-
 def charged_bytes(cfg: Settings, table: ByteTable, paths: list[str], tokens: Tensor) -> Tensor:
     """(N,) int32 bytes charged to each token of the validation shards `paths`: by the table; for CaseOps, whose text is
     not the raw one, by the shards' sidecars. RunError where shards, tokenizer and CASEOPS_ENABLED do not go together.
@@ -1792,7 +1782,7 @@ class GPT(nn.Module):
             x, lane = run_layer(x, lane, skip, last, params, shared, hooks.at(layer, visit))
             if self.cfg.recur_blend != "none":
                 outputs[layer] = x
-            if n < half:  # one tensor as two inputs would be a graph of its params, so here and above it is another
+            if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
                 skips.append(x.view_as(x))
         return predict(x, lane, targets, hooks.at())
 
@@ -2176,11 +2166,13 @@ def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
     for layer in range(cfg.qat_lite_layer_start, cfg.num_layers):
         depth = ((layer + 1) / cfg.num_layers) ** cfg.qat_lite_depth_power
         for w in (model.qo_bank[layer], model.kv_bank[layer]):
-            limit = clip_scales(w.detach(), bits, sigmas).float()[:, None] * (2 ** (bits - 1) - 1)
-            mse = (w - on_grid(w.detach(), bits, sigmas)).square().mean()
-            clip = F.relu(w.abs() - limit).square().mean()
-            total = total + depth * {"mse": mse, "clip": clip, "hybrid": 0.5 * (mse + clip)}[cfg.qat_lite_penalty]
-            weights += depth
+            parts = []
+            if cfg.qat_lite_penalty != "clip":
+                parts.append((w - on_grid(w.detach(), bits, sigmas)).square().mean())
+            if cfg.qat_lite_penalty != "mse":
+                limit = clip_scales(w.detach(), bits, sigmas).float()[:, None] * (2 ** (bits - 1) - 1)
+                parts.append(F.relu(w.abs() - limit).square().mean())
+            total, weights = total + depth * sum(parts) / len(parts), weights + depth
     return total / weights
 
 
@@ -2838,9 +2830,6 @@ def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
 # any machine.
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
-MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
-COMPRESSORS = ("brotli", "lzma", "ans")
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
@@ -3029,6 +3018,11 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 #
 # In: quantized tensors, settings, the source of this script. Out: the two files that are counted, a container of plain
 # data and a ZIP application, and weights from the container again; loading one runs nothing of it.
+
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
+MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
+COMPRESSORS = ("brotli", "lzma", "ans")
 
 
 def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str) -> bytes:
@@ -3351,15 +3345,15 @@ class Sgd:
 
         Phased: one row holds a whole step, with attention inside its documents (PR 1626); a rank computes it.
         """
-        self.cfg, self.rt, self.forward, self.phased = cfg, rt, forward, cfg.ttt_mode == "phased"
-        self.lr, self.length, self.rows = cfg.global_ttt_lr, cfg.global_ttt_chunk_tokens, 1
-        if not self.phased:
-            self.lr, self.length = cfg.ttt_lr, cfg.eval_seq_len
-            self.rows = max(1, min(cfg.eval_batch_tokens // self.length,
-                                   -(-cfg.ttt_chunk_tokens // (self.length * rt.world))))
-        self.params = list(model.parameters())
-        self.optimizer = torch.optim.SGD(self.params, lr=self.lr, momentum=(
-            cfg.global_ttt_momentum if self.phased else cfg.ttt_momentum))
+        self.cfg, self.rt, self.forward, self.params = cfg, rt, forward, list(model.parameters())
+        if cfg.ttt_mode == "phased":
+            self.lr, momentum, self.inside = cfg.global_ttt_lr, cfg.global_ttt_momentum, True
+            self.length, self.rows = cfg.global_ttt_chunk_tokens, 1
+        else:
+            self.lr, momentum, self.inside = cfg.ttt_lr, cfg.ttt_momentum, cfg.varlen_enabled
+            self.length, usual = cfg.eval_seq_len, -(-cfg.ttt_chunk_tokens // (cfg.eval_seq_len * rt.world))
+            self.rows = max(1, min(cfg.eval_batch_tokens // self.length, usual))
+        self.optimizer = torch.optim.SGD(self.params, lr=self.lr, momentum=momentum)
 
     def step(self, tokens: Tensor, bos: int, lr_scale: float) -> None:
         """One step on the mean loss of tokens (n,), in rows dealt to ranks; the gradient's norm clipped to 1."""
@@ -3370,8 +3364,7 @@ class Sgd:
             p.requires_grad_(True).grad = torch.zeros_like(p)
         for first in range(self.rt.rank * rows, len(ids), self.rt.world * rows):
             part = ids[first : first + rows]
-            inside = self.phased or self.cfg.varlen_enabled
-            bounds = Bounds.find(part, bos, self.cfg.eval_seq_len) if inside else None
+            bounds = Bounds.find(part, bos, self.cfg.eval_seq_len) if self.inside else None
             losses = self.forward(part, targets[first : first + rows], bounds=bounds, loops=self.cfg.num_loops)
             (losses.sum() / count).backward()
         flat = self.rt.sum_(torch.cat([p.grad.flatten() for p in self.params]))
@@ -3677,7 +3670,7 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
         return None
     try:
         if kind is bool:
-            return {"0": False, "1": True, "false": False, "true": True}[raw.lower()]
+            return {"0": False, "1": True}[as_digit(raw)]
         value = kind(raw)
         if kind is float and not math.isfinite(value):
             raise ValueError
@@ -3685,6 +3678,11 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
     except (KeyError, ValueError):
         auto = " or auto" if f.default is None else ""
         raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
+
+
+def as_digit(raw: str) -> str:
+    """`true` and `false` as 1 and 0; other text as it is."""
+    return {"true": "1", "false": "0"}.get(raw.lower(), raw)
 
 
 def shown(value: Any) -> Any:
@@ -3752,7 +3750,7 @@ def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callabl
     # a blank may be a shell variable that is not set: a path that is lost must not start a training
     if not raw and (f.default != "" or f.name == "eval_only"):
         raise RunError(f"{name}=: takes {type_name(kind_of(f))}, not a blank; unset it for the default")
-    word = {"true": "1", "false": "0"}.get(raw.lower(), raw)
+    word = as_digit(raw)
     if values and name != f.name.upper() and not callable(values) and word not in values:
         raise RunError(f"{name}={raw}: takes one of {', '.join(sorted(values))}")
     words = values(raw).split() if callable(values) else values[word].split() if word in values else [raw]
@@ -3764,14 +3762,13 @@ def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callabl
 
 def asks_for_more(name: str, raw: str, chosen: dict[str, Any]) -> bool:
     """Whether NAME=raw, of ELSEWHERE, asks for what this script does not do anyway."""
-    here = ELSEWHERE[name]
-    if field := Settings.__dataclass_fields__.get(here.lower()):
-        here = str(chosen.get(field.name, field.default))
-    raw = {"true": "1", "false": "0"}.get(raw.lower(), raw)
+    done, raw = ELSEWHERE[name], as_digit(raw)
+    if field := Settings.__dataclass_fields__.get(done.lower()):
+        done = str(chosen.get(field.name, field.default))
     try:
-        return here != "*" and raw != "" and float(raw) != float(here)
+        return done != "*" and raw != "" and float(raw) != float(done)
     except ValueError:  # words
-        return raw != here
+        return raw != done
 
 
 def is_typo(name: str, known: str) -> bool:
@@ -3805,7 +3802,7 @@ def help_text() -> str:
         lines.append(f"{group}:")
         for name in Settings.group(group):
             f = Settings.__dataclass_fields__[name]
-            default = "auto" if f.default is None else int(f.default) if kind_of(f) is bool else f.default
+            default = "auto" if f.default is None else shown(f.default)
             choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             also = [a for a in f.metadata["aliases"] if a != name.upper()]
             alias = f" [also {', '.join(also)}]" if also else ""
@@ -3950,14 +3947,14 @@ class Run:
         self.loaded = time.perf_counter()
         self.load(artifact, name)
         for stage in stages:
-            if stage != "ttt":
+            if stage == "ttt":
+                if self.forward is not self.model:
+                    warm_up_ttt(cfg, self.rt, self.model, self.final_forward, self.val)
+                self.stages[stage] = self.stage(stage, lambda scorer: final_stage(
+                    cfg, self.rt, self.model, self.final_forward, self.val, scorer))
+            else:
                 stride = cfg.eval_stride if stage == "sliding" else cfg.eval_seq_len
                 self.stages[stage] = self.window_stage(stage, stride)
-                continue
-            if self.forward is not self.model:
-                warm_up_ttt(cfg, self.rt, self.model, self.final_forward, self.val)
-            self.stages[stage] = self.stage(stage, lambda scorer: final_stage(
-                cfg, self.rt, self.model, self.final_forward, self.val, scorer))
         return self.rt.largest(time.perf_counter() - self.loaded)
 
     def execute(self, artifact: bytes | None = None) -> int:

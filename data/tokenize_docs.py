@@ -76,8 +76,6 @@ from shards import (
 )
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).resolve().parent.parent))  # of train_gpt, imported late: it takes torch along
-
 BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces
 DEFAULT_VAL_DOCS = 50_000  # of the published documents

@@ -44,7 +44,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import caseops
 from overlap import ALLOWED, find_overlap
-from shards import atomic_write, file_sha256, read_shard, write_shard
+from shards import atomic_write, file_sha256, find_shards, read_shard, write_shard
 
 CODE, ARTIFACT, RESULT, VERDICT = "train_gpt.packed.py", "final_model.int6.ptz", "result.json", "audit.json"
 CHECKS = ("bytes", "single_pass", "normalized", "causal", "no_overlap", "score", "training")
@@ -152,10 +152,6 @@ def lone_bytes(sp: sentencepiece.SentencePieceProcessor, ids: list[int]) -> int:
         else:
             text, raw = text + raw.decode(errors="surrogateescape"), b""
     return sum("\udc80" <= c <= "\udcff" for c in text)
-
-
-def find_shards(folder: Path, split: str) -> list[str]:
-    return sorted(map(str, folder.glob(f"fineweb_{split}_[0-9]*.bin")))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -114,6 +114,11 @@ class Submission:
         need(self.runs, "no result_seed<seed>.json, so the settings are not known")
         return self.runs[0]["config"]
 
+    def tokenizer(self) -> Path | None:
+        """The folder's own, else the one that --tokenizer or --data tells."""
+        path = self.folder / s.TOKENIZER
+        return path if path.is_file() else self.tokenizer_path
+
     def artifacts(self) -> dict[str, Path]:
         """Seed -> the artifact that lies in the folder."""
         paths = {seed: self.folder / f"final_model_seed{seed}.int6.ptz" for seed in self.seeds}
@@ -475,7 +480,7 @@ def check_audit(sub: Submission) -> str:
 def audit_again(sub: Submission) -> dict[str, Any]:
     """The checks of records/audit.py, run here on the first artifact; ends the check if there is no verdict."""
     seed, artifact = next(iter(sub.artifacts().items()))
-    tokenizer = sub.folder / s.TOKENIZER if (sub.folder / s.TOKENIZER).is_file() else sub.tokenizer_path
+    tokenizer = sub.tokenizer()
     env = os.environ | {"DATA_PATH": str(sub.data_path),
                         "TOKENIZER_PATH": str(need(tokenizer, "no tokenizer; --tokenizer names one").resolve())}
     with tempfile.TemporaryDirectory() as folder:
@@ -523,8 +528,7 @@ def check_tokenizer(sub: Submission) -> str:
 
 
 def check_bos(sub: Submission) -> str:
-    config, path = sub.config(), sub.folder / s.TOKENIZER
-    path = path if path.is_file() else sub.tokenizer_path
+    config, path = sub.config(), sub.tokenizer()
     if not path:
         raise Verdict("not run", "no tokenizer in the folder; --data or --tokenizer tells where one is")
     try:
@@ -620,7 +624,7 @@ def check_score(sub: Submission) -> str:
     sub.config()
     seed, artifact = next(iter(need(sub.artifacts(), "no artifact").items()))
     run = sub.results[seed]
-    tokenizer = sub.folder / s.TOKENIZER if (sub.folder / s.TOKENIZER).is_file() else sub.tokenizer_path
+    tokenizer = sub.tokenizer()
     dtype = re.search(r"^environment: .*, dtype (\w+)", sub.log_texts.get(seed, ""), re.M)
     settings = {name.upper() for name in tg.Settings.__dataclass_fields__}
     with tempfile.TemporaryDirectory() as folder:

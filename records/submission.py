@@ -25,6 +25,8 @@ import numpy as np
 from scipy.stats import ttest_ind
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import audit
+
 import train_gpt as tg
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -34,7 +36,7 @@ import train_gpt as tg
 RECORD_TRACK, OTHER_TRACK = TRACKS = "track_10min_16mb", "track_non_record_16mb"
 MOST_BYTES, MOST_SECONDS, ALL_DOCUMENTS, LEAST_SEEDS = 16_000_000, 600.0, 50_000, 3
 MARGIN_NATS, P_VALUE = 0.005, 0.01
-AUDIT = ("bytes", "single_pass", "normalized", "causal", "no_overlap", "score", "training")  # of records/audit.py
+AUDIT = audit.CHECKS
 
 CODE, README, SUBMISSION, REQUIREMENTS, TOKENIZER = (
     "train_gpt.py", "README.md", "submission.json", "requirements.txt", "tokenizer.model")
@@ -278,7 +280,7 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
                 chosen = rest
         except tg.RunError:
             pass
-    return {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in chosen.items()}
+    return {name.upper(): str(tg.shown(value)) for name, value in chosen.items()}
 
 
 def places(config: dict[str, Any]) -> dict[str, str]:

@@ -15,6 +15,9 @@ from pathlib import Path
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+import caseops
+
 import train_gpt as tg
 
 EXPECTED = Path(__file__).resolve().parent / "smoke.json"
@@ -70,8 +73,10 @@ def validation_text(config: dict) -> bytes:
     for end in [i for i, t in enumerate(tokens) if t == sp.bos_id() and i] + [len(tokens)]:
         documents.append(tokens[start:end])
         start = end
-    raw = tg.case_restorer() if config["caseops_enabled"] else str
-    return "".join(map(raw, sp.decode(documents))).encode()
+    texts = sp.decode(documents)
+    if config["caseops_enabled"]:
+        texts = [caseops.restore(text, strict=False) for text in texts]
+    return "".join(texts).encode()
 
 
 def summary(result: dict) -> str:

@@ -92,7 +92,8 @@ def test_the_script_can_be_read():
     _, *sections = re.split(r"^# -{118}\n", text, flags=re.M)
     assert len(sections) > 12
     for section in sections:
-        assert re.match(r"# [A-Z][a-z ]+\n#\n# In: [^#]*(\n# |\. )?.*Out: ", section, re.S), section[:200]
+        opening = section.partition("\n\n")[0]
+        assert re.fullmatch(r"# [A-Z][a-z ]+\n#\n# In: .+ Out: .+\.", opening, re.S), opening
         assert section.count("\n") + 1 <= 400, section[:30]
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
