@@ -9,9 +9,9 @@ compared with, seed by seed. The table has bits per byte as mean ± standard dev
 and two-sided p, and the seeds that it would take to see 0.002. Settings of the caller's environment do not count.
 
 Sizes: S is the smoke run on a CPU, made of the local corpus where --data is not given. M takes about 25 minutes of a
-core; our figures of it are of 150 MB of public-domain books, cut into documents as long as web pages, in the pieces of
-a published FineWeb tokenizer. L is the whole model for a shorter time and needs a GPU. M and L take shards that
-data/tokenize_docs.py or data/cached_challenge_fineweb.py made.
+core; our figures of it are of 150 MB of public-domain books, cut into documents as long as web pages, and of the first
+400 of their validation documents, in the pieces of a published FineWeb tokenizer. L is the whole model for a shorter
+time and needs a GPU. M and L take shards that data/tokenize_docs.py or data/cached_challenge_fineweb.py made.
 
 Each run has a folder named by a hash of the script, its settings and its data: a command given again runs what is
 missing. A run that fails is told in a line, the others go on, and the command ends with status 1.
@@ -62,8 +62,8 @@ SIZES = {
         "QUANT_MIN_WEIGHTS": "16384",  # all matrices are quantized
         "EVAL_STRIDE": "0",  # windows side by side: sliding ones would take longer than training
         "TRAIN_LOG_EVERY": "20", "DTYPE": "fp32"},
-    "L": {  # 11 layers of 512 and all else the script's defaults but for
-        "VOCAB_SIZE": "8192", "TRAIN_BATCH_TOKENS": "196608", "ITERATIONS": "1500",  # 295 M tokens, minutes of one GPU
+    "L": {  # the script's defaults, 11 layers of 512, but for fewer tokens a step and in all; not run on a GPU yet
+        "VOCAB_SIZE": "8192", "TRAIN_BATCH_TOKENS": "196608", "ITERATIONS": "1500",  # 295 M tokens
         "MUON_MOMENTUM_WARMUP_STEPS": "400",  # or all of it would be warm-up
         "EVAL_STRIDE": "0", "TRAIN_LOG_EVERY": "20"},
 }
