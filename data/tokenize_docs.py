@@ -229,16 +229,12 @@ def piece_bytes(tokenizer: spm.SentencePieceProcessor) -> tuple[np.ndarray, np.n
     is one byte more unless the token before is a boundary. The third one says whether a piece is a boundary: a control,
     unknown or unused piece.
     """
-    vocab_size = tokenizer.vocab_size()
-    size = np.zeros(vocab_size, np.int64)
-    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
-    for token in range(vocab_size):
-        piece = tokenizer.id_to_piece(token)
-        boundary[token] = tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token)
-        if not boundary[token]:
-            space[token] = piece.startswith("▁")
-            size[token] = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("▁").encode())
-    return size, space, boundary
+    ids = list(range(tokenizer.vocab_size()))
+    pieces = tokenizer.id_to_piece(ids)
+    boundary = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids) | tokenizer.is_unused(ids)
+    size = np.where(tokenizer.is_byte(ids), 1, [len(piece.removeprefix("▁").encode()) for piece in pieces])
+    space = np.array([piece.startswith("▁") for piece in pieces])
+    return np.where(boundary, 0, size), space & ~boundary, boundary
 
 
 def vocab_lines(tokenizer: spm.SentencePieceProcessor) -> bytes:
