@@ -119,6 +119,15 @@ class Submission:
         path = self.folder / s.TOKENIZER
         return path if path.is_file() else self.tokenizer_path
 
+    def byte_table(self, path: Path) -> tg.ByteTable:
+        """The bytes of a tokenizer's pieces and the runs' mark of documents; ends the check if the script refuses it.
+        """
+        config = self.config()
+        try:
+            return tg.read_tokenizer(str(path), config["vocab_size"], config.get("bos_id"))
+        except tg.RunError as e:
+            raise Verdict("FAIL", str(e).replace(str(path), path.name)) from None
+
     def artifacts(self) -> dict[str, Path]:
         """Seed -> the artifact that lies in the folder."""
         paths = {seed: self.folder / f"final_model_seed{seed}.int6.ptz" for seed in self.seeds}
@@ -515,32 +524,24 @@ def check_order(sub: Submission) -> str:
 
 
 def check_tokenizer(sub: Submission) -> str:
-    config, path = sub.config(), sub.folder / s.TOKENIZER
-    paths = [p for p in (path, sub.tokenizer_path) if p and p.is_file()]
-    path, *_ = need(paths, f"no {s.TOKENIZER} in the folder; --tokenizer tells where one is")
+    config, places = sub.config(), (sub.folder / s.TOKENIZER, sub.tokenizer_path)
+    paths = need([path for path in places if path and path.is_file()],
+                 f"no {s.TOKENIZER} in the folder; --tokenizer tells where one is")
     said = sub.data.get("tokenizer") or {}
-    fail([f"{p} is not that of the runs (sha256)" for p in paths if said.get("sha256") != s.sha256(p)])
-    try:
-        tg.read_tokenizer(str(path), config["vocab_size"])
-    except tg.RunError as e:
-        fail([str(e).replace(str(path), path.name)])
-    return f"{path.name}: {config['vocab_size']:,} pieces, a lone space among them"
+    fail([f"{path} is not that of the runs (sha256)" for path in paths if said.get("sha256") != s.sha256(path)])
+    sub.byte_table(paths[0])
+    return f"{paths[0].name}: {config['vocab_size']:,} pieces, a lone space among them"
 
 
 def check_bos(sub: Submission) -> str:
     config, path = sub.config(), sub.tokenizer()
     if not path:
         raise Verdict("not run", "no tokenizer in the folder; --data or --tokenizer tells where one is")
-    try:
-        bos = tg.read_tokenizer(str(path), config["vocab_size"]).bos
-    except tg.RunError:
-        raise Verdict("missing", "the tokenizer cannot be read") from None
-    faults = [] if bos >= 0 else ["the tokenizer has no BOS"]
-    if config["bos_id"] not in (None, bos):
-        faults.append(f"BOS_ID={config['bos_id']}, the tokenizer's is {bos}")
-    fail(faults)
+    bos, faults = sub.byte_table(path).bos, []
+    fail(["the tokenizer has no BOS, and no BOS_ID names another mark"] if bos < 0 else [])
+    source = "of the tokenizer" if config.get("bos_id") is None else "by BOS_ID"
     if not sub.data_path:
-        return f"id {bos}, of the tokenizer (validation shards not looked at: no --data)"
+        return f"id {bos}, {source} (validation shards not looked at: no --data)"
     shards = tg.find_shards(str(sub.data_path), "val")
     tokens = [tg.read_shard(shard, config["vocab_size"]) for shard in need(shards, f"no shards in {sub.data_path}")]
     docs = sum(int((t == bos).sum()) for t in tokens)
@@ -549,7 +550,7 @@ def check_bos(sub: Submission) -> str:
     if docs != sub.runs[0]["val_docs"]:
         faults.append(f"{docs} BOS in the shards, {sub.runs[0]['val_docs']} documents in the results")
     fail(faults)
-    return f"id {bos}, of the tokenizer; it starts the validation text and each of {docs:,} documents"
+    return f"id {bos}, {source}; it starts the validation text and each of {docs:,} documents"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -331,15 +331,16 @@ def better_bits(folder: Path) -> None:
     rewrite(folder)
 
 
-def no_bos(folder: Path) -> None:
-    """A tokenizer that has no BOS, counted as the run's."""
+def put_tokenizer(folder: Path, *user_defined: str) -> sentencepiece.SentencePieceProcessor:
+    """A tokenizer that has no BOS of its own, but these pieces, counted as the run's."""
     from pydoc_data.topics import topics
 
     with open(folder / s.TOKENIZER, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(list(topics.values())[:40]), model_writer=file, vocab_size=512, model_type="bpe",
-            bos_id=-1, byte_fallback=True, user_defined_symbols=["▁"], minloglevel=2)
+            bos_id=-1, byte_fallback=True, user_defined_symbols=["▁", *user_defined], minloglevel=2)
     edit(folder, lambda d: d["tokenizer"].update(sha256=s.sha256(folder / s.TOKENIZER)))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / s.TOKENIZER))
 
 
 def without_seed(folder: Path, seed: str) -> None:
@@ -429,8 +430,8 @@ FAULTS = {
         configure(f, tokenizer_path="data/tokenizers/fineweb_512_bpe.model"), rewrite(f),
         (f / s.TOKENIZER).unlink()), "tokenizer"),
     "other tokenizer": (lambda f: append(f / s.TOKENIZER, b"\x22\x00"), "tokenizer"),
-    "no BOS": (no_bos, "bos"),
-    "hard-coded BOS": (lambda f: (configure(f, bos_id=7), rewrite(f)), "bos artifact"),
+    "no BOS": (put_tokenizer, "bos"),
+    "BOS_ID of a byte": (lambda f: (configure(f, bos_id=7), rewrite(f)), "tokenizer bos artifact"),
     "part of the validation set": (lambda f: edit_result(f, 2, val_complete=False), "validation"),
     "no manifest": (lambda f: edit_result(f, 2, val_complete=None), "validation"),
     "fewer tokens in a stage": (lambda f: edit_result(f, 3, lambda r: r["stages"]["quantized"].update(tokens=26_000)),
@@ -587,6 +588,33 @@ def test_validation_shards_that_do_not_start_with_bos_are_caught(folder, tiny, t
         write_shard(tmp_path / "data/fineweb_val_000000.bin", shard)
         with pytest.raises(check_submission.Verdict, match=words):
             check_submission.check_bos(sub)
+
+
+def test_a_mark_of_documents_named_by_bos_id_is_checked_as_the_run_had_it(folder, tiny, tmp_path):
+    """The tokenizer has no BOS; documents start with a piece of the user's."""
+    sp = put_tokenizer(folder, "<doc>")
+    mark, word = sp.piece_to_id("<doc>"), sp.piece_to_id("e")
+    sub = check_submission.Submission(folder)
+    with pytest.raises(check_submission.Verdict, match="no BOS, and no BOS_ID names another mark"):
+        check_submission.check_bos(sub)
+    assert "512 pieces" in check_submission.check_tokenizer(sub)
+    sub.config()["bos_id"] = mark
+    assert "512 pieces" in check_submission.check_tokenizer(sub)
+    assert check_submission.check_bos(sub).startswith(f"id {mark}, by BOS_ID")
+    tokens = read_shard(Path(tiny["DATA_PATH"]) / "fineweb_val_000000.bin").copy()
+    tokens[tokens == mark] = word
+    (tmp_path / "data").mkdir()
+    sub.data_path, sub.runs[0]["val_docs"] = tmp_path / "data", int((tokens == 1).sum())
+    write_shard(tmp_path / "data/fineweb_val_000000.bin", tokens)
+    with pytest.raises(check_submission.Verdict, match=f"with token 1, not with BOS {mark}; 0 BOS in the shards"):
+        check_submission.check_bos(sub)
+    write_shard(tmp_path / "data/fineweb_val_000000.bin", np.where(tokens == 1, mark, tokens).astype(tokens.dtype))
+    assert "each of 6 documents" in check_submission.check_bos(sub)
+    for bos_id in (word, 512):
+        sub.config()["bos_id"] = bos_id
+        for check in (check_submission.check_tokenizer, check_submission.check_bos):
+            with pytest.raises(check_submission.Verdict, match=f"BOS_ID={bos_id}: takes a control or user-defined"):
+                check(sub)
 
 
 def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path, monkeypatch):
