@@ -38,7 +38,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise tg.RunError(f"{folder}: no {name}: not the folder of a finished run")
     if not (folder / VERDICT).is_file():
         raise tg.RunError(f"{folder}: no {VERDICT}; python records/audit.py {folder} makes it")
-    run = s.plain(s.read_json(folder / RESULT)[0])
+    run = s.read_json(folder / RESULT)
     missing = [key for key in ("config", "seed", "steps", "stages", "model_bytes") if key not in run]
     if missing:
         raise tg.RunError(f"{folder}/{RESULT}: has no {missing[0]}: not the result of this train_gpt.py")

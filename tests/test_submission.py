@@ -198,7 +198,7 @@ def test_a_laptop_gets_a_checked_folder_whose_limits_are_notes(runs, tmp_path, c
     told = json.loads(capsys.readouterr().out)
     assert told["clean"] and told["track"] == s.OTHER_TRACK
     assert {line["name"] for line in told["checks"] if line["status"] == "note"} == {
-        "hardware", "documents", "train_time", "calibration"}
+        "hardware", "documents", "train_time"}
 
 
 def test_the_score_is_that_of_the_artifact_run_from_the_folder(runs, tiny, tmp_path, capsys):
@@ -402,9 +402,9 @@ FAULTS = {
     "missing field": (lambda f: edit(f, lambda d: d.pop("attention")), "schema"),
     "no hardware": (lambda f: edit(f, lambda d: d.pop("hardware")), "schema hardware"),
     "other hardware": (lambda f: edit(f, hardware="8 x NVIDIA B200"), "hardware"),
-    "artifact of another run": (lambda f: swap_artifact(f), "artifact bytes audit"),
-    "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact bytes audit"),
-    "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact audit"),
+    "artifact of another run": (lambda f: swap_artifact(f), "artifact"),
+    "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact"),
+    "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact"),
     "garbage with its hash": (lambda f: put_artifact(f, bytes(range(70)) * 10), "artifact audit"),
     "garbage after the magic": (lambda f: put_artifact(f, tg.ARTIFACT_MAGIC + b"x" * 700), "artifact audit"),
     "garbage with a right checksum": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION]) + bytes(700))),
@@ -417,8 +417,8 @@ FAULTS = {
     "over the cap": (lambda f: edit(f, lambda d: d["seed_results"]["1"].update(artifact_bytes=16_000_001),
                                     bytes_total=16_000_001), "bytes scores"),
     "bytes_total not the largest": (lambda f: edit(f, bytes_total=smallest(f)), "bytes"),
-    "code longer than counted": (lambda f: append(f / s.CODE, b"\n"), "code bytes audit"),
-    "code changed, same size": (lambda f: flip(f / s.CODE, -20), "code audit"),
+    "code longer than counted": (lambda f: append(f / s.CODE, b"\n"), "code"),
+    "code changed, same size": (lambda f: flip(f / s.CODE, -20), "code"),
     "other code in one seed": (other_code_size, "code"),
     "no log": (lambda f: (f / "train_seed2.log").unlink(), "files"),
     "no README": (lambda f: (f / s.README).unlink(), "files claims numbers command"),
@@ -441,7 +441,7 @@ FAULTS = {
     "documents sorted": (lambda f: (configure(f, ttt_mode="lora", ttt_doc_order="sorted"), rewrite(f)),
                          "order artifact"),
     "scored out of order": (lambda f: audit(f, "single_pass"), "order"),
-    "training over 600 s": (lambda f: slow(f, train_seconds=600.4), "train_time calibration"),
+    "training over 600 s": (lambda f: slow(f, train_seconds=600.4), "train_time"),
     "evaluation over 600 s": (lambda f: (edit_result(f, 2, eval_seconds=611.0), rewrite(f)), "eval_time"),
     "another training time in the result": (lambda f: (edit_result(f, 2, train_seconds=90.0), rewrite(f)), "scores"),
     "no audit": (lambda f: (f / "audit_seed2.json").unlink(), "files audit overlap order"),
@@ -692,17 +692,23 @@ def test_welch_agrees_with_formulas_made_otherwise():
     for shift in (-3.0, -0.4, 0.0, 0.2, 1.5, 9.0):
         for ours in ([0.0, 2.0], [0.0, 1.0, 2.0]):  # and as many others of the same variance
             found = s.welch(ours, [loss + shift for loss in ours], 0.05)
-            t, x = found.t, found.t / math.sqrt(4 + found.t**2)
+            t = found.statistic
+            x = t / math.sqrt(4 + t**2)
             dof, p = (2, 0.5 - t / (2 * math.sqrt(2 + t * t))) if len(ours) == 2 else (4, 0.5 - 0.25 * x * (3 - x * x))
-            assert found.dof == pytest.approx(dof) and found.p == pytest.approx(p, rel=1e-6, abs=1e-10)
+            assert found.df == pytest.approx(dof) and found.pvalue == pytest.approx(p, rel=1e-6, abs=1e-10)
     rng = np.random.default_rng(shifted(0))
     for _ in range(20):
         ours, theirs = rng.normal(2.32, 0.002, rng.integers(2, 6)), rng.normal(2.33, 0.001, rng.integers(2, 6))
         a, b = ours.var(ddof=1) / len(ours), theirs.var(ddof=1) / len(theirs)
         found = s.welch(list(ours), list(theirs), 0.005)
-        assert found.t == pytest.approx((theirs.mean() - ours.mean() - 0.005) / np.sqrt(a + b))
-        assert found.dof == pytest.approx((a + b) ** 2 / (a * a / (len(ours) - 1) + b * b / (len(theirs) - 1)))
-    assert s.welch([1.0, 1.0], [1.1, 1.1], 0.005).p == 0 and s.welch([1.0, 1.0], [1.0, 1.0], 0.005).p == 1
+        assert found.statistic == pytest.approx((theirs.mean() - ours.mean() - 0.005) / np.sqrt(a + b))
+        assert found.df == pytest.approx((a + b) ** 2 / (a * a / (len(ours) - 1) + b * b / (len(theirs) - 1)))
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+@pytest.mark.parametrize(("theirs", "p"), [(1.1, 0), (1.0, 1)])
+def test_welch_of_samples_without_spread(theirs, p):
+    assert s.welch([1.0, 1.0], [theirs, theirs], 0.005).pvalue == p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -827,7 +833,7 @@ def test_other_unreadable_input_is_one_line(folder, tmp_path, capsys):
 def test_nothing_is_executed_without_data(folder, tmp_path):
     witness = tmp_path / "ran"
     (folder / s.CODE).write_text(f"open({str(witness)!r}, 'w')\n")
-    assert caught(folder) == {"code", "bytes", "audit"} and not witness.exists()
+    assert caught(folder) == {"code"} and not witness.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
