@@ -3,8 +3,8 @@
     python records/check_submission.py FOLDER [--against FOLDER] [--data DATA_PATH [--tokenizer FILE]] [--json]
 
 Each line is `status  name  evidence`: `pass`; `FAIL`; `missing`, the folder does not say; `note`, outside a limit that
-binds the record track only; `not run`, this needs --against, --data or --tokenizer, or the version of train_gpt.py that
-wrote the artifact. The exit status is 0 without FAIL and missing.
+binds the record track only; `not run`, this needs --against, --data or --tokenizer, a validation in training
+(VAL_LOSS_EVERY), or the version of train_gpt.py that wrote the artifact. The exit status is 0 without FAIL and missing.
 Submissions of the field, with fields and logs of their own, are read as far as they go.
 
 Nothing of the folder is executed, unless --data is given: that runs its train_gpt.py, as this user, on its artifact,
@@ -270,6 +270,27 @@ def check_scores(sub: Submission) -> str:
     if not count:
         raise Verdict("missing", "no logs or results to compare with")
     return f"{count} figures of {len(sub.seed_results)} seeds as in logs{' and results' if sub.results else ''}"
+
+
+def check_at_step(sub: Submission) -> str:
+    """The scores at fixed steps, which are optional: submission.json against the metrics, those against the logs."""
+    scores = {seed: s.read_step_scores(sub.folder / f"metrics_seed{seed}.jsonl") for seed in sub.seeds}
+    said, means, faults = sub.data.get(s.AT_STEP) or {}, s.means_at_steps(list(scores.values())), []
+    if not said and not any(scores.values()):
+        raise Verdict("not run", "no seed was validated in training: VAL_LOSS_EVERY does it")
+    for seed, steps in scores.items():
+        logged = dict(re.findall(r"^stage:step(\d+) .*val_bpb:(\d+\.\d{6})", sub.log_texts.get(seed, ""), re.M))
+        for step, bpb in steps.items():
+            text = logged.get(str(step))
+            if text is None or not s.agrees(Decimal(text), bpb):
+                faults.append(f"seed {seed}: {bpb:.6f} at step {step}, its log says {text or 'nothing'}")
+    for step in sorted(said.keys() | means.keys(), key=int):
+        if step not in means:
+            faults.append(f"{s.AT_STEP} has step {step}, which not every seed's metrics have")
+        elif first(said, step) is None or not s.agrees(said[step], means[step], s.SCORE_DIGITS):
+            faults.append(f"{s.AT_STEP} is {said.get(step)} at step {step}, the mean of the seeds {means[step]:.8f}")
+    fail(faults)
+    return f"{', '.join(means)}: as metrics and logs of every seed say" if means else "none that every seed has"
 
 
 def check_bpb(sub: Submission) -> str:
@@ -576,6 +597,7 @@ def check_numbers(sub: Submission) -> str:
     for stage in sub.runs[0]["stages"]:
         for key in ("val_loss", "val_bpb"):
             scores += s.mean_std([run["stages"][stage][key] for run in sub.runs])
+    scores += map(float, (sub.data.get(s.AT_STEP) or {}).values())
     sources += [sub.config(), sub.against.data if sub.against else {}]
     others = [float(value) for _, value in s.leaves(sources) if s.is_number(value)]
     prose = f"{readme_parts(sub)[1]}\n{sub.data.get('blurb')}"
@@ -634,10 +656,10 @@ def check_significance(sub: Submission) -> str:
 
 
 CHECKS: tuple[Callable[[Submission], str], ...] = (
-    check_files, check_folder, check_schema, check_seeds, check_means, check_scores, check_bpb, check_settings,
-    check_code, check_bytes, check_artifact, check_train_time, check_eval_time, check_hardware, check_calibration,
-    check_validation, check_documents, check_audit, check_overlap, check_order, check_tokenizer, check_bos,
-    check_claims, check_numbers, check_command, check_score, check_significance)
+    check_files, check_folder, check_schema, check_seeds, check_means, check_scores, check_at_step, check_bpb,
+    check_settings, check_code, check_bytes, check_artifact, check_train_time, check_eval_time, check_hardware,
+    check_calibration, check_validation, check_documents, check_audit, check_overlap, check_order, check_tokenizer,
+    check_bos, check_claims, check_numbers, check_command, check_score, check_significance)
 
 
 def check(sub: Submission) -> list[Line]:

@@ -42,6 +42,7 @@ CODE, README, SUBMISSION, REQUIREMENTS, TOKENIZER = (
 TEXTS = "author github_id name blurb date track code_sha256 hardware pytorch_version attention".split()
 NUMBERS = "val_loss val_bpb val_loss_std val_bpb_std bytes_total code_bytes val_docs val_tokens val_bytes".split()
 FIELDS = [*TEXTS, *NUMBERS, "seeds", "seed_results", "tokenizer", "settings"]
+AT_STEP = "val_bpb_at_step"  # may be absent: the mean over the seeds of each validation in training that all had
 SEED_FIELDS = ("val_loss val_bpb artifact_bytes model_bytes model_sha256 steps step_avg_ms train_time_s "
                "eval_time_s").split()
 # digits after the point to which scores are compared, whatever their rounding: where results stand beside them, and
@@ -86,6 +87,27 @@ def parse_object(text: bytes, where: Path | str, number: Callable = float) -> tu
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. RunError if it is none."""
     return parse_object(path.read_bytes(), path)[0]
+
+
+def read_step_scores(path: Path) -> dict[int, float]:
+    """Step -> val_bpb of the validations in training that a run's metrics.jsonl tells; {} if there is no such file.
+
+    RunError, with the number of the line, where one is damaged.
+    """
+    scores: dict[int, float] = {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        entry, _ = parse_object(line, f"{path}, line {number}")
+        stage = re.fullmatch(r"step(\d+)", str(entry.get("stage")))
+        if stage and (int(stage[1]) in scores or not is_number(entry.get("val_bpb"))):
+            raise tg.RunError(f"{path}, line {number}: {stage[0]} stands twice, or has no number as val_bpb")
+        scores |= {int(stage[1]): float(entry["val_bpb"])} if stage else {}
+    return scores
+
+
+def means_at_steps(scores: list[dict[int, float]]) -> dict[str, float]:
+    """Step -> mean val_bpb over the seeds, each of which gives its own by step; only steps that every seed has."""
+    steps = set.intersection(*map(set, scores)) if scores else set()
+    return {str(step): round(statistics.fmean(seed[step] for seed in scores), 8) for step in sorted(steps)}
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
