@@ -246,26 +246,19 @@ def check_means(sub: Submission) -> str:
 
 def check_scores(sub: Submission) -> str:
     """Every figure of submission.json against the run's result and the log's text."""
-    names = {"val_loss": ("val_loss",), "val_bpb": ("val_bpb",), "steps": ("steps", "step_stop"),
-             "bytes": ("artifact_bytes", "bytes_total", "total_bytes"), "model_bytes": ("model_bytes",),
-             "train_s": ("train_time_s",), "eval_s": ("eval_time_s",), "step_ms": ("step_avg_ms",)}
     faults, count = [], 0
     for seed, row in need(sub.seed_results, "no seed_results").items():
-        sources = {"log": sub.logs.get(seed, {})}
-        if seed in sub.results:
-            run = sub.results[seed]
-            sources["result"] = {"bytes": run["bytes_total"], "train_s": run["train_seconds"],
-                                 "eval_s": run["eval_seconds"], "step_ms": s.step_ms(run),
-                                 **{key: run[key] for key in ("val_loss", "val_bpb", "steps", "model_bytes")}}
-        if sources["log"] and "val_bpb" not in sources["log"]:
+        log = sub.logs.get(seed, {})
+        if log and "val_bpb" not in log:
             faults.append(f"seed {seed}: no score in its log")
-        for what, source in sources.items():
-            for key, fields in names.items():
-                said = first(row, *fields)
-                if said is not None and key in source:
+        result = s.seed_row(sub.results[seed]) if seed in sub.results else {}
+        for name in s.SEED_FIELDS:
+            said = first(row, *s.OTHER_NAMES.get(name, [name]))
+            for what, source in (("log", log), ("result", result)):
+                if said is not None and name in source:
                     count += 1
-                    if not s.agrees(said, source[key], sub.score_digits if key in ("val_loss", "val_bpb") else 0):
-                        faults.append(f"seed {seed}: {fields[0]} is {said}, its {what} says {source[key]}")
+                    if not s.agrees(said, source[name], sub.score_digits if name in ("val_loss", "val_bpb") else 0):
+                        faults.append(f"seed {seed}: {name} is {said}, its {what} says {source[name]}")
     fail(faults)
     if not count:
         raise Verdict("missing", "no logs or results to compare with")
@@ -346,11 +339,9 @@ def check_code(sub: Submission) -> str:
 
 
 def check_bytes(sub: Submission) -> str:
-    rows = {seed: first(row, "artifact_bytes", "bytes_total", "total_bytes") for seed, row in sub.seed_results.items()}
-    rows = {seed: int(n) for seed, n in rows.items() if n is not None}
-    rows = rows or {seed: int(log["bytes"]) for seed, log in sub.logs.items() if "bytes" in log}
-    total = first(sub.data, "bytes_total", "artifact_bytes_max", "artifact_bytes")
-    most = max(rows.values(), default=None)
+    sizes = [first(row, *s.OTHER_NAMES["artifact_bytes"]) for row in sub.seed_results.values()]
+    sizes = [int(n) for n in sizes or [log.get("artifact_bytes") for log in sub.logs.values()] if n is not None]
+    total, most = first(sub.data, "bytes_total", "artifact_bytes_max", "artifact_bytes"), max(sizes, default=None)
     largest = max((int(n) for n in (total, most) if n is not None), default=0)
     faults = [f"{largest:,} bytes, {largest - s.MOST_BYTES:,} over"] if largest > s.MOST_BYTES else []
     if total is not None and most is not None and total != most:
@@ -360,7 +351,7 @@ def check_bytes(sub: Submission) -> str:
             faults.append(f"seed {seed}: {run['bytes_total']:,} bytes are not those of model and code")
     fail(faults)
     need(total, "no bytes_total")
-    return f"the largest of {max(len(rows), 1)}: {total:,} of {s.MOST_BYTES:,}"
+    return f"the largest of {max(len(sizes), 1)}: {total:,} of {s.MOST_BYTES:,}"
 
 
 def check_artifact(sub: Submission) -> str:
@@ -391,12 +382,11 @@ def check_artifact(sub: Submission) -> str:
     return "; ".join(told)
 
 
-def within_the_clock(sub: Submission, field: str, result: str, log: str) -> str:
+def within_the_clock(sub: Submission, field: str) -> str:
     """The largest time of each seed that submission.json, result or log tell, against the limit."""
-    found = {}
+    found, rows = {}, {seed: s.seed_row(run) for seed, run in sub.results.items()}
     for seed in sub.seeds or sub.logs:
-        told = [first(sub.seed_results.get(seed, {}), field), sub.results.get(seed, {}).get(result),
-                sub.logs.get(seed, {}).get(log)]
+        told = [first(source.get(seed, {}), field) for source in (sub.seed_results, rows, sub.logs)]
         found[seed] = max((float(t) for t in told if t is not None), default=None)
     sub.limit([f"seed {seed}: {t:.1f} s, {s.MOST_SECONDS:.0f} s is the limit" for seed, t in found.items()
                if t is not None and t > s.MOST_SECONDS])
@@ -406,11 +396,11 @@ def within_the_clock(sub: Submission, field: str, result: str, log: str) -> str:
 
 
 def check_train_time(sub: Submission) -> str:
-    return within_the_clock(sub, "train_time_s", "train_seconds", "train_s")
+    return within_the_clock(sub, "train_time_s")
 
 
 def check_eval_time(sub: Submission) -> str:
-    return within_the_clock(sub, "eval_time_s", "eval_seconds", "eval_s")
+    return within_the_clock(sub, "eval_time_s")
 
 
 def check_hardware(sub: Submission) -> str:

@@ -75,10 +75,9 @@ def check_runs(folders: list[Path], runs: list[dict[str, Any]]) -> None:
 
 def seed_result(artifact: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The seed's entry in submission.json; scores as its log prints them."""
-    return {"val_loss": round(run["val_loss"], 8), "val_bpb": round(run["val_bpb"], 8),
-            "artifact_bytes": run["bytes_total"], "model_bytes": run["model_bytes"],
-            "model_sha256": s.sha256(artifact), "steps": run["steps"], "step_avg_ms": round(s.step_ms(run), 2),
-            "train_time_s": round(run["train_seconds"], 2), "eval_time_s": round(run["eval_seconds"], 2)}
+    figures = s.seed_row(run).items()
+    return {name: round(value, 8 if name in ("val_loss", "val_bpb") else 2) for name, value in figures} | {
+        "model_sha256": s.sha256(artifact)}
 
 
 def submission_json(args: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -45,6 +45,7 @@ FIELDS = [*TEXTS, *NUMBERS, "seeds", "seed_results", "tokenizer", "settings"]
 AT_STEP = "val_bpb_at_step"  # may be absent: the mean over the seeds of each validation in training that all had
 SEED_FIELDS = ("val_loss val_bpb artifact_bytes model_bytes model_sha256 steps step_avg_ms train_time_s "
                "eval_time_s").split()
+OTHER_NAMES = {"artifact_bytes": ["artifact_bytes", "bytes_total", "total_bytes"], "steps": ["steps", "step_stop"]}
 # digits after the point to which scores are compared, whatever their rounding: where results stand beside them, and
 # where there are logs of the field alone
 SCORE_DIGITS, FIELD_SCORE_DIGITS = 6, 4
@@ -139,11 +140,11 @@ def agrees(said: Decimal | int, found: Decimal | float | int, least: int = 0) ->
 
 
 LOG_PATTERNS = {  # of this project's logs, then of the field's; the last match in the file counts
-    "bytes": [r"bytes_total:(\d+)", r"Total submission size[^:\n]*: (\d+)"],
+    "artifact_bytes": [r"bytes_total:(\d+)", r"Total submission size[^:\n]*: (\d+)"],
     "code_bytes": [r"^artifact: model \d+ \+ code (\d+) =", r"Code size[^:\n]*: (\d+)"],
     "steps": [r"^trained (\d+) steps", r"stopping_early:.* step: ?(\d+)/", r"^step:(\d+)/"],
-    "train_s": [r"^trained .* tokens in ([\d.]+)s"],
-    "eval_s": [r"total_eval_time:([\d.]+)s"],
+    "train_time_s": [r"^trained .* tokens in ([\d.]+)s"],
+    "eval_time_s": [r"total_eval_time:([\d.]+)s"],
     "docs": [r"^validation: (\d+) documents", r"total_docs:(\d+)"],
 }
 
@@ -161,9 +162,9 @@ def read_log(text: str) -> dict[str, Any]:
         found = next((m for m in (re.findall(p, text, re.M) for p in patterns) if m), None)
         if found:
             said[name] = Decimal(found[-1])
-    if "train_s" not in said:
-        milliseconds = re.findall(r"train_time: ?(\d+)ms", text)
-        said |= {"train_s": Decimal(milliseconds[-1]) / 1000} if milliseconds else {}
+    milliseconds = re.findall(r"train_time: ?(\d+)ms", text)
+    if milliseconds:
+        said.setdefault("train_time_s", Decimal(milliseconds[-1]) / 1000)
     seeds = re.findall(r"^\s*seed[:=] ?(\d+)\s*$", text, re.M | re.I)
     if seeds:
         said["seed"] = int(seeds[-1])
@@ -338,6 +339,13 @@ def mean_std(values: list[float]) -> tuple[float, float]:
 def step_ms(run: dict[str, Any]) -> float:
     """Milliseconds of a training step, calibration left out."""
     return 1000 * run["tokens_seen"] / run["tok_per_s"] / max(run["steps"], 1)
+
+
+def seed_row(run: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a seed in submission.json, not rounded yet."""
+    return {name: run[name] for name in ("val_loss", "val_bpb", "model_bytes", "steps")} | {
+        "artifact_bytes": run["bytes_total"], "step_avg_ms": step_ms(run), "train_time_s": run["train_seconds"],
+        "eval_time_s": run["eval_seconds"]}
 
 
 def table(head: str, rows: list[str]) -> str:

@@ -442,6 +442,8 @@ FAULTS = {
                          "order artifact"),
     "scored out of order": (lambda f: audit(f, "single_pass"), "order"),
     "training over 600 s": (lambda f: slow(f, train_seconds=600.4), "train_time"),
+    "training over 600 s by a hair": (lambda f: (edit_result(f, 2, train_seconds=600.004), rewrite(f)),
+                                      "train_time scores"),
     "evaluation over 600 s": (lambda f: (edit_result(f, 2, eval_seconds=611.0), rewrite(f)), "eval_time"),
     "another training time in the result": (lambda f: (edit_result(f, 2, train_seconds=90.0), rewrite(f)), "scores"),
     "no audit": (lambda f: (f / "audit_seed2.json").unlink(), "files audit overlap order"),
