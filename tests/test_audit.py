@@ -4,6 +4,7 @@ Faults are planted by replacing functions of the packed script once it is import
 packed script of several parts and of a faulty one, is tested apart.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -98,17 +99,16 @@ def test_a_clean_run_passes(judged, changes):
 def charging(change):
     """Plant `change(scorer, positions, losses)` where the script charges losses."""
     def plant(script):
-        def wrap(function, place):
-            def planted(*inputs, **options):
-                inputs = list(inputs)
-                scorer = inputs[place]
-                inputs[place] = types.SimpleNamespace(add=lambda *given: change(scorer, *given),
-                                                      running=scorer.running)
-                return function(*inputs, **options)
+        def wrap(function):
+            def planted(self, *inputs):
+                scorer = self.scorer
+                self.scorer = types.SimpleNamespace(add=lambda *given: change(scorer, *given), running=scorer.running)
+                function(self, *inputs)
+                self.scorer = scorer
             return planted
 
-        script.score_windows = wrap(script.score_windows, 4)
-        script.score_documents = wrap(script.score_documents, 3)
+        script.Evaluator.score_windows = wrap(script.Evaluator.score_windows)
+        script.Evaluator.score_documents = wrap(script.Evaluator.score_documents)
     return plant
 
 
@@ -138,15 +138,18 @@ def smear_without_mask(script):
 
 
 def step_before_charge(script):
-    real = script.score_documents
+    real = script.Evaluator.score_documents
 
-    def planted(cfg, forward, tokens, scorer, batch, adapters):
+    def planted(self, batch, adapters):
         def learned(*inputs, **options):
-            adapters.learn(forward(*inputs, **options).sum() / cfg.ttt_chunk_size)
+            adapters.learn(forward(*inputs, **options).sum() / self.cfg.ttt_chunk_size)
             return forward(*inputs, **options)
-        real(cfg, learned, tokens, scorer, batch, adapters)
 
-    script.score_documents = planted
+        forward, self.forward = self.forward, learned
+        real(self, batch, adapters)
+        self.forward = forward
+
+    script.Evaluator.score_documents = planted
 
 
 def lasting_adapters(script):
@@ -166,7 +169,7 @@ def two_windows(script):
 
 
 def from_the_end(script):
-    real = script.score_documents
+    real = script.Evaluator.score_documents
 
     def planted(*inputs):
         with pytest.MonkeyPatch.context() as inside:
@@ -174,7 +177,7 @@ def from_the_end(script):
                            raising=False)
             real(*inputs)
 
-    script.score_documents = planted
+    script.Evaluator.score_documents = planted
 
 
 def spaces_counted_twice(script):
@@ -182,7 +185,7 @@ def spaces_counted_twice(script):
 
     def planted(*inputs):
         table = real(*inputs)
-        return table._replace(length=table.length + table.space)
+        return dataclasses.replace(table, length=table.length + table.space)
 
     script.read_tokenizer = planted
 
@@ -210,14 +213,14 @@ def losses_with(change):
 def train_first(name):
     """Plant a step on the first tokens of the text before test-time training scores any."""
     def plant(script):
-        real = getattr(script, name)
+        real = getattr(script.Evaluator, name)
 
-        def planted(cfg, rt, model, forward, val, scorer):
-            sgd = script.Sgd(cfg, rt, model, forward)
+        def planted(self):
+            sgd = script.Sgd(self.cfg, self.rt, self.model, self.forward)
             sgd.lr = 0.02
-            sgd.step(val.tokens[:300], val.bos, 1.0)
-            return real(cfg, rt, model, forward, val, scorer)
-        setattr(script, name, planted)
+            sgd.step(self.val.tokens[:300], self.val.bos, 1.0)
+            return real(self)
+        setattr(script.Evaluator, name, planted)
     return plant
 
 
@@ -248,8 +251,8 @@ def hints(script):
 def half_of_the_documents(script):
     """Only the first half is scored, and all of it is reported."""
     load = script.Validation.load.__func__
-    script.Validation.load = classmethod(lambda cls, *inputs: (val := load(cls, *inputs))._replace(
-        tokens=val.tokens[: len(val.tokens) // 2]))
+    script.Validation.load = classmethod(lambda cls, *inputs: dataclasses.replace(
+        val := load(cls, *inputs), tokens=val.tokens[: len(val.tokens) // 2]))
     without_checks(script)
 
 

@@ -516,8 +516,9 @@ def edit_log_score(folder: Path) -> None:
 def swap_artifact(folder: Path) -> None:
     """Another run's, whole in itself."""
     path = folder / MODEL
-    settings, tensors = tg.read_artifact(path.read_bytes(), path.name)
-    other = {name: 0 * tensor if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    settings, stored = tg.read_artifact(path.read_bytes(), path.name)
+    other = {name: item._replace(parts={part: 0 * tensor if tensor.is_floating_point() else tensor
+                                        for part, tensor in item.parts.items()}) for name, item in stored.items()}
     path.write_bytes(tg.write_artifact(settings, other, "ans"))
 
 

@@ -70,8 +70,8 @@ class Rank(FakeRuntime):
 def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None, loaded=None):
     """(score, losses by position) of test-time training, or with TTT_MODE=none of the sliding window."""
     val, rt = validation(tokens), rt or Rank()
-    scorer = tg.Scorer(rt, val.bytes, loaded=loaded)
-    return tg.final_stage(cfg, rt, model, forward or model, val, scorer), scorer.losses[1:].clone()
+    evaluator = tg.Evaluator(cfg, rt, model, forward or model, val, loaded)
+    return evaluator.final(), evaluator.scorer.losses[1:].clone()
 
 
 def documents_by_hand(tokens: torch.Tensor) -> list[list[int]]:
@@ -209,7 +209,7 @@ class Adapted(Reference):
 
 
 def initial_adapters(cfg: tg.Settings, model: tg.GPT) -> dict:
-    adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
+    adapters = tg.DocumentAdapters(cfg, model)
     return {tuple(site): (pair.a[0], pair.b[0]) for site, pair in adapters.hooks.adapters.items()}
 
 
@@ -264,12 +264,12 @@ def test_adapters_equal_a_slow_reference(changes):
     on = {role for role in ROLES if getattr(cfg, f"ttt_{role}_lora")}
     if cfg.ttt_lora_o_input == "norm" and "o" in on:
         on = on - {"o"} | {"attn"}
-    assert {site.role for site in tg.DocumentAdapters(cfg, model, torch.device("cpu")).hooks.adapters} == on
+    assert {site.role for site in tg.DocumentAdapters(cfg, model).hooks.adapters} == on
 
 
 def test_adapters_start_as_specified():
     cfg = config(num_loops=2, ttt_lora_rank=40, embedding_dim=8)
-    made = tg.DocumentAdapters(cfg, random_model(cfg), torch.device("cpu"))
+    made = tg.DocumentAdapters(cfg, random_model(cfg))
     made.reset()
     roles = [(role, layer, visit) for layer, visit in [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
              for role in ("q", "k", "v", "attn", "mlp")]
@@ -290,7 +290,7 @@ def test_an_artifact_is_adapted_alike_whatever_the_seed_of_the_run():
     """EVAL_ONLY takes from the artifact all that its score depends on; the adapters' first values are such a thing."""
     trained = config(seed=5)
     loaded = tg.adopt_settings(SimpleNamespace(explicit={}), tg.artifact_settings(trained), "x")
-    a, b = (tg.DocumentAdapters(cfg, random_model(trained), torch.device("cpu")).leaves[0] for cfg in (trained, loaded))
+    a, b = (tg.DocumentAdapters(cfg, random_model(trained)).leaves[0] for cfg in (trained, loaded))
     assert torch.equal(a, b)
 
 
@@ -423,24 +423,25 @@ def test_earlier_tokens_teach(mode, reach):
 def test_learning_before_the_charge_is_caught_as_not_causal():
     """The planted fault: each chunk is learned from, then scored again and charged."""
     cfg, tokens = config(), stream(LENGTHS)
-    model, honest = random_model(cfg), tg.score_documents
+    model, honest = random_model(cfg), tg.Evaluator.score_documents
 
-    def cheat(cfg, forward, tokens, scorer, batch, adapters):
+    def cheat(self, batch, adapters):
         def peek(ids, targets, hooks, **options):
-            losses = forward(ids, targets, hooks=hooks, **options)
+            losses = self.model(ids, targets, hooks=hooks, **options)
             if losses.requires_grad:
                 adapters.learn(losses.sum())
-                losses = forward(ids, targets, hooks=hooks, **options)
+                losses = self.model(ids, targets, hooks=hooks, **options)
             return losses
 
-        honest(cfg, peek, tokens, scorer, batch, adapters)
+        self.forward = peek
+        honest(self, batch, adapters)
 
     changed, t = tokens.clone(), 12
     changed[t + 1 : 14] = 2 + (changed[t + 1 : 14] - 1) % 21
     assert not torch.equal(changed, tokens)
     assert first_difference(cfg, model, tokens, changed) > t
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "score_documents", cheat)
+        patch.setattr(tg.Evaluator, "score_documents", cheat)
         assert first_difference(cfg, model, tokens, changed) <= t
 
 
@@ -699,7 +700,7 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
         return model(ids, targets, hooks=hooks, **options)
 
     val, before = validation(torch.full((60,), 22, dtype=torch.int32)), copy.deepcopy(model)
-    tg.warm_up_ttt(cfg, Rank(), model, forward, val)
+    tg.Evaluator(cfg, Rank(), model, forward, val).warm_up()
     assert read and all(int((ids == 22).sum()) < ids.numel() for ids in read)
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
     warm = seen.copy()
@@ -724,7 +725,8 @@ def test_every_rank_warms_up(mode):
             seen.add((hooks.adapters is not None, torch.is_grad_enabled()))
             return model(ids, targets, hooks=hooks, **options)
 
-        tg.warm_up_ttt(cfg, rank, model, forward, validation(torch.full((60,), 22, dtype=torch.int32)))
+        val = validation(torch.full((60,), 22, dtype=torch.int32))
+        tg.Evaluator(cfg, rank, model, forward, val).warm_up()
         return seen
 
     expected = {"chunk": {(False, False), (False, True)}, "phased": {(False, False), (False, True), (True, True)}}
