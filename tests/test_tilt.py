@@ -1,4 +1,4 @@
-"""The n-gram tilt: hints against a table filled token by token, its distribution, Hedge written out, all evaluations."""
+"""The n-gram tilt: hints against a table filled token by token, its distribution, Hedge written out, every mode."""
 
 import copy
 import dataclasses
