@@ -16,7 +16,8 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   quantization     full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
   coding           integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
   artifact         the container (no pickle), filling the budget, the ZIP application that is counted
-  evaluation       windows, test-time training, and the scorer that turns losses into nats and bytes
+  scoring          the one place where losses become nats and bytes; the n-gram tilt
+  evaluation       windows and test-time training
   reading          environment variables to settings: other names, misspelt ones, contradictions, --help
   main             the run from start to result.json; records/audit.py judges it from outside
 
@@ -3227,10 +3228,10 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Scoring
 #
-# In: the model as the artifact gives it, and the validation text. Out: the score in bits per byte, each target counted
-# once, by windows or with test-time training on what has been scored.
+# In: losses of the targets of a text, and the bytes that these stand for. Out: the score in bits per byte, each target
+# counted once; the n-gram tilt, which makes a token likelier that followed the same tokens before.
 
 
 def find_hints(tokens: Tensor, order: int, threshold: float) -> Tensor:
@@ -3358,6 +3359,13 @@ class Scorer:
             raise RunError("score refused: the validation tokens stand for no text")
         return Score(nats / len(losses), nats / (math.log(2) * n_bytes), len(losses), n_bytes,
                      time.perf_counter() - self.began)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+#
+# In: the model as the artifact gives it, and the validation text. Out: losses of all its targets for the scorer, by
+# windows or with test-time training on what has been scored.
 
 
 def gather(tokens: Tensor, place: Tensor, scored: Tensor, bos: int) -> tuple[Tensor, Tensor]:
