@@ -264,6 +264,9 @@ class Settings:
     ttt_lora_rank: int = setting(96, "eval", "lora: rank of the adapters", low=1)
     ttt_lora_alpha: float = setting(144.0, "eval", "lora: they are scaled by this over the rank")
     ttt_lora_lr: float = setting(1e-4, "eval", "lora: learning rate")
+    ttt_local_lr_mult: float = setting(1.0, "eval", "lora: factor on TTT_LORA_LR")
+    ttt_short_score_first_steps: str = setting(
+        "", "eval", "lora: smaller chunks for short documents; 256:8,2000:24 is 8 tokens up to 256, 24 up to 2000")
     ttt_optimizer: str = setting("adamw", "eval", "lora: optimizer", choices="adamw sgd",
                                  aliases={"TTT_OPTIMIZER": {"adam": "adamw"}})
     ttt_beta1: float = setting(0.0, "eval", "lora: AdamW beta 1", high=0.999999)
@@ -334,6 +337,16 @@ class Settings:
         whole = text == ",".join(f"{at}:{loops}" for at, loops in found)
         fits = whole and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
         return stages if fits and self.num_loops else []
+
+    def ttt_chunks(self) -> list[tuple[float, int]]:
+        """(longest document, tokens of its chunks) in ascending order, of TTT_SHORT_SCORE_FIRST_STEPS, then of all
+        others; empty if it is not such a list.
+        """
+        text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
+        found = [(int(longest), int(chunk)) for longest, chunk in re.findall(r"(\d+):(\d+)", text)]
+        fits = text == ",".join(f"{longest}:{chunk}" for longest, chunk in found) and found == sorted(found)
+        fits = fits and all(1 <= chunk <= self.ttt_chunk_size for _, chunk in found)
+        return [*found, (math.inf, self.ttt_chunk_size)] if fits else []
 
     @property
     def row_tokens(self) -> int:
@@ -3505,7 +3518,8 @@ class DocumentAdapters:
     def __init__(self, cfg: Settings, model: GPT):
         """A uniform in ±1/sqrt(in), the same for every document, so that no batch or order changes it; B zero."""
         device = model.requires_grad_(False).tok_emb.device
-        self.cfg, generator = cfg, torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
+        self.cfg, self.lr = cfg, cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        generator = torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
         d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
         shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
         beside = {"o": "attn"} if cfg.ttt_lora_o_input == "norm" else {}
@@ -3528,11 +3542,11 @@ class DocumentAdapters:
         for leaf, value in zip(self.leaves, self.initial):
             leaf.copy_(value.expand_as(leaf))
         if self.cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.cfg.ttt_lora_lr, eps=1e-8, foreach=True,
+            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.lr, eps=1e-8, foreach=True,
                                                betas=(self.cfg.ttt_beta1, self.cfg.ttt_beta2),
                                                weight_decay=self.cfg.ttt_weight_decay)
         else:
-            self.optimizer = torch.optim.SGD(self.leaves, lr=self.cfg.ttt_lora_lr, foreach=True,
+            self.optimizer = torch.optim.SGD(self.leaves, lr=self.lr, foreach=True,
                                              weight_decay=self.cfg.ttt_weight_decay)
 
     def learn(self, loss: Tensor) -> None:
@@ -3659,26 +3673,31 @@ class Evaluator:
         widths. A document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of
         that length.
         """
-        cfg, tokens = self.cfg, self.val.tokens
-        longest, size = max(b - a for a, b in batch), cfg.ttt_batch_size
-        chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
-        starts, ends = torch.tensor(batch + [(0, 0)] * (size - len(batch)), device=tokens.device).mT[:, :, None]
+        cfg, tokens, usual = self.cfg, self.val.tokens, max(1, self.cfg.ttt_eval_seq_len // 4)
+        sizes = [usual] * len(batch)  # of each document's chunks
         if adapters:
             adapters.reset()
-        for low in range(0, longest, chunk):
-            high, width = low + chunk, chunk
-            while width < min(high, cfg.ttt_eval_seq_len):
+            usual = cfg.ttt_chunk_size
+            sizes = [next(chunk for most, chunk in cfg.ttt_chunks() if b - a <= most) for a, b in batch]
+        spare = cfg.ttt_batch_size - len(batch)
+        starts, ends = torch.tensor(batch + [(0, 0)] * spare, device=tokens.device).mT[:, :, None]
+        chunk = torch.tensor(sizes + [usual] * spare, device=tokens.device)[:, None]
+        lengths = [(b - a, size) for (a, b), size in zip(batch, sizes)]
+        for i in range(max(-(-length // size) for length, size in lengths)):
+            low, high, width = i * chunk, (i + 1) * chunk, usual
+            reach = max((i + 1) * size for length, size in lengths if i * size < length)
+            while width < min(reach, cfg.ttt_eval_seq_len):
                 width *= 2
             width = min(width, cfg.ttt_eval_seq_len)
             first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
             place = first + torch.arange(width, device=tokens.device)
             scored = (place >= starts + low) & (place < starts + high) & (place < ends)
             ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
-            goes_on = (starts + high < ends).float()  # (size, 1)
+            goes_on = (starts + high < ends) * (usual / chunk)  # (size, 1), with the loss a mean over the chunk
             with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
                 losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
-            if adapters and high < longest:  # charged; only then is it learned from
-                adapters.learn((losses * goes_on).sum() / chunk)
+            if adapters and any((i + 1) * size < length for length, size in lengths):  # charged; only now learned from
+                adapters.learn((losses * goes_on).sum() / usual)
 
     def warm_up(self) -> None:
         """Compile the graphs of test-time training: on one long random document, and by a step that changes nothing."""
@@ -3722,10 +3741,10 @@ QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS QK_GAIN_SCHEDULE=[] QAT_LI
 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0
 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0
 TARGET_MB=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
-TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
-TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
-TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
-WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
+TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1 TTT_OUTPUT_DIR=0
+TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1 TTT_WARM_START_A=0 VAL_BATCH_SIZE=*
+VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0 WITHIN_TAU=99 WORD_BOOST=0
+WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
 """.split())
 
 
@@ -3793,6 +3812,8 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.ttt_mode in ("lora", "phased") and cfg.ttt_chunk_size > cfg.ttt_eval_seq_len,
          "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
          f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
+        (not cfg.ttt_chunks(), "ttt_short_score_first_steps ttt_chunk_size",
+         f"lengths and chunks up to TTT_CHUNK_SIZE={cfg.ttt_chunk_size}, ascending, as 256:8,2000:24"),
         (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",
          "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
         (cfg.max_wallclock_seconds and (cfg.gptq_reserve_seconds or 0) >= cfg.max_wallclock_seconds,
