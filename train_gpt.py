@@ -1228,7 +1228,7 @@ def atomic_write(path: str) -> Iterator[Any]:
 
 
 def save_tensors(path: str, content: dict[str, Any]) -> None:
-    """torch.save, atomically; by way of memory, because its own writer hides what the disk says."""
+    """torch.save, atomically. It goes through memory, because torch's writer hides errors of the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
@@ -2445,7 +2445,7 @@ def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
         before = [p.requires_grad for p in tables]
         for p in tables:
             p.requires_grad_(True)
-        with torch.enable_grad():  # all that the tables' gradients pass is felt
+        with torch.enable_grad():  # gradients of the tables pass through every layer, and so through every hook
             for ids, targets in zip(batch.ids.split(rows), batch.targets.split(rows)):
                 bounds = batch.bounds and Bounds.find(ids, model.bos, batch.bounds.max_len)
                 torch.autograd.grad(model(ids, targets, bounds, hooks).sum(), tables, allow_unused=True)
@@ -2607,7 +2607,7 @@ def octaves(exponents: Tensor) -> Tensor:
 
 
 class Curvature(NamedTuple):
-    """What the loss feels of errors in a group's weights: E_ij costs about ½ (2^row_i 2^(col_j/4) E_ij)² a token."""
+    """How sensitive the loss is to a group's weights: an error E_ij costs ½ (2^row_i 2^(col_j/4) E_ij)² nats."""
 
     row: Tensor  # (n, rows) fp32, log2
     col: Tensor  # (n, cols) int8, quarters of an octave
@@ -2617,12 +2617,13 @@ class Curvature(NamedTuple):
 @torch.no_grad()
 def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
                factors: dict[str, Factors]) -> dict[str, Curvature]:
-    """The Kronecker-factored Fisher of every group that is quantized: F_i = E[g_i²] by row, and by column what GPTQ
-    makes of H = E[xxᵀ], d_j² = 1/U_jj². Our own derivation; it needs no other than the calibration pass.
+    """The Kronecker-factored Fisher information of every group that is quantized. Its factors are F_i = E[g_i²] for a
+    row, g being the gradient of its output, and for a column d_j² = 1/U_jj², U being GPTQ's factor of H = E[xxᵀ]. We
+    derived it ourselves. It needs nothing but the calibration pass.
 
-    Tables are felt by how often and how much each row is read, a tied embedding as input and as head. Each of their
-    rows counts as read half a time more often than calibration saw it (Krichevsky and Trofimov's estimate), for the
-    text to be scored reads others; rows of other matrices count 1 % of the average more.
+    A table's row has the squared gradients of all its lookups. A tied embedding has those and its part as the head.
+    The text to be scored looks up rows that calibration did not: each row of a table counts as looked up half a time
+    more (Krichevsky and Trofimov's estimate). Rows of other matrices get 1 % of the average on top.
     """
     visits = Counter(layer for layer, _ in virtual_layers(cfg, cfg.num_loops))
     found = {}
@@ -2651,10 +2652,12 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
 
 
 def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]:
-    """Steps for equal costs: exponents by row and column, int8, of 2^((row + col)/4), for c = 2^finest.
+    """Steps at which every weight's error costs the same: exponents by row and column, int8, of 2^((row + col)/4), for
+    c = 2^finest.
 
-    Rows are rounded up or down by turns (golden section), so that rows felt alike, as those of tokens that calibration
-    never met, do not all take their next step at one c: the artifact's size would jump there.
+    Rows of tokens that calibration never met are all equally sensitive. If they were rounded alike, they would all take
+    their next step at one c, and the artifact's size would jump there. So each row is rounded with another offset (the
+    golden section times its number).
     """
     rows = torch.arange(curvature.row.size(1), device=curvature.row.device)
     row = (4 * (finest - curvature.row) + rows * 0.6180339887 % 1).floor()
@@ -2668,9 +2671,9 @@ def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
     """Factors, int8 (rank, rows) within ±15 and int16 (rank, cols), of the largest singular parts of a table (rows,
     cols) in units of its steps; zeros where they would not pay for themselves.
 
-    Rows that training seldom reaches stay alike. Rounded by themselves they would all err alike, and the logits of all
-    rare tokens move together, which the loss feels much more than F says; coded by themselves they would repeat what
-    they have in common.
+    Rows of rare tokens are nearly the same. If each was rounded by itself, they would all have the same error, and the
+    logits of all rare tokens would move together, which costs much more than F says. If each was coded by itself, they
+    would repeat what they have in common.
     """
     table, size = table.float(), table.float().norm(dim=1, keepdim=True)
     short = table * (2 * size.median() / size.clamp(min=1e-9)).clamp(max=1)  # rows with fine steps must not lead
@@ -2849,7 +2852,7 @@ LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
 def compress(data: bytes, compressor: str) -> bytes:
-    """Bytes of which nothing is known; beside codes coded by `ans` these go by LZMA."""
+    """A general compressor's form of any bytes. With COMPRESSOR=ans it is LZMA, for all but the codes."""
     if compressor == "brotli":
         return import_packer("brotli").compress(data, quality=11, lgwin=24)
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -3456,7 +3459,7 @@ def half_cosine(i: int, last: int) -> float:
 
 
 class Budget:
-    """Whether there is time to adapt: while the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
+    """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, work: int, share: float):
         """`work`: what this rank has to do, in any unit; `share`: how much of its time scoring alone would take."""
@@ -3484,7 +3487,7 @@ def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
 
 
 def padded_tokens(batch: list[tuple[int, int]]) -> int:
-    """What a batch of documents costs: every one is as long as the longest."""
+    """The cost of a batch of documents: each is padded to the length of the longest."""
     return len(batch) * max(b - a for a, b in batch)
 
 
@@ -3510,13 +3513,13 @@ def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int
 
 
 class DocumentAdapters:
-    """LoRA adapters for a batch of documents, one set per virtual layer, and their optimizer (PR 1530, 1536, 1619).
+    """LoRA adapters for a batch of documents, one set a virtual layer, and their optimizer (PR 1530, 1536, 1619).
 
-    They are leaves of the autograd graph; the model's own weights require no gradient any more.
+    The adapters are leaves of the autograd graph. The model's weights no longer require gradients.
     """
 
     def __init__(self, cfg: Settings, model: GPT):
-        """A uniform in ±1/sqrt(in), the same for every document, so that no batch or order changes it; B zero."""
+        """A is uniform in ±1/sqrt(in) and the same for every document, whatever its batch. B is zero."""
         device = model.requires_grad_(False).tok_emb.device
         self.cfg, self.lr = cfg, cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
         generator = torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
@@ -3550,7 +3553,7 @@ class DocumentAdapters:
                                              weight_decay=self.cfg.ttt_weight_decay)
 
     def learn(self, loss: Tensor) -> None:
-        """One step on a loss that is a sum over documents, so that each one's adapters see only its own text."""
+        """One step. The loss is a sum over documents, so a document's adapters get gradients from its text alone."""
         for leaf, grad in zip(self.leaves, torch.autograd.grad(loss, self.leaves)):
             leaf.grad = grad
         self.optimizer.step()
