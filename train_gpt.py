@@ -339,14 +339,14 @@ class Settings:
         return stages if fits and self.num_loops else []
 
     def ttt_chunks(self) -> list[tuple[float, int]]:
-        """(longest document, tokens of its chunks) in ascending order, of TTT_SHORT_SCORE_FIRST_STEPS, then of all
-        others; empty if it is not such a list.
+        """(longest document, tokens of its chunks) in ascending order, of TTT_SHORT_SCORE_FIRST_STEPS but at most
+        TTT_CHUNK_SIZE, then of all others; empty if it is not such a list.
         """
         text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
         found = [(int(longest), int(chunk)) for longest, chunk in re.findall(r"(\d+):(\d+)", text)]
         fits = text == ",".join(f"{longest}:{chunk}" for longest, chunk in found) and found == sorted(found)
-        fits = fits and all(1 <= chunk <= self.ttt_chunk_size for _, chunk in found)
-        return [*found, (math.inf, self.ttt_chunk_size)] if fits else []
+        usual, fits = self.ttt_chunk_size, fits and all(chunk for _, chunk in found)
+        return [*((longest, min(chunk, usual)) for longest, chunk in found), (math.inf, usual)] if fits else []
 
     @property
     def row_tokens(self) -> int:
@@ -3815,8 +3815,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.ttt_mode in ("lora", "phased") and cfg.ttt_chunk_size > cfg.ttt_eval_seq_len,
          "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
          f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
-        (not cfg.ttt_chunks(), "ttt_short_score_first_steps ttt_chunk_size",
-         f"lengths and chunks up to TTT_CHUNK_SIZE={cfg.ttt_chunk_size}, ascending, as 256:8,2000:24"),
+        (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
         (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",
          "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
         (cfg.max_wallclock_seconds and (cfg.gptq_reserve_seconds or 0) >= cfg.max_wallclock_seconds,

@@ -276,10 +276,16 @@ def test_adapters_equal_a_slow_reference(changes):
     assert {site.role for site in tg.DocumentAdapters(cfg, model).hooks.adapters} == on
 
 
-@pytest.mark.parametrize("text", ["5", "5:", "5:5", "5:0", "9:2,4:1", "4:1;9:2", "4:1,", "x"])
+@pytest.mark.parametrize("text", ["5", "5:", "5:0", "9:2,4:1", "4:1;9:2", "4:1,", "x"])
 def test_chunks_that_are_no_list_are_refused(text):
-    with pytest.raises(tg.RunError, match="TTT_SHORT_SCORE_FIRST_STEPS=.* takes lengths and chunks up to"):
+    with pytest.raises(tg.RunError, match="TTT_SHORT_SCORE_FIRST_STEPS=.* takes ascending lengths"):
         config(ttt_short_score_first_steps=text)
+
+
+def test_chunks_are_at_most_the_usual_ones():
+    assert config(ttt_chunk_size=4, ttt_short_score_first_steps="5:2,9:24").ttt_chunks() == [
+        (5, 2), (9, 4), (math.inf, 4)]
+    assert config(ttt_short_score_first_steps="0").ttt_chunks() == config().ttt_chunks() == [(math.inf, 4)]
 
 
 def test_adapters_start_as_specified():
