@@ -1,24 +1,25 @@
 """Train a GPT in a fixed time, compress it into a fixed number of bytes, score it in bits per byte.
 
 One file that runs under `python` or `torchrun`, on CPU or GPU, configured by environment variables alone
-(`--help` lists them). It reads from top to bottom in the order the data flows:
+(`--help` lists them). It reads from top to bottom:
 
-  settings       one frozen dataclass: every environment variable, its default and its meaning
-  runtime        device, processes, log files, the training clock
-  data           token shards, the tokenizer's byte counts, shuffled windows or packed documents
-  kernels        causal attention, dense or inside documents, behind one signature with four backends; what lies between
-                 matrix products in plain forms, some of it as Triton kernels (FUSED=1)
-  projections    the one place where a weight meets activations, and what may ride on it
-  model          one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
-  optimizers     Muon on the banks (sharded over ranks), AdamW on the rest
-  training       schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
-  calibration    second moments of inputs and of gradients, from text
-  quantization   full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
-  coding         integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
-  artifact       the container (no pickle), filling the budget, the ZIP application that is counted
-  evaluation     windows, test-time training, and the scorer that turns losses into nats and bytes
-  reading        environment variables to settings: other names, misspelt ones, --help
-  main           the run from start to result.json; records/audit.py judges it from outside
+  settings         one frozen dataclass: every environment variable, its default and its meaning
+  building blocks  causal attention, norms, activations and losses in plain PyTorch
+  projections      the one place where a weight meets activations, and what may ride on it
+  model            one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
+  kernels          faster forms of the building blocks: attention backends, Triton kernels (FUSED=1)
+  runtime          device, processes, signals, log files, the training clock
+  data             token shards, the tokenizer's byte counts, shuffled windows or packed documents
+  optimizers       Muon on the banks (sharded over ranks), AdamW on the rest
+  training         schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
+  calibration      second moments of inputs and of gradients, from text
+  quantization     full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
+  coding           integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
+  artifact         the container (no pickle), filling the budget, the ZIP application that is counted
+  scoring          the one place where losses become nats and bytes; the n-gram tilt
+  evaluation       windows and test-time training
+  reading          environment variables to settings: other names, misspelt ones, contradictions, --help
+  main             the run from start to result.json; records/audit.py judges it from outside
 
 The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, tied
 embedding. Off by default, each by its settings: depth recurrence, parallel residuals, attention inside documents,
@@ -53,7 +54,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -79,7 +80,6 @@ except ImportError:  # not on every machine; the kernels' plain forms run instea
 
 
 MIN_ROWS = 64  # of a step, where rows longer than a window are chosen
-LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 
 
 class RunError(Exception):
@@ -264,6 +264,9 @@ class Settings:
     ttt_lora_rank: int = setting(96, "eval", "lora: rank of the adapters", low=1)
     ttt_lora_alpha: float = setting(144.0, "eval", "lora: they are scaled by this over the rank")
     ttt_lora_lr: float = setting(1e-4, "eval", "lora: learning rate")
+    ttt_local_lr_mult: float = setting(1.0, "eval", "lora: factor on TTT_LORA_LR")
+    ttt_short_score_first_steps: str = setting(
+        "", "eval", "lora: smaller chunks for short documents; 256:8,2000:24 is 8 tokens up to 256, 24 up to 2000")
     ttt_optimizer: str = setting("adamw", "eval", "lora: optimizer", choices="adamw sgd",
                                  aliases={"TTT_OPTIMIZER": {"adam": "adamw"}})
     ttt_beta1: float = setting(0.0, "eval", "lora: AdamW beta 1", high=0.999999)
@@ -285,6 +288,12 @@ class Settings:
     global_ttt_lr: float = setting(1e-3, "eval", "phased: SGD learning rate of the weights, falling by a cosine")
     global_ttt_momentum: float = setting(0.9, "eval", "phased: its momentum", high=1.0)
     global_ttt_chunk_tokens: int = setting(32768, "eval", "phased: tokens of one step", low=1)
+    ngram_tilt_enabled: bool = setting(False, "eval", "raise the odds of a token that followed this context before")
+    token_order: int = setting(16, "eval", "tilt: tokens of an n-gram, its last one included", low=2, high=64)
+    token_threshold: float = setting(0.8, "eval", "tilt: least share of a context's visits that its hint followed",
+                                     low=0.01, high=1.0)
+    token_boost: float = setting(2.625, "eval", "tilt: added to the logit of the hint", high=20.0)
+    hedge_enabled: bool = setting(False, "eval", "tilt: mix several boosts from 0 on by what each has cost so far")
     eval_stride: int = setting(64, "eval", "step of the sliding window; 0: no sliding evaluation")
     eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward; auto: MICRO_BATCH_TOKENS", low=1)
 
@@ -313,64 +322,7 @@ class Settings:
             object.__setattr__(self, "embedding_dim", 0)
         if self.qat_enabled:  # it has the matrices trained on SDClip's grid
             object.__setattr__(self, "quant_allocation", "sdclip")
-        self.check_contradictions(given)
-
-    def check_contradictions(self, given: set[str]) -> None:
-        """Raise RunError for the first settings that cannot all hold, naming one of those `given` first.
-
-        Each line has what is wrong, the setting that does not fit, then those it has to fit, and what it takes.
-        """
-        head_dim = self.model_dim // self.num_heads
-        for wrong, names, takes in (
-            (self.model_dim % self.num_heads, "num_heads model_dim", f"a divisor of MODEL_DIM={self.model_dim}"),
-            (self.num_heads % self.num_kv_heads, "num_kv_heads num_heads", f"a divisor of NUM_HEADS={self.num_heads}"),
-            (self.rope_dims % 2 or self.rope_dims > head_dim, "rope_dims model_dim num_heads",
-             f"an even number up to {head_dim}, the width of a head"),
-            (int(self.mlp_mult * self.model_dim) < 1, "mlp_mult model_dim", "at least 1/MODEL_DIM"),
-            (self.train_batch_tokens % self.train_seq_len, "train_batch_tokens train_seq_len",
-             f"a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
-            ((self.micro_batch_tokens or self.train_seq_len) < self.train_seq_len,
-             "micro_batch_tokens train_seq_len", f"at least TRAIN_SEQ_LEN={self.train_seq_len}"),
-            ((self.eval_batch_tokens or self.eval_seq_len) < self.eval_seq_len,
-             "eval_batch_tokens eval_seq_len train_seq_len", f"at least EVAL_SEQ_LEN={self.eval_seq_len}"),
-            (self.num_loops and not self.loop_start <= self.loop_end < self.num_layers,
-             "loop_end loop_start num_layers num_loops recur_blend",
-             f"a layer from LOOP_START={self.loop_start} to {self.num_layers - 1}"),
-            (self.num_loops and self.parallel_mode != "gptj" and self.parallel_start_layer <= self.loop_end,
-             "parallel_start_layer loop_end parallel_mode num_loops recur_blend",
-             f"more than LOOP_END={self.loop_end} with PARALLEL_MODE={self.parallel_mode}"),
-            (self.gated_attn_enabled + self.sparse_attn_gate_enabled + self.attn_out_gate_enabled > 1,
-             "gated_attn_enabled" if self.gated_attn_enabled else "sparse_attn_gate_enabled",
-             "0 beside another of the three output gates"),
-            ((self.sparse_attn_gate_enabled or self.attn_out_gate_enabled or self.smear_gate_enabled) and
-             self.gate_window > self.model_dim, "gate_window model_dim", f"at most MODEL_DIM={self.model_dim}"),
-            (self.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
-            (self.rope_yarn and self.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
-            (self.ve_enabled and not self.ve_layer_list(), "ve_layers num_layers ve_enabled",
-             f"layers below NUM_LAYERS={self.num_layers}, as 9,10"),
-            (self.qat_lite_enabled and self.qat_lite_layer_start >= self.num_layers,
-             "qat_lite_layer_start num_layers qat_lite_enabled", f"a layer below NUM_LAYERS={self.num_layers}"),
-            (self.num_loops and not self.loop_stages(), "loop_schedule num_loops recur_blend",
-             f"stages, as 0.35:1,0.55:2, that end in NUM_LOOPS={self.num_loops}, the most"),
-            ("ema" in self.average and "swa" in self.average and not self.ema_decay, "average ema_decay",
-             "swa, since EMA_DECAY=0 keeps no EMA"),
-            ("swa" in self.average and not self.swa_enabled, "average swa_enabled", "ema, or SWA_ENABLED=1"),
-            (self.eval_stride > self.eval_seq_len, "eval_stride eval_seq_len train_seq_len",
-             f"at most EVAL_SEQ_LEN={self.eval_seq_len}"),
-            (self.ttt_mode in ("lora", "phased") and self.ttt_chunk_size > self.ttt_eval_seq_len,
-             "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
-             f"at most TTT_EVAL_SEQ_LEN={self.ttt_eval_seq_len}"),
-            (not (self.iterations or self.max_wallclock_seconds), "iterations max_wallclock_seconds",
-             "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
-            (self.max_wallclock_seconds and (self.gptq_reserve_seconds or 0) >= self.max_wallclock_seconds,
-             "gptq_reserve_seconds max_wallclock_seconds",
-             f"less than MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
-        ):
-            if wrong:
-                name, *others = names.split()
-                blamed = next((n for n in (name, *others) if n in given), name)
-                said, unfit = (f"{n.upper()}={shown(getattr(self, n))}" for n in (blamed, name))
-                raise RunError(f"{unfit}: takes {takes}" if said == unfit else f"{said}: {unfit} takes {takes}")
+        check_contradictions(self, given)
 
     def ve_layer_list(self) -> list[int]:
         """VE_LAYERS as numbers; empty if it is not a list of layers of the model."""
@@ -386,6 +338,16 @@ class Settings:
         fits = whole and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
         return stages if fits and self.num_loops else []
 
+    def ttt_chunks(self) -> list[tuple[float, int]]:
+        """(longest document, tokens of its chunks) in ascending order, of TTT_SHORT_SCORE_FIRST_STEPS but at most
+        TTT_CHUNK_SIZE, then of all others; empty if it is not such a list.
+        """
+        text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
+        found = [(int(longest), int(chunk)) for longest, chunk in re.findall(r"(\d+):(\d+)", text)]
+        fits = text == ",".join(f"{longest}:{chunk}" for longest, chunk in found) and found == sorted(found)
+        usual, fits = self.ttt_chunk_size, fits and all(chunk for _, chunk in found)
+        return [*((longest, min(chunk, usual)) for longest, chunk in found), (math.inf, usual)] if fits else []
+
     @property
     def row_tokens(self) -> int:
         """Tokens of one row of a batch: a training window, or with VARLEN up to 8 in a row that hold documents.
@@ -399,21 +361,846 @@ class Settings:
         longest = min(8, windows // MIN_ROWS, most // self.train_seq_len)
         return self.train_seq_len * max((n for n in range(2, longest + 1) if windows % n == 0), default=1)
 
-    def changes(self, chosen: Iterable[str] = ()) -> str:
-        """Settings that differ from their defaults, a line for each group; an `auto` one only where it was `chosen`."""
-        text = ""
-        for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(self)):
-            fields = [f for f in dataclasses.fields(self) if f.metadata["group"] == group]
-            changed = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-            words = [f"{name.upper()}={shown(value)}" for name, value in changed.items()
-                     if name in chosen or self.__dataclass_fields__[name].default is not None]
-            text += f"\n  {group:6}{' '.join(words)}" if words else ""
-        return text or " none"
-
     @classmethod
     def group(cls, *names: str) -> list[str]:
         """Names of the fields in these groups, in order."""
         return [f.name for f in dataclasses.fields(cls) if f.metadata["group"] in names]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Building blocks
+#
+# In: tensors of one layer or of the head. Out: causal attention inside documents or rows, norms, activations and
+# losses, in plain PyTorch, which torch.compile fuses.
+
+
+IGNORE = -100  # target of a position that is not scored
+NORM_EPS = 1e-6  # under the root of every norm
+
+
+class Bounds(NamedTuple):
+    """Documents packed into one flat sequence of N = B*T tokens: attention stays inside [cu[i], cu[i+1])."""
+
+    cu_seqlens: Tensor  # (documents + 1,) int32, from 0 to N
+    segment: Tensor  # (N,) int32: which document a token belongs to
+    max_len: int  # no document is longer
+
+    @classmethod
+    def find(cls, ids: Tensor, bos: int, max_len: int) -> "Bounds":
+        """Bounds of ids (B, T): a document starts at each `bos`, at each row, and after every `max_len` tokens.
+
+        cu_seqlens is filled up with N, documents of no tokens, to a length that hardly ever changes: a compiled graph
+        is made for one length. The room is twice what web text needs (a document of FineWeb has 960 tokens, windows cut
+        some more), not ten times: FlashAttention 3 makes room for a block of queries in every document that might be.
+        """
+        starts = ids == bos
+        starts[:, 0] = True
+        flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
+        cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
+        room = max(64, ids.numel() // 256)
+        while room <= len(cuts):
+            room *= 2
+        cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
+        segment = torch.repeat_interleave(torch.arange(room, dtype=torch.int32, device=ids.device), cu.diff().long())
+        return cls(cu, segment, max_len)
+
+    def to(self, device: torch.device) -> "Bounds":
+        return Bounds(*(t.to(device, non_blocking=True) for t in self[:2]), self.max_len)
+
+
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
+    """Causal attention with grouped heads: q (B, T, H, dh), k and v (B, T, Hkv, dh) -> (B, T, H, dh). Plain PyTorch.
+
+    With bounds, the flat sequence is cut into blocks of max_len: a query's document starts in its own block or the one
+    before, so each block attends to two, under a mask of equal segments. Shapes do not depend on the documents. Where
+    a block is a row, which starts a document, it attends to itself alone.
+    """
+    if bounds is None:
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                           enable_gqa=q.size(2) != k.size(2))
+        return y.transpose(1, 2)
+    k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))  # fast kernels take mask or groups
+    total, size = q.size(0) * q.size(1), bounds.max_len
+    pad, reach = -total % size, 1 if q.size(1) == size else 2  # blocks that a block attends to
+
+    def blocks(x: Tensor) -> Tensor:  # (B, T, heads, dh) -> (blocks, heads, size, dh)
+        return F.pad(x.flatten(0, 1), (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, size)).transpose(1, 2)
+
+    def with_previous(x: Tensor) -> Tensor:
+        return x if reach == 1 else torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x), dim=2)
+
+    segment = F.pad(bounds.segment, (0, pad), value=-1).view(-1, size)
+    key_segment = segment
+    if reach == 2:
+        key_segment = torch.cat((F.pad(segment, (0, 0, 1, 0), value=-2)[:-1], segment), dim=1)
+    place = torch.arange(reach * size, device=q.device)
+    mask = (segment[:, :, None] == key_segment[:, None, :]) & (place <= place[-size:, None])
+    y = F.scaled_dot_product_attention(blocks(q), with_previous(blocks(k)), with_previous(blocks(v)),
+                                       attn_mask=mask[:, None])
+    return y.transpose(1, 2).flatten(0, 1)[:total].view_as(q)
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """x / sqrt(mean(x²) + eps) over the last dimension; no learned weight."""
+    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
+
+
+def norm_rotate(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """Heads x (B, T, heads, dh) normed, times their gain, the first dims rotated by position (half-split pairs).
+
+    cos and sin (T, r/2); gain (heads,), None is 1; all of one dtype. In a form that torch.compile takes in one pass:
+    nothing is cut up and put together, and what backward needs is x.
+    """
+    x, half = rms_norm(x), cos.size(-1)
+    x = x if gain is None else x * gain[:, None]
+    if not half:
+        return x
+    rest = x.size(-1) - 2 * half
+    partner = F.pad(x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2), (0, rest))
+    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+    return x * F.pad(cos, (0, rest), value=1.0)[:, None] + partner * F.pad(sin, (0, rest))[:, None]
+
+
+def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
+    """XSA (PR 478): y (B, T, H, dh) less its component along this position's own value, v (B, T, Hkv, dh); then times
+    a gate (B, T, H), None is 1.
+    """
+    v = F.normalize(v, dim=-1)[:, :, :, None]  # one value per group of query heads
+    y = y.unflatten(2, (v.size(2), -1))
+    y = (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
+    return y if gate is None else y * gate[..., None]
+
+
+def squared_leaky_relu(h: Tensor) -> Tensor:
+    """LeakyReLU(0.5)² (PR 493)."""
+    return F.leaky_relu(h, 0.5).square()
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(logits.float() / cap)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
+    """Losses (B, T) fp32 in nats of targets (B, T) under logits (B, T, V) softly capped; 0 where IGNORE."""
+    losses = F.cross_entropy(softcap(logits, cap).flatten(0, 1), targets.flatten(), reduction="none",
+                             ignore_index=IGNORE)
+    return losses.view_as(targets)
+
+
+class Ops(NamedTuple):
+    """What kernels may do in a forward pass. None: linear() by linear(), as under any hook."""
+
+    # x (B, T, d), up (hidden, d), down (d, hidden) -> (B, T, d)
+    mlp: Callable | None = None
+    # x (B, T, d), weight (V, d), targets (B, T), cap -> losses as cross_entropy() has them
+    head_losses: Callable | None = None
+
+
+PLAIN = Ops()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Projections
+#
+# In: activations and a weight matrix or table. Out: their product. Adapters, statistics for quantization and rounded
+# weights ride on it here, and nowhere else.
+
+
+class Site(NamedTuple):
+    """One use of one weight matrix: its role, its physical layer, and which visit of that layer this is."""
+
+    role: str  # q, k, v, o, up, down, head, ...; attn, mlp: a whole half, which only an adapter stands beside
+    layer: int = -1  # -1: outside the layers
+    visit: int = 0
+
+
+class Adapter(NamedTuple):
+    """A low-rank addition to one projection, one per row of the batch: y += scale * (x Aᵀ) Bᵀ."""
+
+    a: Tensor  # (batch, rank, in)
+    b: Tensor  # (batch, out, rank)
+    scale: float
+
+
+class Hooks(NamedTuple):
+    """What may ride on a linear projection. All off: a plain matrix product and nothing else.
+
+    Those of one layer, by at(), have roles for sites and no layers in their shapes: all layers share a compiled graph.
+    """
+
+    adapters: dict[Site, Adapter] | None = None
+    hessians: dict[str, Tensor] | None = None  # role -> (layers, in, in) fp32; sums of x xᵀ are added in place
+    moments: dict[str, Tensor] | None = None  # role -> (layers, out) fp32: sums of squares of the gradients of x Wᵀ
+    fake_quant: Callable[[Tensor, Site], Tensor] | None = None
+
+    def at(self, layer: int = -1, visit: int = 0) -> "Hooks":
+        """Those of one visit of a layer, or of what is outside the layers."""
+        adapters, *sums, fake_quant = self
+        return Hooks(
+            adapters and {site.role: a for site, a in adapters.items() if site[1:] == (layer, visit)},
+            *(s and {role: of[layer] for role, of in s.items() if layer < len(of)} for s in sums),
+            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))))
+
+
+NO_HOOKS = Hooks()
+
+
+def collect_hessian(x: Tensor, role: str, hooks: Hooks) -> None:
+    """Add Σ x xᵀ over the rows of x (..., in) to the Hessian of this role, if one is collected."""
+    if hooks.hessians is not None and role in hooks.hessians:
+        rows = x.detach().flatten(0, -2).float()
+        hooks.hessians[role].addmm_(rows.T, rows)
+
+
+def collect_moments(y: Tensor, role: str, hooks: Hooks, ids: Tensor | None = None) -> None:
+    """Have the squared gradients of y (..., out) added to the moments of this role, if they are collected: by output,
+    or for rows of a table by `ids` (...), of the average element.
+    """
+    def add(gradient: Tensor) -> None:
+        square = gradient.detach().float().square()
+        if ids is None:
+            hooks.moments[role].add_(square.flatten(0, -2).sum(0))
+        else:
+            hooks.moments[role].index_add_(0, ids.flatten(), square.mean(-1).flatten())
+
+    if hooks.moments is not None and role in hooks.moments:
+        y.register_hook(add)
+
+
+def linear(x: Tensor, weight: Tensor, role: str, hooks: Hooks) -> Tensor:
+    """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
+    collect_hessian(x, role, hooks)
+    if hooks.fake_quant is not None:
+        weight = hooks.fake_quant(weight, role)
+    y = F.linear(x, weight.to(x.dtype))
+    collect_moments(y, role, hooks)
+    return adapt(y, x, role, hooks)
+
+
+def adapt(y: Tensor, x: Tensor, role: str, hooks: Hooks) -> Tensor:
+    """y (B, T, out) plus what the adapter of this role, if there is one, makes of x (B, T, in)."""
+    if hooks.adapters is None or role not in hooks.adapters:
+        return y
+    a, b, scale = hooks.adapters[role]
+    return y + scale * ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))
+
+
+def lookup(table: Tensor, ids: Tensor, role: str, hooks: Hooks, dtype: torch.dtype) -> Tensor:
+    """Rows of table (rows, dim) by ids (B, T) -> (B, T, dim) in `dtype`. The one place where a table is read."""
+    if hooks.fake_quant is not None:
+        table = hooks.fake_quant(table, role)
+    y = F.embedding(ids, table).to(dtype)
+    collect_moments(y, role, hooks, ids)
+    return y
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model
+#
+# In: tokens, and where documents begin. Out: losses or logits, by one forward pass for training, calibration,
+# evaluation and test-time training; weights stand in banks, of which each virtual layer gets its slices.
+
+
+def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (length, r/2) fp32, of position times base^(-2i/r), r = ROPE_DIMS.
+
+    ROPE_YARN stretches the base where attention spans more than TRAIN_SEQ_LEN tokens: by (span / trained)^(r/(r-2)).
+    """
+    dims, base = cfg.rope_dims, cfg.rope_base
+    if cfg.rope_yarn and span > cfg.train_seq_len:
+        base *= (span / cfg.train_seq_len) ** (dims / (dims - 2))
+    # in float64: only differences of positions count, also far along a row of packed documents
+    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / max(dims, 1))
+    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
+
+
+def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
+    """(physical layer, visit) in running order: LOOP_START..LOOP_END run `loops` times more, in a row (PR 1204)."""
+    if not loops:
+        return [(layer, 0) for layer in range(cfg.num_layers)]
+    looped = range(cfg.loop_start, cfg.loop_end + 1)
+    return [*((layer, 0) for layer in range(cfg.loop_start)),
+            *((layer, visit) for visit in range(loops + 1) for layer in looped),
+            *((layer, 0) for layer in range(cfg.loop_end + 1, cfg.num_layers))]
+
+
+class Shared(NamedTuple):
+    """What all layers of one forward pass share."""
+
+    x0: Tensor  # (B, T, d) normed input
+    values: Tensor | None  # (B, T, Hkv dh) value embedding
+    rope: list[Tensor]  # cos and sin, as rotary_table's
+    bounds: Bounds | None
+
+
+class Layer(NamedTuple):
+    """What a virtual layer has: its slices of the parameters, by name, and what it is."""
+
+    weights: dict[str, Tensor]  # only those that it has a share of
+    xsa: bool
+    parallel: bool
+
+
+class GPT(nn.Module):
+    """The language model. Matrices of one role live in one 3-D bank, vectors of one kind in one stacked parameter.
+
+    A technique that is off has no parameters. `trained` says for each parameter what trains it: matrix (Muon),
+    embedding, head or scalar (AdamW, each with its own rates).
+    """
+
+    def __init__(self, cfg: Settings, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = -1,
+                 ops: Ops = PLAIN):
+        """Weights are fp32; activations and matrix products are of `dtype`; `bos` is the id that opens a document."""
+        super().__init__()
+        self.cfg, self.attend, self.dtype, self.bos, self.ops = cfg, attend, dtype, bos, ops
+        self.trained: dict[str, str] = {}
+        self.slices: dict[str, tuple[str, str, int]] = {}  # name in a layer -> parameter, what is counted, the first
+        self.ve_layers = cfg.ve_layer_list() if cfg.ve_enabled else []
+        layers, d, kv = cfg.num_layers, cfg.model_dim, cfg.num_kv_heads * (cfg.model_dim // cfg.num_heads)
+        hidden, new = int(cfg.mlp_mult * d), self.new
+        new("tok_emb", torch.randn(cfg.vocab_size, cfg.embedding_dim or d) * cfg.tied_embed_init_std, "embedding")
+        new("qo_bank", torch.cat((orthogonal(layers, d, d), torch.zeros(layers, d, d))), "matrix", "layer", "q o")
+        new("kv_bank", orthogonal(2 * layers, kv, d), "matrix", "layer", "k v")
+        new("mlp_up_bank", orthogonal(layers, hidden, d), "matrix", "layer", "up")
+        new("mlp_down_bank", torch.zeros(layers, d, hidden), "matrix", "layer", "down")
+        new("resid_mix", torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d), "scalar", "layer")
+        new("attn_scale", torch.ones(layers, d), "scalar", "layer")
+        new("mlp_scale", torch.ones(layers, d), "scalar", "layer")
+        new("q_gain", torch.full((layers, cfg.num_heads), cfg.qk_gain_init), "scalar", "layer")
+        self.add_techniques(kv)
+        if cfg.ln_scale:  # a tensor: of numbers, torch.compile would make a graph for each layer
+            self.register_buffer("norm_scale", torch.arange(1, layers + 1) ** -0.5, persistent=False)
+            self.slices["norm_scale"] = ("norm_scale", "layer", 0)
+
+    def new(self, name: str, value: Tensor, trained: str, cut: str = "", roles: str = "") -> None:
+        """Add a parameter; `trained` says by what. `cut`: what its first dimension counts, a key of slice_layer's
+        `index`, if layers have slices of it. A bank of several `roles` holds all slices of the first role first.
+        """
+        self.register_parameter(name, nn.Parameter(value))
+        self.trained[name] = trained
+        if cut:
+            names = (roles or name).split()
+            self.slices |= {role: (name, cut, i * self.cfg.num_layers) for i, role in enumerate(names)}
+
+    def add_techniques(self, kv: int) -> None:
+        """The parameters of what can be off. `kv`: the width of keys and of values, all heads together."""
+        cfg, d, new, loops = self.cfg, self.cfg.model_dim, self.new, self.cfg.num_loops
+        skips, parallel = len(virtual_layers(cfg, loops)) // 2, cfg.num_layers - cfg.parallel_start_layer
+        if skips:
+            new("skip_weight", torch.ones(skips, d), "scalar", "decoder step")
+        if skips and cfg.skip_gates_enabled:
+            new("skip_gate", torch.zeros(skips, d), "scalar", "decoder step")
+        if cfg.embedding_dim:
+            new("embed_in_bank", orthogonal(1, d, cfg.embedding_dim), "matrix")
+            new("embed_out_bank", orthogonal(1, cfg.embedding_dim, d), "matrix")
+        if not cfg.tie_embeddings:
+            new("head", torch.zeros_like(self.tok_emb), "head")
+        if cfg.recur_blend != "none" and loops:
+            init = {"alpha": [cfg.recur_alpha_init], "ab": [cfg.recur_a_init, cfg.recur_b_init], "gate": [4.0]}
+            looped = cfg.loop_end - cfg.loop_start + 1
+            new("recur_blend", torch.tensor(init[cfg.recur_blend]).repeat(loops, looped, 1), "scalar", "revisit")
+        if cfg.parallel_mode == "lanes" and parallel > 0:
+            new("lane_mix", torch.tensor(0.5), "scalar")
+        elif cfg.parallel_mode == "crossed" and parallel > 0:
+            new("lane_keep", torch.full((parallel, 2), 1.1), "scalar", "parallel layer")
+            new("lane_write", torch.ones(parallel, 2, 2), "scalar", "parallel layer")
+        if cfg.bigram_vocab_size:
+            new("bigram_table", torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), "embedding")
+            new("bigram_bank", orthogonal(1, d, cfg.bigram_dim), "matrix")
+            new("bigram_scale", torch.tensor(0.05), "scalar")
+        if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
+            new("smear_weight", torch.zeros(1, cfg.gate_window), "scalar")
+            new("smear_scale", torch.tensor(0.0), "scalar")
+        elif cfg.smear_gate_enabled:
+            new("smear_theta", torch.zeros(d), "scalar")
+        if cfg.ve_enabled:
+            new("ve_table", torch.randn(cfg.vocab_size, cfg.ve_dim) * 0.01, "embedding")
+            new("ve_bank", orthogonal(1, kv, cfg.ve_dim), "matrix")
+            new("ve_scale", torch.tensor(0.1), "scalar")
+            new("ve_layer_scale", torch.ones(len(self.ve_layers)), "scalar", "value layer")
+        if cfg.gated_attn_enabled:
+            new("attn_gate", torch.randn(cfg.num_layers, cfg.num_heads, d) * 0.01, "scalar", "layer")
+        elif cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
+            new("attn_gate", torch.zeros(cfg.num_layers, cfg.num_heads, cfg.gate_window), "scalar", "layer")
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
+                hooks: Hooks = NO_HOOKS, loops: int | None = None, hints: Tensor | None = None,
+                parts: list[Callable] | None = None) -> Tensor:
+        """Losses (B, T) fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
+
+        With `hints`, (B, T) other tokens, (2, B, T): the losses of the targets and those of the hints.
+
+        ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
+        looped layers run again; None: NUM_LOOPS. `parts`: compiled forms of embed, layer and predict.
+        """
+        embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
+        rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
+        x, values = embed(ids, hooks.at())
+        shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds)
+        order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
+        half, skips, lane, outputs = len(order) // 2, [], None, {}
+        stacks = dict([*self.named_parameters(), *self.named_buffers()])
+        stacks |= {name: bank.unbind(0) for name, bank in self.params_of("matrix").items()}  # gradients in one piece
+        for n, (layer, visit) in enumerate(order):
+            skip = skips.pop() if n >= half and skips else None
+            params = self.slice_layer(stacks, layer, visit, None if skip is None else n - half)
+            last = outputs[layer] if "recur_blend" in params.weights else None
+            x, lane = run_layer(x, lane, skip, last, params, shared, hooks.at(layer, visit))
+            if self.cfg.recur_blend != "none":
+                outputs[layer] = x
+            if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
+                skips.append(x.view_as(x))
+        return predict(x, lane, targets, hooks.at(), hints)
+
+    def slice_layer(self, stacks: dict[str, Any], layer: int, visit: int, step: int | None) -> Layer:
+        """A virtual layer's slices of the parameters. `step`: of the decoder, where a skip ends; else None."""
+        cfg = self.cfg
+        index = {  # of this layer's slice; None where it has none
+            "layer": layer, "decoder step": step,
+            "parallel layer": layer - cfg.parallel_start_layer if layer >= cfg.parallel_start_layer else None,
+            "value layer": self.ve_layers.index(layer) if layer in self.ve_layers else None,
+            "revisit": (visit - 1, layer - cfg.loop_start) if visit else None}
+        weights = {role: stacks[name][index[cut] + first if first else index[cut]]
+                   for role, (name, cut, first) in self.slices.items() if index[cut] is not None}
+        return Layer(weights, layer >= cfg.num_layers - cfg.xsa_last_n, layer >= cfg.parallel_start_layer)
+
+    def embed(self, ids: Tensor, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
+        """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
+        cfg, starts = self.cfg, document_starts(ids, self.bos)
+        x = lookup(self.tok_emb, ids, "emb", hooks, self.dtype)
+        if cfg.embedding_dim:
+            x = linear(x, self.embed_in_bank[0], "embed_in", hooks)
+        if cfg.bigram_vocab_size:  # PR 162
+            buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
+            y = lookup(self.bigram_table, buckets, "bigram_table", hooks, self.dtype)
+            x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", hooks)
+        smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
+        if smear == "input":  # PR 1667
+            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, "smear", hooks))
+            x = x + self.smear_scale.to(x.dtype) * gate * previous(x, starts)
+        x = rms_norm(x)
+        if smear == "vector":  # PR 65
+            x = torch.lerp(x, previous(x, starts), torch.sigmoid(self.smear_theta).to(x.dtype))
+        if not cfg.ve_enabled:
+            return x, None
+        values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
+        return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
+
+    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, hooks: Hooks,
+                hints: Tensor | None = None) -> Tensor:
+        """Losses, or logits without targets, from the last residual stream x (B, T, d) and its other lane, if any."""
+        if lane is not None and self.cfg.parallel_mode == "lanes":
+            x = torch.lerp(lane, x, self.lane_mix.to(x.dtype))
+        elif lane is not None:
+            x = {"mean": 0.5 * (x + lane), "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
+        x = rms_norm(x)
+        if self.cfg.embedding_dim:
+            x = linear(x, self.embed_out_bank[0], "embed_out", hooks)
+        if hooks.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
+            collect_hessian(x, "head", hooks)
+            return x
+        weight, cap = self.tok_emb if self.cfg.tie_embeddings else self.head, self.cfg.logit_softcap
+        if self.ops.head_losses and targets is not None and hints is None and not any(hooks):
+            return self.ops.head_losses(x, weight.to(x.dtype), targets, cap)
+        logits = linear(x, weight, "head", hooks)
+        if hints is not None:
+            return torch.stack([cross_entropy(logits, tokens, cap) for tokens in (targets, hints)])
+        return softcap(logits, cap) if targets is None else cross_entropy(logits, targets, cap)
+
+    def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, params: Layer,
+              shared: Shared, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
+        """One virtual layer on the residual stream x (B, T, d), and on the other lane if there are two.
+
+        Into x first comes the U-Net skip (PR 289) that ends here, if one does; into the output of a revisited layer, by
+        RECUR_BLEND, `last`, its output at the visit before.
+        """
+        before, w = x, params.weights
+        if skip is not None:
+            skip = w["skip_weight"].to(x.dtype) * skip
+            gate = w.get("skip_gate")
+            x = x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate).to(x.dtype))
+        if params.parallel and self.cfg.parallel_mode != "gptj":
+            if lane is None:  # crossed: no skip reaches lane 1
+                lane = x if self.cfg.parallel_mode == "lanes" else before
+            return self.lanes(x, lane, params, shared, hooks)
+        u = mix(x, shared.x0, *w["resid_mix"])
+        n = self.norm(u, params)
+        y = mix(u, self.attention_half(n, params, shared, hooks), None, w["attn_scale"])
+        if not params.parallel:  # else the MLP reads what attention reads (GPT-J; PR 1412)
+            n = self.norm(y, params)
+        y = mix(y, self.mlp_half(n, params, hooks), None, w["mlp_scale"])
+        if "recur_blend" not in w:
+            return y, None
+        weight = w["recur_blend"].to(x.dtype)
+        if self.cfg.recur_blend == "ab":  # PR 1894
+            return weight[0] * y + weight[1] * last, None
+        return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0])), None
+
+    def lanes(self, lane0: Tensor, lane1: Tensor, params: Layer, shared: Shared, hooks: Hooks
+              ) -> tuple[Tensor, Tensor]:
+        """One parallel layer on two streams: attention reads lane 0, the MLP lane 1 (PR 1523; crossed: PR 1529)."""
+        w = params.weights
+        u = mix(lane0, shared.x0, *w["resid_mix"])
+        a = w["attn_scale"].to(u.dtype) * self.attention_half(self.norm(u, params), params, shared, hooks)
+        m = w["mlp_scale"].to(u.dtype) * self.mlp_half(self.norm(lane1, params), params, hooks)
+        if self.cfg.parallel_mode == "lanes":
+            return u + a, lane1 + m
+        keep, add = w["lane_keep"].to(a.dtype), w["lane_write"].to(a.dtype)
+        return (keep[0] * lane0 + add[0, 0] * a + add[1, 0] * m,
+                keep[1] * lane1 + add[0, 1] * a + add[1, 1] * m)
+
+    def attention_half(self, n: Tensor, params: Layer, shared: Shared, hooks: Hooks) -> Tensor:
+        """Attention on the normed stream n (B, T, d)."""
+        cfg, w = self.cfg, params.weights
+        q, k, v = (linear(n, w[role], role, hooks) for role in "qkv")
+        if "ve_layer_scale" in w:  # PR 374
+            v = v + w["ve_layer_scale"].to(v.dtype) * shared.values
+        q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
+        q = norm_rotate(q, w["q_gain"].to(q.dtype), *shared.rope)
+        k = norm_rotate(k, None, *shared.rope)
+        y, gate = self.attend(q, k, v, shared.bounds), None
+        if "attn_gate" in w:
+            gate = linear(n if cfg.gated_attn_enabled else n[..., : cfg.gate_window], w["attn_gate"], "gate", hooks)
+            if cfg.sparse_attn_gate_enabled:  # PR 1787
+                gate = cfg.sparse_attn_gate_scale * gate
+            gate = torch.sigmoid(gate) * (2.0 if cfg.attn_out_gate_enabled else 1.0)  # PR 1667; arXiv 2505.06708
+        if params.xsa:
+            y = exclude_self(y, v, gate)
+        elif gate is not None:
+            y = y * gate[..., None]
+        return adapt(linear(y.flatten(2), w["o"], "o", hooks), n, "attn", hooks)
+
+    def mlp_half(self, n: Tensor, params: Layer, hooks: Hooks) -> Tensor:
+        """The MLP on the normed stream n (B, T, d)."""
+        up, down = params.weights["up"], params.weights["down"]
+        if self.ops.mlp and not any(hooks):
+            return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype))
+        y = linear(squared_leaky_relu(linear(n, up, "up", hooks)), down, "down", hooks)
+        return adapt(y, n, "mlp", hooks)
+
+    def norm(self, u: Tensor, params: Layer) -> Tensor:
+        """What a half of this layer reads of the stream u."""
+        scale = params.weights.get("norm_scale")
+        return rms_norm(u) if scale is None else rms_norm(u) * scale.to(u.dtype)
+
+    def params_of(self, *trained: str) -> dict[str, nn.Parameter]:
+        """The parameters that are trained so."""
+        return {name: p for name, p in self.named_parameters() if self.trained[name] in trained}
+
+
+def mix(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
+    """The stream a x + b z, None is 1: x, z (B, T, d); a, b (d,)."""
+    return (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
+
+
+def document_starts(ids: Tensor, bos: int) -> Tensor:
+    """(B, T) bool: tokens with no token before them in their row or document. Attention may be cut elsewhere too."""
+    return F.pad(ids[:, 1:] == bos, (1, 0), value=True)
+
+
+def previous(x: Tensor, starts: Tensor) -> Tensor:
+    """x (B, T, d) of the token before; 0 at a document's start, or the one before it would leak in (PR 1851)."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(starts[..., None], 0.0)
+
+
+def bigram_bucket(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
+    """(B, T) int32 hash of each token and the one before it; the last bucket where there is none (PR 162)."""
+    tokens = ids.int()
+    pair = (36313 * tokens) ^ (27191 * F.pad(tokens, (1, 0))[:, :-1])
+    return torch.where(starts, buckets - 1, pair % (buckets - 1))
+
+
+def orthogonal(count: int, rows: int, cols: int) -> Tensor:
+    """(count, rows, cols) random matrices with orthonormal rows or columns, whichever are fewer."""
+    return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
+
+
+def build_model(cfg: Settings, rt: "Runtime", attend: Callable, bos: int, ops: Ops = PLAIN) -> GPT:
+    """The model with its initial weights from SEED, drawn on the CPU so that they do not depend on the device."""
+    torch.manual_seed(cfg.seed)
+    model = GPT(cfg, attend, rt.dtype, bos, ops).to(rt.device)
+    for name, p in model.named_parameters():
+        rt.share_(p.detach(), name)
+    return model
+
+
+def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Callable, Callable]:
+    """The model's forward pass compiled whole, and the same by its parts, where layers of a kind share a graph.
+
+    Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many,
+    on the evaluation's clock. Parts are soon compiled, and from the second width on for any.
+    """
+    torch._dynamo.config.recompile_limit = 256  # one function, many graphs: loops, QAT, widths, kinds of layers
+    whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+    parts = [torch.compile(part, fullgraph=True, backend=backend) for part in (model.embed, model.layer, model.predict)]
+    return whole, lambda *inputs, **options: model(*inputs, parts=parts, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+#
+# In: the machine, and what ATTENTION and FUSED ask for. Out: the fastest attention backend that works there, and with
+# FUSED=1 Triton kernels in place of the plain forms that move more memory than need be (benchmarks/README.md).
+
+
+HEAD_CHUNK = 2**24  # most logits that kernels make at a time: 34 MB in bf16, which Hopper's L2 holds
+
+
+def attend_flash(dense: Callable, varlen: Callable) -> Callable:
+    """FlashAttention's two entry points (versions 2 and 3 share them) behind our signature."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
+        if bounds is None:
+            y = dense(q, k, v, causal=True)
+            return y[0] if isinstance(y, tuple) else y
+        cu, size = bounds.cu_seqlens, bounds.max_len
+        y = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q=cu, cu_seqlens_k=cu,
+                   max_seqlen_q=size, max_seqlen_k=size, causal=True)
+        return (y[0] if isinstance(y, tuple) else y).view_as(q)
+
+    return attend
+
+
+def attend_torch_varlen(varlen_attn: Callable) -> Callable:
+    """PyTorch's own variable-length flash attention; without bounds SDPA is already its fixed-length form."""
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
+        if bounds is None:
+            return attend_sdpa(q, k, v, None)
+        options = {"enable_gqa": True} if grouped else {}
+        if not grouped:
+            k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
+        cu, size = bounds.cu_seqlens, bounds.max_len
+        y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu, size, size, window_size=(-1, 0),
+                        **options)
+        return y.view_as(q)
+
+    return attend
+
+
+def load_flash(package: str, repository: str) -> tuple[Any, str]:
+    """A FlashAttention's Python module and where it comes from: the installed `package`, or else the newest version of
+    a prebuilt `repository` on the hub (from its cache once downloaded). ImportError when neither is to be had.
+
+    Since 2026-06 the builds on the hub are of PyTorch's stable ABI, one for all of torch from 2.9 on; `kernels` finds
+    them from its version 0.16 on (huggingface/kernels-community PR 975 and 997).
+    """
+    try:
+        return importlib.import_module(package), package
+    except ImportError:
+        from kernels import get_kernel
+    why = ""
+    for version in (3, 2, 1):
+        try:
+            return get_kernel(repository, version=version), f"{repository} version {version}"
+        except Exception as e:  # whatever the client raises: no network, no such version, no build for this machine
+            why = why if "not found, available" in str(e) and why else str(e)
+    raise ImportError(f"no prebuilt {repository}: {why}")
+
+
+def load_attention(name: str) -> tuple[Callable, str]:
+    """One backend by name, and where it comes from; ImportError when it is not installed."""
+    if name in ("fa3", "fa2"):
+        fa, source = load_flash(*(("flash_attn_interface", "kernels-community/flash-attn3") if name == "fa3" else
+                                  ("flash_attn", "kernels-community/flash-attn2")))
+        return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func), source
+    if name == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        if "window_size" not in inspect.signature(varlen_attn).parameters:
+            raise ImportError("torch.nn.attention.varlen needs torch 2.11")
+        return attend_torch_varlen(varlen_attn), "PyTorch"
+    return attend_sdpa, "PyTorch"
+
+
+class Attention(NamedTuple):
+    """The backend that a run uses."""
+
+    name: str
+    source: str  # the package, or the repository and its version
+    run: Callable  # as attend_sdpa
+    skipped: list[str]  # faster ones, and why they were passed over
+
+
+def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> Attention:
+    """The first backend that works, or the one that ATTENTION asks for.
+
+    All but SDPA need a GPU and bf16. Each is tried on a small input, forward and backward. RunError if the one that
+    ATTENTION asks for does not work.
+    """
+    choice, skipped = cfg.attention, []
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        if choice not in ("auto", "sdpa"):
+            raise RunError(f"ATTENTION={choice}: needs a GPU and bf16; takes sdpa or auto here")
+        return Attention("sdpa", "PyTorch", attend_sdpa, [])
+    for name in ("fa3", "fa2", *(["varlen"] if cfg.varlen_enabled else []), "sdpa") if choice == "auto" else (choice,):
+        try:
+            if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+                raise ImportError("needs a Hopper GPU")
+            (attend, source), width = load_attention(name), cfg.model_dim // cfg.num_heads
+            q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
+                       for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+            bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long), 0, 16).to(device) if cfg.varlen_enabled else None
+            probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
+            probe(q, k, v, bounds).sum().backward()
+            return Attention(name, source, attend, skipped)
+        except Exception as e:  # an extension that does not fit the machine can raise anything
+            skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
+    raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
+
+
+# Kernels compute in fp32 what plain forms round at every step.
+
+
+def kernel(function: Callable) -> Callable:
+    """Triton's compiler, or its interpreter under TRITON_INTERPRET=1; the bare function where there is no Triton."""
+    return triton.jit(function) if triton else function
+
+
+@kernel
+def load_fp32(place, keep):
+    return tl.load(place, keep, other=0.0).to(tl.float32)
+
+
+@kernel
+def store(place, value, keep):
+    tl.store(place, value.to(place.dtype.element_ty), keep)
+
+
+@kernel
+def mlp_kernel(a, b, h, out, act, M, N, K, step_k, step_n, BM: constexpr, BN: constexpr, BK: constexpr,
+               GRAD: constexpr):
+    """The product p (M, N) of a (M, K) and b, whose element (k, n) is at k step_k + n step_n -> out, and with it
+    act = squared_leaky_relu(p); or with GRAD p is act's gradient, -> out is that of h, and act is of h.
+    """
+    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
+    i, j = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
+    i, j = tl.swizzle2d(i, j, tiles_m, tiles_n, 8)  # programs at work together share rows and columns
+    row, col = (i * BM + tl.arange(0, BM)).to(tl.int64)[:, None], (j * BN + tl.arange(0, BN))[None, :]
+    p = tl.zeros((BM, BN), tl.float32)
+    for first in tl.range(0, K, BK):
+        k = first + tl.arange(0, BK)
+        left = tl.load(a + row * K + k[None, :], (row < M) & (k[None, :] < K), other=0.0)
+        right = tl.load(b + k[:, None] * step_k + col * step_n, (k[:, None] < K) & (col < N), other=0.0)
+        p = tl.dot(left, right, p, input_precision="ieee")
+    at, keep = row * N + col, (row < M) & (col < N)
+    value = load_fp32(h + at, keep) if GRAD else p.to(out.dtype.element_ty).to(tl.float32)
+    slope = tl.where(value < 0, 0.5, 1.0)
+    store(act + at, slope * slope * value * value, keep)
+    store(out + at, 2 * slope * slope * value * p if GRAD else p, keep)
+
+
+@kernel
+def capped(logits, col, keep, cap):
+    return cap * (2 * tl.sigmoid(2 / cap * load_fp32(logits + col, keep)) - 1)
+
+
+@kernel
+def loss_kernel(logits, targets, g, losses, vocab, cap, BLOCK: constexpr, GRAD: constexpr):
+    """cross_entropy() of logits (rows, vocab), one program a row -> losses; or with GRAD, from the gradient g, that of
+    the logits in their place.
+    """
+    row, cap = tl.program_id(0).to(tl.int64), tl.load(cap)
+    target, most, total = tl.load(targets + row), -3e38, 0.0
+    logits += row * vocab
+    for first in tl.range(0, vocab, BLOCK):
+        col = first + tl.arange(0, BLOCK)
+        t = tl.where(col < vocab, capped(logits, col, col < vocab, cap), -3e38)
+        larger = tl.maximum(most, tl.max(t, 0))
+        total = total * tl.exp(most - larger) + tl.sum(tl.exp(t - larger), 0)
+        most = larger
+    most += tl.log(total)
+    if GRAD:
+        scale = load_fp32(g + row, target >= 0)
+        for first in tl.range(0, vocab, BLOCK):
+            col = first + tl.arange(0, BLOCK)
+            t = capped(logits, col, col < vocab, cap)
+            slope = scale * (1 - t * t / (cap * cap))
+            store(logits + col, slope * (tl.exp(t - most) - tl.where(col == target, 1.0, 0.0)), col < vocab)
+    else:
+        store(losses + row, tl.where(target >= 0, most - capped(logits, target, target >= 0, cap), 0.0), True)
+
+
+# Each of these launches a kernel on the inputs of the plain form of its name: forward; or, given the gradients of its
+# outputs, backward, and returns those of the first inputs.
+
+
+def run_mlp(x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> list[Tensor]:
+    """Forward also returns h (B, T, hidden), before the activation, and backward is given it ahead of the gradient."""
+    h, left = rest or (x, x)
+    out, act = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
+    b, steps = (down, down.stride()) if rest else (up, up.stride()[::-1])
+    left = left.flatten(0, -2)
+    # backward half as wide, or its registers spill (ptxas, sm_90); large tiles of fp32 do not fit in shared memory
+    tile = (128, 128 if rest else 256, 64) if x.dtype == torch.bfloat16 else (32, 32, 32)
+    programs = triton.cdiv(len(left), tile[0]) * triton.cdiv(len(up), tile[1])
+    mlp_kernel[(programs,)](left, b, h, out, act, len(left), *up.shape, *steps, *tile, bool(rest), num_warps=8)
+    if not rest:
+        return [F.linear(act, down), out]
+    return [out @ up, out.flatten(0, -2).mT @ x.flatten(0, -2), left.mT @ act.flatten(0, -2)]
+
+
+def run_head_losses(x: Tensor, weight: Tensor, targets: Tensor, cap: Tensor, *grads: Tensor) -> list[Tensor]:
+    """Logits never stand whole in memory: the head goes by chunks of tokens, and backward makes each chunk anew."""
+    losses, vocab = torch.empty_like(targets, dtype=torch.float32), len(weight)
+    gx, gw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if grads else (x, None)
+    size = max(1, HEAD_CHUNK // vocab)
+    parts = [t.flatten(0, 1).split(size) for t in (x, targets, *(grads or [losses]), losses, gx)]
+    for rows, target, g, loss, out in zip(*parts):
+        logits = rows @ weight.mT
+        loss_kernel[(len(rows),)](logits, target, g, loss, vocab, cap, min(8192, triton.next_power_of_2(vocab)),
+                                  bool(grads), num_warps=8)
+        if grads:
+            torch.mm(logits, weight, out=out)
+            gw += logits.mT @ rows
+    return [gx, gw.to(weight.dtype)] if grads else [losses]
+
+
+def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -> Callable[..., list[Tensor]]:
+    """run(*inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
+
+    Without gradients it gives outputs shaped as `like(*inputs)`, of which the last `kept` are only for backward, behind
+    the inputs; with the gradients of the others, those of the first `count` inputs.
+    """
+    def forward(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return run(*(t.contiguous() for t in inputs + grads))
+
+    def shapes(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        return [t.new_empty(t.shape) for t in (inputs[:count] if grads else like(*inputs))]
+
+    def remember(*, ctx, inputs: tuple, output: list[Tensor]) -> None:  # so PyTorch calls it
+        tensors, _ = inputs
+        ctx.rest = [None] * (len(tensors) - count)
+        ctx.set_materialize_grads(not kept)  # zeros for an output that nothing reads
+        ctx.save_for_backward(*tensors, *output[len(output) - kept :])
+
+    def backward(ctx, grads: list[Tensor | None]) -> tuple:
+        return operator(ctx.saved_tensors, grads[: len(grads) - kept]) + ctx.rest, []
+
+    operator = torch.library.custom_op(f"train_gpt::{name}", forward, mutates_args=(), schema="(Tensor[] inputs, "
+                                       "Tensor[] grads) -> Tensor[]")
+    operator.register_fake(shapes)
+    operator.register_autograd(backward, setup_context=remember)
+    return lambda *inputs: operator(inputs, [])
+
+
+@cache  # an operator that is made again takes its first one's place in PyTorch, under those that still call it
+def fused_ops() -> Ops:
+    """The forms of FUSED=1, all by kernels."""
+    mlp = fused("mlp", run_mlp, 3, lambda x, up, _: [x, x.new_empty(*x.shape[:-1], len(up))], kept=1)
+    head = fused("head_losses", run_head_losses, 2, lambda x, *_: [x[..., 0].float()])
+    return Ops(
+        mlp=lambda *inputs: mlp(*inputs)[0],
+        head_losses=lambda x, weight, targets, cap: head(x, weight, targets, torch.full((), cap, device=x.device))[0])
+
+
+def pick_ops(cfg: Settings, device: torch.device) -> Ops:
+    """The forms that FUSED asks for. RunError where Triton cannot run them."""
+    if cfg.fused and (not triton or (device.type != "cuda" and isinstance(load_fp32, triton.JITFunction))):
+        raise RunError("FUSED=1: needs a GPU and Triton; takes 0 here")
+    return fused_ops() if cfg.fused else PLAIN
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -441,7 +1228,7 @@ def atomic_write(path: str) -> Iterator[Any]:
 
 
 def save_tensors(path: str, content: dict[str, Any]) -> None:
-    """torch.save, atomically; by way of memory, because its own writer hides what the disk says."""
+    """torch.save, atomically. It goes through memory, because torch's writer hides errors of the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
@@ -824,7 +1611,6 @@ class Clock:
 
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
-IGNORE = -100  # target of a position that is not scored
 CASE_MARKERS = "\ue001\ue002\ue003\ue004"  # of CaseOps: a capital and small letters, all capitals, one, no marker
 
 
@@ -885,7 +1671,8 @@ def shard_paths(cfg: Settings, split: str) -> list[str]:
     return paths
 
 
-class ByteTable(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ByteTable:
     """How many bytes of text a token stands for, given the token before it."""
 
     length: Tensor  # (V,) int32: UTF-8 bytes of the piece without its leading space
@@ -981,7 +1768,8 @@ def charged_bytes(cfg: Settings, table: ByteTable, paths: list[str], tokens: Ten
     return charged
 
 
-class Validation(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Validation:
     """The text that is scored, whole."""
 
     tokens: Tensor  # (N,) int32, on the device
@@ -989,6 +1777,7 @@ class Validation(NamedTuple):
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
+    ngram: tuple[int, float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
 
     @classmethod
     def load(cls, cfg: Settings, table: ByteTable, device: str | torch.device = "cpu") -> "Validation":
@@ -1006,7 +1795,18 @@ class Validation(NamedTuple):
         charged = charged_bytes(cfg, table, paths, tokens)
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
-        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos)
+        ngram = (cfg.token_order, cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram)
+
+    @cached_property
+    def hints(self) -> Tensor | None:
+        """find_hints() of these tokens, made when first asked for; None where no hints are wanted."""
+        return self.ngram and find_hints(self.tokens, *self.ngram)
+
+    def over(self, tokens: Tensor, charged: Tensor | None = None) -> "Validation":
+        """Another stream (N,) in place of this one, with the bytes `charged` to each token; None: one each."""
+        charged = torch.ones(len(tokens), dtype=torch.int32) if charged is None else charged
+        return Validation(tokens, charged, int((tokens == self.bos).sum()), None, self.bos, self.ngram)
 
 
 def manifest_stats(data_path: str) -> dict[str, int]:
@@ -1151,835 +1951,6 @@ class Feeder:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Kernels
-#
-# In: tensors of one layer or of the head. Out: attention inside documents or rows by the fastest backend that works,
-# and what lies between matrix products, in plain forms or as Triton kernels.
-
-
-class Bounds(NamedTuple):
-    """Documents packed into one flat sequence of N = B*T tokens: attention stays inside [cu[i], cu[i+1])."""
-
-    cu_seqlens: Tensor  # (documents + 1,) int32, from 0 to N
-    segment: Tensor  # (N,) int32: which document a token belongs to
-    max_len: int  # no document is longer
-
-    @classmethod
-    def find(cls, ids: Tensor, bos: int, max_len: int) -> "Bounds":
-        """Bounds of ids (B, T): a document starts at each `bos`, at each row, and after every `max_len` tokens.
-
-        cu_seqlens is filled up with N, documents of no tokens, to a length that hardly ever changes: a compiled graph
-        is made for one length. The room is twice what web text needs (a document of FineWeb has 960 tokens, windows cut
-        some more), not ten times: FlashAttention 3 makes room for a block of queries in every document that might be.
-        """
-        starts = ids == bos
-        starts[:, 0] = True
-        flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
-        cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
-        room = max(64, ids.numel() // 256)
-        while room <= len(cuts):
-            room *= 2
-        cu = torch.tensor(cuts + [ids.numel()] * (room + 1 - len(cuts)), dtype=torch.int32, device=ids.device)
-        segment = torch.repeat_interleave(torch.arange(room, dtype=torch.int32, device=ids.device), cu.diff().long())
-        return cls(cu, segment, max_len)
-
-    def to(self, device: torch.device) -> "Bounds":
-        return Bounds(*(t.to(device, non_blocking=True) for t in self[:2]), self.max_len)
-
-
-def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
-    """Causal attention with grouped heads: q (B, T, H, dh), k and v (B, T, Hkv, dh) -> (B, T, H, dh). Plain PyTorch.
-
-    With bounds, the flat sequence is cut into blocks of max_len: a query's document starts in its own block or the one
-    before, so each block attends to two, under a mask of equal segments. Shapes do not depend on the documents. Where
-    a block is a row, which starts a document, it attends to itself alone.
-    """
-    if bounds is None:
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                           enable_gqa=q.size(2) != k.size(2))
-        return y.transpose(1, 2)
-    k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))  # fast kernels take mask or groups
-    total, size = q.size(0) * q.size(1), bounds.max_len
-    pad, reach = -total % size, 1 if q.size(1) == size else 2  # blocks that a block attends to
-
-    def blocks(x: Tensor) -> Tensor:  # (B, T, heads, dh) -> (blocks, heads, size, dh)
-        return F.pad(x.flatten(0, 1), (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, size)).transpose(1, 2)
-
-    def with_previous(x: Tensor) -> Tensor:
-        return x if reach == 1 else torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x), dim=2)
-
-    segment = F.pad(bounds.segment, (0, pad), value=-1).view(-1, size)
-    key_segment = segment
-    if reach == 2:
-        key_segment = torch.cat((F.pad(segment, (0, 0, 1, 0), value=-2)[:-1], segment), dim=1)
-    place = torch.arange(reach * size, device=q.device)
-    mask = (segment[:, :, None] == key_segment[:, None, :]) & (place <= place[-size:, None])
-    y = F.scaled_dot_product_attention(blocks(q), with_previous(blocks(k)), with_previous(blocks(v)),
-                                       attn_mask=mask[:, None])
-    return y.transpose(1, 2).flatten(0, 1)[:total].view_as(q)
-
-
-def attend_flash(dense: Callable, varlen: Callable) -> Callable:
-    """FlashAttention's two entry points (versions 2 and 3 share them) behind our signature."""
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
-        if bounds is None:
-            y = dense(q, k, v, causal=True)
-            return y[0] if isinstance(y, tuple) else y
-        cu, size = bounds.cu_seqlens, bounds.max_len
-        y = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q=cu, cu_seqlens_k=cu,
-                   max_seqlen_q=size, max_seqlen_k=size, causal=True)
-        return (y[0] if isinstance(y, tuple) else y).view_as(q)
-
-    return attend
-
-
-def attend_torch_varlen(varlen_attn: Callable) -> Callable:
-    """PyTorch's own variable-length flash attention; without bounds SDPA is already its fixed-length form."""
-    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters  # from torch 2.12
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tensor:
-        if bounds is None:
-            return attend_sdpa(q, k, v, None)
-        options = {"enable_gqa": True} if grouped else {}
-        if not grouped:
-            k, v = (x.repeat_interleave(q.size(2) // k.size(2), dim=2) for x in (k, v))
-        cu, size = bounds.cu_seqlens, bounds.max_len
-        y = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu, cu, size, size, window_size=(-1, 0),
-                        **options)
-        return y.view_as(q)
-
-    return attend
-
-
-def load_flash(package: str, repository: str) -> tuple[Any, str]:
-    """A FlashAttention's Python module and where it comes from: the installed `package`, or else the newest version of
-    a prebuilt `repository` on the hub (from its cache once downloaded). ImportError when neither is to be had.
-
-    Since 2026-06 the builds on the hub are of PyTorch's stable ABI, one for all of torch from 2.9 on; `kernels` finds
-    them from its version 0.16 on (huggingface/kernels-community PR 975 and 997).
-    """
-    try:
-        return importlib.import_module(package), package
-    except ImportError:
-        from kernels import get_kernel
-    why = ""
-    for version in (3, 2, 1):
-        try:
-            return get_kernel(repository, version=version), f"{repository} version {version}"
-        except Exception as e:  # whatever the client raises: no network, no such version, no build for this machine
-            why = why if "not found, available" in str(e) and why else str(e)
-    raise ImportError(f"no prebuilt {repository}: {why}")
-
-
-def load_attention(name: str) -> tuple[Callable, str]:
-    """One backend by name, and where it comes from; ImportError when it is not installed."""
-    if name in ("fa3", "fa2"):
-        fa, source = load_flash(*(("flash_attn_interface", "kernels-community/flash-attn3") if name == "fa3" else
-                                  ("flash_attn", "kernels-community/flash-attn2")))
-        return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func), source
-    if name == "varlen":
-        from torch.nn.attention.varlen import varlen_attn
-
-        if "window_size" not in inspect.signature(varlen_attn).parameters:
-            raise ImportError("torch.nn.attention.varlen needs torch 2.11")
-        return attend_torch_varlen(varlen_attn), "PyTorch"
-    return attend_sdpa, "PyTorch"
-
-
-class Attention(NamedTuple):
-    """The backend that a run uses."""
-
-    name: str
-    source: str  # the package, or the repository and its version
-    run: Callable  # as attend_sdpa
-    skipped: list[str]  # faster ones, and why they were passed over
-
-
-def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The first backend that works, or the one that ATTENTION asks for.
-
-    All but SDPA need a GPU and bf16. Each is tried on a small input, forward and backward. RunError if the one that
-    ATTENTION asks for does not work.
-    """
-    choice, skipped = cfg.attention, []
-    if device.type != "cuda" or dtype != torch.bfloat16:
-        if choice not in ("auto", "sdpa"):
-            raise RunError(f"ATTENTION={choice}: needs a GPU and bf16; takes sdpa or auto here")
-        return Attention("sdpa", "PyTorch", attend_sdpa, [])
-    for name in ("fa3", "fa2", *(["varlen"] if cfg.varlen_enabled else []), "sdpa") if choice == "auto" else (choice,):
-        try:
-            if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
-                raise ImportError("needs a Hopper GPU")
-            (attend, source), width = load_attention(name), cfg.model_dim // cfg.num_heads
-            q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
-                       for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
-            bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long), 0, 16).to(device) if cfg.varlen_enabled else None
-            probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
-            probe(q, k, v, bounds).sum().backward()
-            return Attention(name, source, attend, skipped)
-        except Exception as e:  # an extension that does not fit the machine can raise anything
-            skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
-    raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
-
-
-NORM_EPS = 1e-6  # under the root of every norm
-HEAD_CHUNK = 2**24  # most logits that kernels make at a time: 34 MB in bf16, which Hopper's L2 holds
-
-# Between the matrix products: plain forms, which torch.compile fuses, and with FUSED=1 Triton kernels where by its plan
-# it moves more than need be (benchmarks/README.md). Kernels compute in fp32 what plain forms round at every step.
-
-
-def rms_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean(x²) + eps) over the last dimension; no learned weight."""
-    return F.rms_norm(x, (x.size(-1),), eps=NORM_EPS)
-
-
-def norm_rotate(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
-    """Heads x (B, T, heads, dh) normed, times their gain, the first dims rotated by position (half-split pairs).
-
-    cos and sin (T, r/2); gain (heads,), None is 1; all of one dtype. In a form that torch.compile takes in one pass:
-    nothing is cut up and put together, and what backward needs is x.
-    """
-    x, half = rms_norm(x), cos.size(-1)
-    x = x if gain is None else x * gain[:, None]
-    if not half:
-        return x
-    rest = x.size(-1) - 2 * half
-    partner = F.pad(x[..., : 2 * half].unflatten(-1, (2, half)).flip(-2).flatten(-2), (0, rest))
-    cos, sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
-    return x * F.pad(cos, (0, rest), value=1.0)[:, None] + partner * F.pad(sin, (0, rest))[:, None]
-
-
-def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
-    """XSA (PR 478): y (B, T, H, dh) less its component along this position's own value, v (B, T, Hkv, dh); then times
-    a gate (B, T, H), None is 1.
-    """
-    v = F.normalize(v, dim=-1)[:, :, :, None]  # one value per group of query heads
-    y = y.unflatten(2, (v.size(2), -1))
-    y = (y - (y * v).sum(-1, keepdim=True) * v).flatten(2, 3)
-    return y if gate is None else y * gate[..., None]
-
-
-def squared_leaky_relu(h: Tensor) -> Tensor:
-    """LeakyReLU(0.5)² (PR 493)."""
-    return F.leaky_relu(h, 0.5).square()
-
-
-def softcap(logits: Tensor, cap: float) -> Tensor:
-    return cap * torch.tanh(logits.float() / cap)
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, cap: float) -> Tensor:
-    """Losses (B, T) fp32 in nats of targets (B, T) under logits (B, T, V) softly capped; 0 where IGNORE."""
-    losses = F.cross_entropy(softcap(logits, cap).flatten(0, 1), targets.flatten(), reduction="none",
-                             ignore_index=IGNORE)
-    return losses.view_as(targets)
-
-
-class Ops(NamedTuple):
-    """What kernels may do in a forward pass. None: linear() by linear(), as under any hook."""
-
-    # x (B, T, d), up (hidden, d), down (d, hidden) -> (B, T, d)
-    mlp: Callable | None = None
-    # x (B, T, d), weight (V, d), targets (B, T), cap -> losses as cross_entropy() has them
-    head_losses: Callable | None = None
-
-
-PLAIN = Ops()
-
-
-def kernel(function: Callable) -> Callable:
-    """Triton's compiler, or its interpreter under TRITON_INTERPRET=1; the bare function where there is no Triton."""
-    return triton.jit(function) if triton else function
-
-
-@kernel
-def read(place, keep):
-    return tl.load(place, keep, other=0.0).to(tl.float32)
-
-
-@kernel
-def write(place, value, keep):
-    tl.store(place, value.to(place.dtype.element_ty), keep)
-
-
-@kernel
-def mlp_kernel(a, b, h, out, act, M, N, K, step_k, step_n, BM: constexpr, BN: constexpr, BK: constexpr,
-               GRAD: constexpr):
-    """The product p (M, N) of a (M, K) and b, whose element (k, n) is at k step_k + n step_n -> out, and with it
-    act = squared_leaky_relu(p); or with GRAD p is act's gradient, -> out is that of h, and act is of h.
-    """
-    tiles_m, tiles_n = tl.cdiv(M, BM), tl.cdiv(N, BN)
-    i, j = tl.program_id(0) // tiles_n, tl.program_id(0) % tiles_n
-    i, j = tl.swizzle2d(i, j, tiles_m, tiles_n, 8)  # programs at work together share rows and columns
-    row, col = (i * BM + tl.arange(0, BM)).to(tl.int64)[:, None], (j * BN + tl.arange(0, BN))[None, :]
-    p = tl.zeros((BM, BN), tl.float32)
-    for first in tl.range(0, K, BK):
-        k = first + tl.arange(0, BK)
-        left = tl.load(a + row * K + k[None, :], (row < M) & (k[None, :] < K), other=0.0)
-        right = tl.load(b + k[:, None] * step_k + col * step_n, (k[:, None] < K) & (col < N), other=0.0)
-        p = tl.dot(left, right, p, input_precision="ieee")
-    at, keep = row * N + col, (row < M) & (col < N)
-    value = read(h + at, keep) if GRAD else p.to(out.dtype.element_ty).to(tl.float32)
-    slope = tl.where(value < 0, 0.5, 1.0)
-    write(act + at, slope * slope * value * value, keep)
-    write(out + at, 2 * slope * slope * value * p if GRAD else p, keep)
-
-
-@kernel
-def capped(logits, col, keep, cap):
-    return cap * (2 * tl.sigmoid(2 / cap * read(logits + col, keep)) - 1)
-
-
-@kernel
-def loss_kernel(logits, targets, g, losses, vocab, cap, BLOCK: constexpr, GRAD: constexpr):
-    """cross_entropy() of logits (rows, vocab), one program a row -> losses; or with GRAD, from the gradient g, that of
-    the logits in their place.
-    """
-    row, cap = tl.program_id(0).to(tl.int64), tl.load(cap)
-    target, most, total = tl.load(targets + row), -3e38, 0.0
-    logits += row * vocab
-    for first in tl.range(0, vocab, BLOCK):
-        col = first + tl.arange(0, BLOCK)
-        t = tl.where(col < vocab, capped(logits, col, col < vocab, cap), -3e38)
-        larger = tl.maximum(most, tl.max(t, 0))
-        total = total * tl.exp(most - larger) + tl.sum(tl.exp(t - larger), 0)
-        most = larger
-    most += tl.log(total)
-    if GRAD:
-        scale = read(g + row, target >= 0)
-        for first in tl.range(0, vocab, BLOCK):
-            col = first + tl.arange(0, BLOCK)
-            t = capped(logits, col, col < vocab, cap)
-            slope = scale * (1 - t * t / (cap * cap))
-            write(logits + col, slope * (tl.exp(t - most) - tl.where(col == target, 1.0, 0.0)), col < vocab)
-    else:
-        write(losses + row, tl.where(target >= 0, most - capped(logits, target, target >= 0, cap), 0.0), True)
-
-
-# Each of these launches a kernel on the inputs of the plain form of its name: forward; or, given the gradients of its
-# outputs, backward, and returns those of the first inputs.
-
-
-def run_mlp(x: Tensor, up: Tensor, down: Tensor, *rest: Tensor) -> list[Tensor]:
-    """Forward also returns h (B, T, hidden), before the activation, and backward is given it ahead of the gradient."""
-    h, left = rest or (x, x)
-    out, act = (x.new_empty(*x.shape[:-1], len(up)) for _ in range(2))
-    b, steps = (down, down.stride()) if rest else (up, up.stride()[::-1])
-    left = left.flatten(0, -2)
-    # backward half as wide, or its registers spill (ptxas, sm_90); large tiles of fp32 do not fit in shared memory
-    tile = (128, 128 if rest else 256, 64) if x.dtype == torch.bfloat16 else (32, 32, 32)
-    programs = triton.cdiv(len(left), tile[0]) * triton.cdiv(len(up), tile[1])
-    mlp_kernel[(programs,)](left, b, h, out, act, len(left), *up.shape, *steps, *tile, bool(rest), num_warps=8)
-    if not rest:
-        return [F.linear(act, down), out]
-    return [out @ up, out.flatten(0, -2).mT @ x.flatten(0, -2), left.mT @ act.flatten(0, -2)]
-
-
-def run_head_losses(x: Tensor, weight: Tensor, targets: Tensor, cap: Tensor, *grads: Tensor) -> list[Tensor]:
-    """Logits never stand whole in memory: the head goes by chunks of tokens, and backward makes each chunk anew."""
-    losses, vocab = torch.empty_like(targets, dtype=torch.float32), len(weight)
-    gx, gw = (torch.empty_like(x), torch.zeros_like(weight, dtype=torch.float32)) if grads else (x, None)
-    size = max(1, HEAD_CHUNK // vocab)
-    parts = [t.flatten(0, 1).split(size) for t in (x, targets, *(grads or [losses]), losses, gx)]
-    for rows, target, g, loss, out in zip(*parts):
-        logits = rows @ weight.mT
-        loss_kernel[(len(rows),)](logits, target, g, loss, vocab, cap, min(8192, triton.next_power_of_2(vocab)),
-                                  bool(grads), num_warps=8)
-        if grads:
-            torch.mm(logits, weight, out=out)
-            gw += logits.mT @ rows
-    return [gx, gw.to(weight.dtype)] if grads else [losses]
-
-
-def fused(name: str, run: Callable, count: int, like: Callable, kept: int = 0) -> Callable[..., list[Tensor]]:
-    """run(*inputs, *gradients) as one differentiable operator, which torch.compile does not look into.
-
-    Without gradients it gives outputs shaped as `like(*inputs)`, of which the last `kept` are only for backward, behind
-    the inputs; with the gradients of the others, those of the first `count` inputs.
-    """
-    def forward(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return run(*(t.contiguous() for t in inputs + grads))
-
-    def shapes(inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-        return [t.new_empty(t.shape) for t in (inputs[:count] if grads else like(*inputs))]
-
-    def remember(*, ctx, inputs: tuple, output: list[Tensor]) -> None:  # so PyTorch calls it
-        tensors, _ = inputs
-        ctx.rest = [None] * (len(tensors) - count)
-        ctx.set_materialize_grads(not kept)  # zeros for an output that nothing reads
-        ctx.save_for_backward(*tensors, *output[len(output) - kept :])
-
-    def backward(ctx, grads: list[Tensor | None]) -> tuple:
-        return operator(ctx.saved_tensors, grads[: len(grads) - kept]) + ctx.rest, []
-
-    operator = torch.library.custom_op(f"train_gpt::{name}", forward, mutates_args=(), schema="(Tensor[] inputs, "
-                                       "Tensor[] grads) -> Tensor[]")
-    operator.register_fake(shapes)
-    operator.register_autograd(backward, setup_context=remember)
-    return lambda *inputs: operator(inputs, [])
-
-
-@cache  # an operator that is made again takes its first one's place in PyTorch, under those that still call it
-def fused_ops() -> Ops:
-    """The forms of FUSED=1, all by kernels."""
-    mlp = fused("mlp", run_mlp, 3, lambda x, up, _: [x, x.new_empty(*x.shape[:-1], len(up))], kept=1)
-    head = fused("head_losses", run_head_losses, 2, lambda x, *_: [x[..., 0].float()])
-    return Ops(
-        mlp=lambda *inputs: mlp(*inputs)[0],
-        head_losses=lambda x, weight, targets, cap: head(x, weight, targets, torch.full((), cap, device=x.device))[0])
-
-
-def pick_ops(cfg: Settings, device: torch.device) -> Ops:
-    """The forms that FUSED asks for. RunError where Triton cannot run them."""
-    if cfg.fused and (not triton or (device.type != "cuda" and isinstance(read, triton.JITFunction))):
-        raise RunError("FUSED=1: needs a GPU and Triton; takes 0 here")
-    return fused_ops() if cfg.fused else PLAIN
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Projections
-#
-# In: activations and a weight matrix or table. Out: their product. Adapters, statistics for quantization and rounded
-# weights ride on it here, and nowhere else.
-
-
-class Site(NamedTuple):
-    """One use of one weight matrix: its role, its physical layer, and which visit of that layer this is."""
-
-    role: str  # q, k, v, o, up, down, head, ...; attn, mlp: a whole half, which only an adapter stands beside
-    layer: int = -1  # -1: outside the layers
-    visit: int = 0
-
-
-class Adapter(NamedTuple):
-    """A low-rank addition to one projection, one per row of the batch: y += scale * (x Aᵀ) Bᵀ."""
-
-    a: Tensor  # (batch, rank, in)
-    b: Tensor  # (batch, out, rank)
-    scale: float
-
-
-class Hooks(NamedTuple):
-    """What may ride on a linear projection. All off: a plain matrix product and nothing else.
-
-    Those of one layer, by at(), have roles for sites and no layers in their shapes: all layers share a compiled graph.
-    """
-
-    adapters: dict[Site, Adapter] | None = None
-    hessians: dict[str, Tensor] | None = None  # role -> (layers, in, in) fp32; sums of x xᵀ are added in place
-    moments: dict[str, Tensor] | None = None  # role -> (layers, out) fp32: sums of squares of the gradients of x Wᵀ
-    fake_quant: Callable[[Tensor, Site], Tensor] | None = None
-
-    def at(self, layer: int = -1, visit: int = 0) -> "Hooks":
-        """Those of one visit of a layer, or of what is outside the layers."""
-        adapters, *sums, fake_quant = self
-        return Hooks(
-            adapters and {site.role: a for site, a in adapters.items() if site[1:] == (layer, visit)},
-            *(s and {role: of[layer] for role, of in s.items() if layer < len(of)} for s in sums),
-            fake_quant and (lambda weight, role: fake_quant(weight, Site(role, layer, visit))))
-
-
-NO_HOOKS = Hooks()
-
-
-def collect_hessian(x: Tensor, role: str, hooks: Hooks) -> None:
-    """Add Σ x xᵀ over the rows of x (..., in) to the Hessian of this role, if one is collected."""
-    if hooks.hessians is not None and role in hooks.hessians:
-        rows = x.detach().flatten(0, -2).float()
-        hooks.hessians[role].addmm_(rows.T, rows)
-
-
-def collect_moments(y: Tensor, role: str, hooks: Hooks, ids: Tensor | None = None) -> None:
-    """Have the squared gradients of y (..., out) added to the moments of this role, if they are collected: by output,
-    or for rows of a table by `ids` (...), of the average element.
-    """
-    def add(gradient: Tensor) -> None:
-        square = gradient.detach().float().square()
-        if ids is None:
-            hooks.moments[role].add_(square.flatten(0, -2).sum(0))
-        else:
-            hooks.moments[role].index_add_(0, ids.flatten(), square.mean(-1).flatten())
-
-    if hooks.moments is not None and role in hooks.moments:
-        y.register_hook(add)
-
-
-def linear(x: Tensor, weight: Tensor, role: str, hooks: Hooks) -> Tensor:
-    """x (..., in) times weight (out, in) -> (..., out). The one place where a weight matrix meets activations."""
-    collect_hessian(x, role, hooks)
-    if hooks.fake_quant is not None:
-        weight = hooks.fake_quant(weight, role)
-    y = F.linear(x, weight.to(x.dtype))
-    collect_moments(y, role, hooks)
-    return adapt(y, x, role, hooks)
-
-
-def adapt(y: Tensor, x: Tensor, role: str, hooks: Hooks) -> Tensor:
-    """y (B, T, out) plus what the adapter of this role, if there is one, makes of x (B, T, in)."""
-    if hooks.adapters is None or role not in hooks.adapters:
-        return y
-    a, b, scale = hooks.adapters[role]
-    return y + scale * ((x @ a.mT.to(x.dtype)) @ b.mT.to(x.dtype))
-
-
-def lookup(table: Tensor, ids: Tensor, role: str, hooks: Hooks, dtype: torch.dtype) -> Tensor:
-    """Rows of table (rows, dim) by ids (B, T) -> (B, T, dim) in `dtype`. The one place where a table is read."""
-    if hooks.fake_quant is not None:
-        table = hooks.fake_quant(table, role)
-    y = F.embedding(ids, table).to(dtype)
-    collect_moments(y, role, hooks, ids)
-    return y
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Model
-#
-# In: tokens, and where documents begin. Out: losses or logits, by one forward pass for training, calibration,
-# evaluation and test-time training; weights stand in banks, of which each virtual layer gets its slices.
-
-
-def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, r/2) fp32, of position times base^(-2i/r), r = ROPE_DIMS.
-
-    ROPE_YARN stretches the base where attention spans more than TRAIN_SEQ_LEN tokens: by (span / trained)^(r/(r-2)).
-    """
-    dims, base = cfg.rope_dims, cfg.rope_base
-    if cfg.rope_yarn and span > cfg.train_seq_len:
-        base *= (span / cfg.train_seq_len) ** (dims / (dims - 2))
-    # in float64: only differences of positions count, also far along a row of packed documents
-    frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / max(dims, 1))
-    angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
-
-
-def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
-    """(physical layer, visit) in running order: LOOP_START..LOOP_END run `loops` times more, in a row (PR 1204)."""
-    if not loops:
-        return [(layer, 0) for layer in range(cfg.num_layers)]
-    looped = range(cfg.loop_start, cfg.loop_end + 1)
-    return [*((layer, 0) for layer in range(cfg.loop_start)),
-            *((layer, visit) for visit in range(loops + 1) for layer in looped),
-            *((layer, 0) for layer in range(cfg.loop_end + 1, cfg.num_layers))]
-
-
-class Shared(NamedTuple):
-    """What all layers of one forward pass share."""
-
-    x0: Tensor  # (B, T, d) normed input
-    values: Tensor | None  # (B, T, Hkv dh) value embedding
-    rope: list[Tensor]  # cos and sin, as rotary_table's
-    bounds: Bounds | None
-
-
-class Layer(NamedTuple):
-    """What a virtual layer has of its own: slices of the parameters, None where it has none, and what it is."""
-
-    weights: dict[str, Tensor]  # role -> matrix (out, in)
-    mix: Tensor  # (2, d): of the stream and of x0
-    attn_scale: Tensor  # (d,)
-    mlp_scale: Tensor  # (d,)
-    q_gain: Tensor  # (heads,)
-    norm_scale: Tensor | None  # 0-dim
-    gate: Tensor | None  # (heads, inputs)
-    value_scale: Tensor | None  # 0-dim
-    skip: Tensor | None  # (d,), of the skip that ends here
-    skip_gate: Tensor | None  # (d,)
-    blend: Tensor | None  # (1 or 2,), of a revisit
-    keep: Tensor | None  # (2,), of crossed lanes
-    write: Tensor | None  # (2, 2)
-    xsa: bool
-    parallel: bool
-
-
-class GPT(nn.Module):
-    """The language model. Matrices of one role live in one 3-D bank, vectors of one kind in one stacked parameter.
-
-    Names say how a parameter is trained: `*_bank` by Muon, `tok_emb`, `head` and `*_table` as embeddings, the rest as
-    scalars. A technique that is off has no parameters.
-    """
-
-    def __init__(self, cfg: Settings, attend: Callable = attend_sdpa, dtype: torch.dtype = torch.float32, bos: int = -1,
-                 ops: Ops = PLAIN):
-        """Weights are fp32; activations and matrix products are of `dtype`; `bos` is the id that opens a document."""
-        super().__init__()
-        self.cfg, self.attend, self.dtype, self.bos, self.ops = cfg, attend, dtype, bos, ops
-        layers, d, heads, loops = cfg.num_layers, cfg.model_dim, cfg.num_heads, cfg.num_loops
-        kv, hidden, e = cfg.num_kv_heads * (d // heads), int(cfg.mlp_mult * d), cfg.embedding_dim or d
-        skips, parallel = len(virtual_layers(cfg, loops)) // 2, layers - cfg.parallel_start_layer
-        self.ve_layers = cfg.ve_layer_list() if cfg.ve_enabled else []
-
-        def new(name: str, value: Tensor) -> None:
-            self.register_parameter(name, nn.Parameter(value))
-
-        new("tok_emb", torch.randn(cfg.vocab_size, e) * cfg.tied_embed_init_std)
-        new("qo_bank", torch.cat((orthogonal(layers, d, d), torch.zeros(layers, d, d))))
-        new("kv_bank", orthogonal(2 * layers, kv, d))
-        new("mlp_up_bank", orthogonal(layers, hidden, d))
-        new("mlp_down_bank", torch.zeros(layers, d, hidden))
-        new("resid_mix", torch.tensor([1.0, 0.0])[None, :, None].repeat(layers, 1, d))
-        new("attn_scale", torch.ones(layers, d))
-        new("mlp_scale", torch.ones(layers, d))
-        new("q_gain", torch.full((layers, heads), cfg.qk_gain_init))
-        if skips:
-            new("skip_weight", torch.ones(skips, d))
-        if skips and cfg.skip_gates_enabled:
-            new("skip_gate", torch.zeros(skips, d))
-        if e != d:
-            new("embed_in_bank", orthogonal(1, d, e))
-            new("embed_out_bank", orthogonal(1, e, d))
-        if not cfg.tie_embeddings:
-            new("head", torch.zeros(cfg.vocab_size, e))
-        if cfg.recur_blend != "none" and loops:
-            init = {"alpha": [cfg.recur_alpha_init], "ab": [cfg.recur_a_init, cfg.recur_b_init], "gate": [4.0]}
-            new("recur_blend", torch.tensor(init[cfg.recur_blend]).repeat(loops, cfg.loop_end - cfg.loop_start + 1, 1))
-        if cfg.parallel_mode == "lanes" and parallel > 0:
-            new("lane_mix", torch.tensor(0.5))
-        elif cfg.parallel_mode == "crossed" and parallel > 0:
-            new("lane_keep", torch.full((parallel, 2), 1.1))
-            new("lane_write", torch.ones(parallel, 2, 2))
-        if cfg.bigram_vocab_size:
-            new("bigram_table", torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim))
-            new("bigram_bank", orthogonal(1, d, cfg.bigram_dim))
-            new("bigram_scale", torch.tensor(0.05))
-        if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
-            new("smear_weight", torch.zeros(1, cfg.gate_window))
-            new("smear_scale", torch.tensor(0.0))
-        elif cfg.smear_gate_enabled:
-            new("smear_theta", torch.zeros(d))
-        if cfg.ve_enabled:
-            new("ve_table", torch.randn(cfg.vocab_size, cfg.ve_dim) * 0.01)
-            new("ve_bank", orthogonal(1, kv, cfg.ve_dim))
-            new("ve_scale", torch.tensor(0.1))
-            new("ve_layer_scale", torch.ones(len(self.ve_layers)))
-        if cfg.gated_attn_enabled:
-            new("attn_gate", torch.randn(layers, heads, d) * 0.01)
-        elif cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
-            new("attn_gate", torch.zeros(layers, heads, cfg.gate_window))
-        if cfg.ln_scale:  # a tensor: of numbers, torch.compile would make a graph for each layer
-            self.register_buffer("norm_scale", torch.arange(1, layers + 1) ** -0.5, persistent=False)
-
-    def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
-                hooks: Hooks = NO_HOOKS, loops: int | None = None, parts: list[Callable] | None = None) -> Tensor:
-        """Losses (B, T) fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
-
-        ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
-        looped layers run again; None: NUM_LOOPS. `parts`: compiled forms of embed, layer and predict.
-        """
-        embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
-        rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
-        x, values = embed(ids, hooks.at())
-        shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds)
-        order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
-        half, skips, lane, outputs = len(order) // 2, [], None, {}
-        stacks = dict([*self.named_parameters(), *self.named_buffers()])
-        stacks |= {name: bank.unbind(0) for name, bank in self.banks().items()}  # their gradients come in one piece
-        for n, (layer, visit) in enumerate(order):
-            skip = skips.pop() if n >= half and skips else None
-            params = self.slice_layer(stacks, layer, visit, -1 if skip is None else n - half)
-            last = None if params.blend is None else outputs[layer]
-            x, lane = run_layer(x, lane, skip, last, params, shared, hooks.at(layer, visit))
-            if self.cfg.recur_blend != "none":
-                outputs[layer] = x
-            if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
-                skips.append(x.view_as(x))
-        return predict(x, lane, targets, hooks.at())
-
-    def slice_layer(self, stacks: dict[str, Any], layer: int, visit: int, step: int) -> Layer:
-        """This layer's share of parameters that are cut along their first dimension; `step`: of the decoder, or -1."""
-        n, parallel = self.cfg.num_layers, layer - self.cfg.parallel_start_layer
-
-        def of(name: str, i: int = layer):  # a Tensor or None; torch 2.9 cannot compile an annotation that says so
-            return stacks[name][i] if name in stacks and i >= 0 else None
-
-        weights = {"q": of("qo_bank"), "k": of("kv_bank"), "v": of("kv_bank", n + layer), "o": of("qo_bank", n + layer),
-                   "up": of("mlp_up_bank"), "down": of("mlp_down_bank")}
-        blend = of("recur_blend", visit - 1)
-        return Layer(
-            weights, of("resid_mix"), of("attn_scale"), of("mlp_scale"), of("q_gain"), of("norm_scale"),
-            of("attn_gate"), of("ve_layer_scale", self.ve_layers.index(layer) if layer in self.ve_layers else -1),
-            of("skip_weight", step), of("skip_gate", step),
-            None if blend is None else blend[layer - self.cfg.loop_start],
-            of("lane_keep", parallel), of("lane_write", parallel), layer >= n - self.cfg.xsa_last_n, parallel >= 0)
-
-    def embed(self, ids: Tensor, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
-        """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
-        cfg, starts = self.cfg, document_starts(ids, self.bos)
-        x = lookup(self.tok_emb, ids, "emb", hooks, self.dtype)
-        if cfg.embedding_dim:
-            x = linear(x, self.embed_in_bank[0], "embed_in", hooks)
-        if cfg.bigram_vocab_size:  # PR 162
-            buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
-            y = lookup(self.bigram_table, buckets, "bigram_table", hooks, self.dtype)
-            x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", hooks)
-        smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
-        if smear == "input":  # PR 1667
-            gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, "smear", hooks))
-            x = x + self.smear_scale.to(x.dtype) * gate * previous(x, starts)
-        x = rms_norm(x)
-        if smear == "vector":  # PR 65
-            x = torch.lerp(x, previous(x, starts), torch.sigmoid(self.smear_theta).to(x.dtype))
-        if not cfg.ve_enabled:
-            return x, None
-        values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
-        return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
-
-    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, hooks: Hooks) -> Tensor:
-        """Losses, or logits without targets, from the last residual stream x (B, T, d) and its other lane, if any."""
-        if lane is not None and self.cfg.parallel_mode == "lanes":
-            x = torch.lerp(lane, x, self.lane_mix.to(x.dtype))
-        elif lane is not None:
-            x = {"mean": 0.5 * (x + lane), "attn": x, "mlp": lane}[self.cfg.parallel_final_lane]
-        x = rms_norm(x)
-        if self.cfg.embedding_dim:
-            x = linear(x, self.embed_out_bank[0], "embed_out", hooks)
-        if hooks.hessians is not None and targets is None:  # calibration: what the head reads, not what it says
-            collect_hessian(x, "head", hooks)
-            return x
-        weight, cap = self.tok_emb if self.cfg.tie_embeddings else self.head, self.cfg.logit_softcap
-        if self.ops.head_losses and targets is not None and not any(hooks):
-            return self.ops.head_losses(x, weight.to(x.dtype), targets, cap)
-        logits = linear(x, weight, "head", hooks)
-        return softcap(logits, cap) if targets is None else cross_entropy(logits, targets, cap)
-
-    def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, params: Layer,
-              shared: Shared, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
-        """One virtual layer on the residual stream x (B, T, d), and on the other lane if there are two.
-
-        Into x first comes the U-Net skip (PR 289) that ends here, if one does; into the output of a revisited layer, by
-        RECUR_BLEND, `last`, its output at the visit before.
-        """
-        before = x
-        if skip is not None:
-            skip = params.skip.to(x.dtype) * skip
-            gate = params.skip_gate
-            x = x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate).to(x.dtype))
-        if params.parallel and self.cfg.parallel_mode != "gptj":
-            if lane is None:  # crossed: no skip reaches lane 1
-                lane = x if self.cfg.parallel_mode == "lanes" else before
-            return self.lanes(x, lane, params, shared, hooks)
-        u = mix(x, shared.x0, *params.mix)
-        n = self.norm(u, params)
-        y = mix(u, self.attention_half(n, params, shared, hooks), None, params.attn_scale)
-        if not params.parallel:  # else the MLP reads what attention reads (GPT-J; PR 1412)
-            n = self.norm(y, params)
-        y = mix(y, self.mlp_half(n, params, hooks), None, params.mlp_scale)
-        if params.blend is None:
-            return y, None
-        weight = params.blend.to(x.dtype)
-        if self.cfg.recur_blend == "ab":  # PR 1894
-            return weight[0] * y + weight[1] * last, None
-        return torch.lerp(x, y, weight[0] if self.cfg.recur_blend == "alpha" else torch.sigmoid(weight[0])), None
-
-    def lanes(self, lane0: Tensor, lane1: Tensor, params: Layer, shared: Shared, hooks: Hooks
-              ) -> tuple[Tensor, Tensor]:
-        """One parallel layer on two streams: attention reads lane 0, the MLP lane 1 (PR 1523; crossed: PR 1529)."""
-        u = mix(lane0, shared.x0, *params.mix)
-        a = params.attn_scale.to(u.dtype) * self.attention_half(self.norm(u, params), params, shared, hooks)
-        m = params.mlp_scale.to(u.dtype) * self.mlp_half(self.norm(lane1, params), params, hooks)
-        if self.cfg.parallel_mode == "lanes":
-            return u + a, lane1 + m
-        keep, write = params.keep.to(a.dtype), params.write.to(a.dtype)
-        return (keep[0] * lane0 + write[0, 0] * a + write[1, 0] * m,
-                keep[1] * lane1 + write[0, 1] * a + write[1, 1] * m)
-
-    def attention_half(self, n: Tensor, params: Layer, shared: Shared, hooks: Hooks) -> Tensor:
-        """Attention on the normed stream n (B, T, d)."""
-        cfg = self.cfg
-        q, k, v = (linear(n, params.weights[role], role, hooks) for role in "qkv")
-        if params.value_scale is not None:  # PR 374
-            v = v + params.value_scale.to(v.dtype) * shared.values
-        q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
-        q = norm_rotate(q, params.q_gain.to(q.dtype), *shared.rope)
-        k = norm_rotate(k, None, *shared.rope)
-        y, gate = self.attend(q, k, v, shared.bounds), None
-        if params.gate is not None:
-            gate = linear(n if cfg.gated_attn_enabled else n[..., : cfg.gate_window], params.gate, "gate", hooks)
-            if cfg.sparse_attn_gate_enabled:  # PR 1787
-                gate = cfg.sparse_attn_gate_scale * gate
-            gate = torch.sigmoid(gate) * (2.0 if cfg.attn_out_gate_enabled else 1.0)  # PR 1667; arXiv 2505.06708
-        if params.xsa:
-            y = exclude_self(y, v, gate)
-        elif gate is not None:
-            y = y * gate[..., None]
-        return adapt(linear(y.flatten(2), params.weights["o"], "o", hooks), n, "attn", hooks)
-
-    def mlp_half(self, n: Tensor, params: Layer, hooks: Hooks) -> Tensor:
-        """The MLP on the normed stream n (B, T, d)."""
-        up, down = params.weights["up"], params.weights["down"]
-        if self.ops.mlp and not any(hooks):
-            return self.ops.mlp(n, up.to(n.dtype), down.to(n.dtype))
-        y = linear(squared_leaky_relu(linear(n, up, "up", hooks)), down, "down", hooks)
-        return adapt(y, n, "mlp", hooks)
-
-    def norm(self, u: Tensor, params: Layer) -> Tensor:
-        """What a half of this layer reads of the stream u."""
-        return rms_norm(u) if params.norm_scale is None else rms_norm(u) * params.norm_scale.to(u.dtype)
-
-    def banks(self) -> dict[str, nn.Parameter]:
-        """The matrices that Muon trains."""
-        return {name: p for name, p in self.named_parameters() if name.endswith("_bank")}
-
-    def tables(self) -> dict[str, nn.Parameter]:
-        """Embeddings, one row a token or a hash."""
-        return {n: p for n, p in self.named_parameters() if n in ("tok_emb", "head") or n.endswith("_table")}
-
-    def vectors(self) -> dict[str, nn.Parameter]:
-        """Everything small: scales, gains, mixes, gates."""
-        large = self.banks() | self.tables()
-        return {name: p for name, p in self.named_parameters() if name not in large}
-
-
-def mix(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
-    """The stream a x + b z, None is 1: x, z (B, T, d); a, b (d,)."""
-    return (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
-
-
-def document_starts(ids: Tensor, bos: int) -> Tensor:
-    """(B, T) bool: tokens with no token before them in their row or document. Attention may be cut elsewhere too."""
-    return F.pad(ids[:, 1:] == bos, (1, 0), value=True)
-
-
-def previous(x: Tensor, starts: Tensor) -> Tensor:
-    """x (B, T, d) of the token before; 0 at a document's start, or the one before it would leak in (PR 1851)."""
-    return F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(starts[..., None], 0.0)
-
-
-def bigram_bucket(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
-    """(B, T) int32 hash of each token and the one before it; the last bucket where there is none (PR 162)."""
-    tokens = ids.int()
-    pair = (36313 * tokens) ^ (27191 * F.pad(tokens, (1, 0))[:, :-1])
-    return torch.where(starts, buckets - 1, pair % (buckets - 1))
-
-
-def orthogonal(count: int, rows: int, cols: int) -> Tensor:
-    """(count, rows, cols) random matrices with orthonormal rows or columns, whichever are fewer."""
-    return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
-
-
-def build_model(cfg: Settings, rt: Runtime, attend: Callable, bos: int, ops: Ops = PLAIN) -> GPT:
-    """The model with its initial weights from SEED, drawn on the CPU so that they do not depend on the device."""
-    torch.manual_seed(cfg.seed)
-    model = GPT(cfg, attend, rt.dtype, bos, ops).to(rt.device)
-    for name, p in model.named_parameters():
-        rt.share_(p.detach(), name)
-    return model
-
-
-def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Callable, Callable]:
-    """The model's forward pass compiled whole, and the same by its parts, where layers of a kind share a graph.
-
-    Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many,
-    on the evaluation's clock. Parts are soon compiled, and from the second width on for any.
-    """
-    torch._dynamo.config.recompile_limit = 256  # one function, many graphs: loops, QAT, widths, kinds of layers
-    whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
-    parts = [torch.compile(part, fullgraph=True, backend=backend) for part in (model.embed, model.layer, model.predict)]
-    return whole, lambda *inputs, **options: model(*inputs, parts=parts, **options)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Optimizers
 #
 # In: a model's gradients on this process. Out: its weights after a step, the same on every process: Muon for the banks,
@@ -2072,12 +2043,10 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Settings, rt: Runtime):
         self.cfg, self.rt = cfg, rt
-        self.muon = Muon(list(model.banks().values()), cfg, rt)
-        tables = model.tables()
-        head = [tables.pop("head")] if "head" in tables else []
-        groups = [{"params": [*params], "lr": lr, "weight_decay": decay} for params, lr, decay in (
-            (tables.values(), cfg.tied_embed_lr, cfg.embed_wd), (head, cfg.head_lr, cfg.embed_wd),
-            (model.vectors().values(), cfg.scalar_lr, cfg.adam_wd)) if params]
+        self.muon = Muon(list(model.params_of("matrix").values()), cfg, rt)
+        groups = [{"params": params, "lr": lr, "weight_decay": decay} for trained, lr, decay in (
+            ("embedding", cfg.tied_embed_lr, cfg.embed_wd), ("head", cfg.head_lr, cfg.embed_wd),
+            ("scalar", cfg.scalar_lr, cfg.adam_wd)) if (params := list(model.params_of(trained).values()))]
         self.small = [p for g in groups for p in g["params"]]
         self.adamw = torch.optim.AdamW(groups, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps,
                                        fused=rt.device.type == "cuda")
@@ -2132,7 +2101,8 @@ def muon_momentum(cfg: Settings, step: int) -> float:
     return cfg.muon_momentum_warmup_start + done * (cfg.muon_momentum - cfg.muon_momentum_warmup_start)
 
 
-class Schedule(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Schedule:
     """What the schedules say for one step."""
 
     lr_scale: float = 1.0
@@ -2297,7 +2267,8 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
             ids, targets, bounds = random_batch(rows, length, length)
-            trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops)
+            hints = {"hints": targets} if cfg.ngram_tilt_enabled else {}
+            trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops, **hints)
     reserve = cfg.gptq_reserve_seconds
     if cfg.gptq_calibration != "train" or not cfg.max_wallclock_seconds:
         reserve = 0.0  # off the clock
@@ -2388,47 +2359,48 @@ def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now:
 # output's gradients, summed over processes.
 
 
-class QuantGroup(NamedTuple):
-    """Matrices that are quantized alike: slices start..stop of a parameter, seen as (stop - start, rows, cols)."""
+@dataclasses.dataclass(frozen=True)
+class QuantGroup:
+    """Matrices that are quantized alike: `count` slices of a bank from `first` on, or a parameter of one matrix."""
 
     name: str  # also the role of their projection
     param: str
-    start: int
-    stop: int
-    hessian: str | None  # role whose inputs they share; None: a table, rows looked up one by one
-    bits: int
-    sigmas: float
+    hessian: str | None  # role whose inputs they share; None: no product has them as a factor
+    bits: int  # of SDClip's grid, as is the next; of a gate
+    sigmas: float = 0.0
+    first: int = 0
+    count: int = 0  # 0: one matrix
+    kind: str = "matrix"  # table: rows are looked up by token; head; gate: rounded to the nearest, however small
 
     def view(self, param: Tensor) -> Tensor:
-        return param[None] if param.ndim == 2 else param[self.start : self.stop]
+        """(count or 1, rows, cols) of its parameter."""
+        return param[self.first : self.first + self.count] if self.count else param[None]
 
 
 def quant_groups(cfg: Settings) -> list[QuantGroup]:
-    """All matrices of the model by role; together they cover the banks and the tables."""
-    n, bits = cfg.num_layers, cfg.matrix_bits
-    attn, mlp, embed = cfg.attn_clip_sigmas, cfg.mlp_clip_sigmas, (cfg.embed_bits, cfg.embed_clip_sigmas)
+    """All matrices of the model by role; together they cover the banks, the tables and the gates."""
+    n, bits, embed = cfg.num_layers, cfg.matrix_bits, (cfg.embed_bits, cfg.embed_clip_sigmas)
+    attn, mlp = (bits, cfg.attn_clip_sigmas), (bits, cfg.mlp_clip_sigmas)
     groups = [
-        QuantGroup("q", "qo_bank", 0, n, "q", bits, attn),
-        QuantGroup("o", "qo_bank", n, 2 * n, "o", bits, attn),
-        QuantGroup("k", "kv_bank", 0, n, "q", bits, attn),
-        QuantGroup("v", "kv_bank", n, 2 * n, "q", bits, attn),
-        QuantGroup("up", "mlp_up_bank", 0, n, "up", bits, mlp),
-        QuantGroup("down", "mlp_down_bank", 0, n, "down", bits, mlp),
-        QuantGroup("emb", "tok_emb", 0, 1, "head" if cfg.tie_embeddings else None, *embed),
+        QuantGroup("q", "qo_bank", "q", *attn, 0, n),
+        QuantGroup("o", "qo_bank", "o", *attn, n, n),
+        QuantGroup("k", "kv_bank", "q", *attn, 0, n),
+        QuantGroup("v", "kv_bank", "q", *attn, n, n),
+        QuantGroup("up", "mlp_up_bank", "up", *mlp, 0, n),
+        QuantGroup("down", "mlp_down_bank", "down", *mlp, 0, n),
+        QuantGroup("emb", "tok_emb", "head" if cfg.tie_embeddings else None, *embed, kind="table"),
     ]
     if not cfg.tie_embeddings:
-        groups.append(QuantGroup("head", "head", 0, 1, "head", *embed))
-    for on, names in ((cfg.embedding_dim, ("embed_in", "embed_out")), (cfg.bigram_vocab_size, ("bigram",)),
-                      (cfg.ve_enabled, ("ve",))):
-        groups += [QuantGroup(name, f"{name}_bank", 0, 1, name, bits, cfg.matrix_clip_sigmas) for name in names if on]
-        groups += [QuantGroup(f"{name}_table", f"{name}_table", 0, 1, None, *embed) for name in names
-                   if on and name in ("bigram", "ve")]
+        groups.append(QuantGroup("head", "head", "head", *embed, kind="head"))
+    for name, on in (("embed_in", cfg.embedding_dim), ("embed_out", cfg.embedding_dim),
+                     ("bigram", cfg.bigram_vocab_size), ("ve", cfg.ve_enabled)):
+        if on:
+            groups.append(QuantGroup(name, f"{name}_bank", name, bits, cfg.matrix_clip_sigmas, 0, 1))
+        if on and name in ("bigram", "ve"):
+            groups.append(QuantGroup(f"{name}_table", f"{name}_table", None, *embed, kind="table"))
+    if cfg.gated_attn_enabled or cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
+        groups.append(QuantGroup("attn_gate", "attn_gate", None, 8, 0.0, 0, n, kind="gate"))
     return groups
-
-
-def is_table(group: QuantGroup) -> bool:
-    """Whether its rows are looked up by token."""
-    return group.name.endswith("emb") or group.name.endswith("_table")
 
 
 CALIBRATION_TOKENS = 16384  # that a backward pass of calibration holds at a time: it is not compiled, and takes memory
@@ -2457,7 +2429,7 @@ def empty_moments(cfg: Settings, model: GPT, device: torch.device) -> dict[str, 
     if cfg.quant_allocation != "auto":
         return {}
     params = dict(model.named_parameters())
-    rows = {g.name: (g.stop - g.start, g.view(params[g.param]).size(1)) for g in quant_groups(cfg)}
+    rows = {g.name: g.view(params[g.param]).shape[:2] for g in quant_groups(cfg) if g.kind != "gate"}
     return {name: torch.zeros(shape, device=device) for name, shape in (rows | {"head": (1, cfg.vocab_size)}).items()}
 
 
@@ -2468,11 +2440,12 @@ def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     if stats.moments:
-        tables, rows = list(model.tables().values()), max(1, CALIBRATION_TOKENS // batch.ids.size(1))
+        tables = list(model.params_of("embedding", "head").values())
+        rows = max(1, CALIBRATION_TOKENS // batch.ids.size(1))
         before = [p.requires_grad for p in tables]
         for p in tables:
             p.requires_grad_(True)
-        with torch.enable_grad():  # all that the tables' gradients pass is felt
+        with torch.enable_grad():  # gradients of the tables pass through every layer, and so through every hook
             for ids, targets in zip(batch.ids.split(rows), batch.targets.split(rows)):
                 bounds = batch.bounds and Bounds.find(ids, model.bos, batch.bounds.max_len)
                 torch.autograd.grad(model(ids, targets, bounds, hooks).sum(), tables, allow_unused=True)
@@ -2634,7 +2607,7 @@ def octaves(exponents: Tensor) -> Tensor:
 
 
 class Curvature(NamedTuple):
-    """What the loss feels of errors in a group's weights: E_ij costs about ½ (2^row_i 2^(col_j/4) E_ij)² a token."""
+    """How sensitive the loss is to a group's weights: an error E_ij costs ½ (2^row_i 2^(col_j/4) E_ij)² nats."""
 
     row: Tensor  # (n, rows) fp32, log2
     col: Tensor  # (n, cols) int8, quarters of an octave
@@ -2644,21 +2617,22 @@ class Curvature(NamedTuple):
 @torch.no_grad()
 def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
                factors: dict[str, Factors]) -> dict[str, Curvature]:
-    """The Kronecker-factored Fisher of every group that is quantized: F_i = E[g_i²] by row, and by column what GPTQ
-    makes of H = E[xxᵀ], d_j² = 1/U_jj². Our own derivation; it needs no other than the calibration pass.
+    """The Kronecker-factored Fisher information of every group that is quantized. Its factors are F_i = E[g_i²] for a
+    row, g being the gradient of its output, and for a column d_j² = 1/U_jj², U being GPTQ's factor of H = E[xxᵀ]. We
+    derived it ourselves. It needs nothing but the calibration pass.
 
-    Tables are felt by how often and how much each row is read, a tied embedding as input and as head. Each of their
-    rows counts as read half a time more often than calibration saw it (Krichevsky and Trofimov's estimate), for the
-    text to be scored reads others; rows of other matrices count 1 % of the average more.
+    A table's row has the squared gradients of all its lookups. A tied embedding has those and its part as the head.
+    The text to be scored looks up rows that calibration did not: each row of a table counts as looked up half a time
+    more (Krichevsky and Trofimov's estimate). Rows of other matrices get 1 % of the average on top.
     """
     visits = Counter(layer for layer, _ in virtual_layers(cfg, cfg.num_loops))
     found = {}
     for group in quant_groups(cfg):
         weight = group.view(state[group.param]).float()
-        if weight[0].numel() < cfg.quant_min_weights:
+        if weight[0].numel() < cfg.quant_min_weights or group.kind == "gate":
             continue
         n, rows, cols = weight.shape
-        unseen = 0.5 * rows / stats.tokens if is_table(group) else 0.01
+        unseen = 0.5 * rows / stats.tokens if group.kind == "table" else 0.01
         squared, col = torch.zeros(n, rows, device=weight.device), torch.zeros(n, cols, device=weight.device)
         if group.hessian:
             order, upper = factors[group.hessian]
@@ -2667,7 +2641,7 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
             squared /= torch.tensor([visits[i] if n > 1 else 1 for i in range(n)], device=weight.device)[:, None]
             squared += unseen * squared.mean(-1, keepdim=True)
             mean = stats.hessians[group.hessian].diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) / stats.tokens
-        if is_table(group):
+        if group.kind == "table":
             read = stats.moments[group.name] / stats.tokens
             read += unseen * read.mean(-1, keepdim=True)
             squared += read / mean if group.hessian else read
@@ -2678,10 +2652,12 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
 
 
 def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]:
-    """Steps for equal costs: exponents by row and column, int8, of 2^((row + col)/4), for c = 2^finest.
+    """Steps at which every weight's error costs the same: exponents by row and column, int8, of 2^((row + col)/4), for
+    c = 2^finest.
 
-    Rows are rounded up or down by turns (golden section), so that rows felt alike, as those of tokens that calibration
-    never met, do not all take their next step at one c: the artifact's size would jump there.
+    Rows of tokens that calibration never met are all equally sensitive. If they were rounded alike, they would all take
+    their next step at one c, and the artifact's size would jump there. So each row is rounded with another offset (the
+    golden section times its number).
     """
     rows = torch.arange(curvature.row.size(1), device=curvature.row.device)
     row = (4 * (finest - curvature.row) + rows * 0.6180339887 % 1).floor()
@@ -2695,9 +2671,9 @@ def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
     """Factors, int8 (rank, rows) within ±15 and int16 (rank, cols), of the largest singular parts of a table (rows,
     cols) in units of its steps; zeros where they would not pay for themselves.
 
-    Rows that training seldom reaches stay alike. Rounded by themselves they would all err alike, and the logits of all
-    rare tokens move together, which the loss feels much more than F says; coded by themselves they would repeat what
-    they have in common.
+    Rows of rare tokens are nearly the same. If each was rounded by itself, they would all have the same error, and the
+    logits of all rare tokens would move together, which costs much more than F says. If each was coded by itself, they
+    would repeat what they have in common.
     """
     table, size = table.float(), table.float().norm(dim=1, keepdim=True)
     short = table * (2 * size.median() / size.clamp(min=1e-9)).clamp(max=1)  # rows with fine steps must not lead
@@ -2711,14 +2687,51 @@ def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
     return (pays * left.T).to(torch.int8).contiguous(), (pays * right.T).to(torch.int16).contiguous()
 
 
+class Stored(NamedTuple):
+    """Something as the artifact holds it: a form, the sizes that it has there, and its parts."""
+
+    form: str
+    sizes: list[int]
+    parts: dict[str, Tensor]
+
+
+def form_parts(form: str, sizes: list[int]) -> dict[str, tuple[list[int], torch.dtype]]:
+    """The table of how things are stored: for a form and its sizes the shape and dtype of each part.
+
+    half: any tensor. scaled, of each kind of group: codes times a step for each row, as SDClip has it. weighted: steps
+    2^((row + col)/4); of a table also factors of what its rows have in common. gate: levels times a step for each row.
+    low rank: a part of a matrix's error by LQER, two factors of which `group` numbers share a step and a least value.
+    """
+    if form == "half":
+        return {"values": (sizes, torch.float16)}
+    if form == "low rank":
+        rank, rows, cols, group = sizes
+        return {"left": ([rank, rows], torch.int8), "left_grid": ([2, rank, -(-rows // group)], torch.float16),
+                "right": ([rank, cols], torch.int8), "right_grid": ([2, rank, -(-cols // group)], torch.float16)}
+    n, rows, cols = sizes
+    scaled = {"codes": (sizes, torch.int8), "scales": ([n, rows], torch.float16)}
+    weighted = {"codes": (sizes, torch.int16), "row": ([n, rows], torch.int8), "col": ([n, cols], torch.int8)}
+    common = {"left": ([COMMON_RANK, rows], torch.int8), "right": ([COMMON_RANK, cols], torch.int16)}
+    return {"scaled matrix": scaled, "scaled table": scaled, "scaled head": scaled, "weighted matrix": weighted,
+            "weighted table": weighted | common, "weighted head": weighted,
+            "gate": {"levels": scaled["codes"], "scales": scaled["scales"]}}[form]
+
+
+COMMON_APART = ("scaled table", "scaled head", "weighted head")  # forms whose common part only `ans` takes out
+
+
+def stored_half(tensor: Tensor) -> Stored:
+    return Stored("half", list(tensor.shape), {"values": tensor.half()})
+
+
 def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Codes (rank, n) int8 from 0 to 2^bits - 1 for a factor (rank, n), and steps and least values of every `group`
     numbers of a row, (2, rank, groups) fp16.
     """
-    lots = F.pad(factor, (0, -factor.size(1) % group), mode="replicate").unflatten(1, (-1, group))
-    least = lots.amin(-1).half()
-    step = ((lots.amax(-1) - least.float()) / (2**bits - 1)).clamp(min=2.0**-14).half()
-    codes = ((lots - least.float()[..., None]) / step.float()[..., None]).round().clamp(0, 2**bits - 1)
+    parts = F.pad(factor, (0, -factor.size(1) % group), mode="replicate").unflatten(1, (-1, group))
+    least = parts.amin(-1).half()
+    step = ((parts.amax(-1) - least.float()) / (2**bits - 1)).clamp(min=2.0**-14).half()
+    codes = ((parts - least.float()[..., None]) / step.float()[..., None]).round().clamp(0, 2**bits - 1)
     return codes.flatten(1)[:, : factor.size(1)].to(torch.int8), torch.stack((step, least))
 
 
@@ -2728,99 +2741,104 @@ def from_even_grid(codes: Tensor, grid: Tensor, group: int) -> Tensor:
     return codes.float() * step + least
 
 
-def add_low_rank(cfg: Settings, state: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
-    """LQER (PR 1797): store the first LQER_RANK singular parts of W - Q, as two factors, of the LQER_TOP_K matrices
-    with the largest error: `lqer.<group>.<i>.left` (rank, rows), `.right` (rank, cols), and their `.grid`.
+def add_low_rank(cfg: Settings, state: dict[str, Tensor], stored: dict[str, Stored]) -> None:
+    """LQER (PR 1797): store the first LQER_RANK singular parts of W - Q of the LQER_TOP_K matrices with the largest
+    error, as `<group>.<number of the matrix>`.
     """
-    rebuilt, errors = dequantize(cfg, stored), []
+    errors, group_size = [], cfg.lqer_asym_group
     for group in quant_groups(cfg):
-        if f"{group.name}.codes" in stored:
-            error = group.view(state[group.param]).float() - group.view(rebuilt[group.param])
-            errors += [(float(e.norm()), group.name, i, e) for i, e in enumerate(error)]
-    for _, name, i, error in sorted(errors, key=lambda e: -e[0])[: cfg.lqer_top_k]:
+        if "codes" in stored[group.name].parts:
+            error = group.view(state[group.param]).float() - rebuild(stored[group.name])
+            errors += [(float(e.norm()), f"{group.name}.{i}", e) for i, e in enumerate(error)]
+    for _, name, error in sorted(errors, key=lambda e: -e[0])[: cfg.lqer_top_k]:
         left, size, right = torch.linalg.svd(error, full_matrices=False)
-        root = size[: cfg.lqer_rank].sqrt()[:, None]
+        root, parts = size[: cfg.lqer_rank].sqrt()[:, None], {}
         for side, factor in (("left", left.T), ("right", right)):
-            codes, grid = even_grid(factor[: cfg.lqer_rank] * root, cfg.lqer_factor_bits, cfg.lqer_asym_group)
-            stored[f"lqer.{name}.{i}.{side}"], stored[f"lqer.{name}.{i}.{side}.grid"] = codes, grid
+            parts[side], parts[f"{side}_grid"] = even_grid(factor[: cfg.lqer_rank] * root, cfg.lqer_factor_bits,
+                                                           group_size)
+        stored[name] = Stored("low rank", [len(root), *error.shape, group_size], parts)
+
+
+def quantize_group(rt: Runtime, group: QuantGroup, weight: Tensor, factors: dict[str, Factors],
+                   steps: tuple[Tensor, Tensor] | None) -> Stored:
+    """Matrices (n, rows, cols) by GPTQ, each on one rank, with SDClip's steps or with `steps` by row and column."""
+    share = slice(rt.rank, None, rt.world)
+    if steps:
+        form, parts, bits = f"weighted {group.kind}", dict(zip(("row", "col"), steps)), 16
+        scales = octaves(steps[0])[..., None] * octaves(steps[1])[:, None]
+    else:
+        scales, bits = clip_scales(weight, group.bits, group.sigmas), group.bits
+        form, parts = f"scaled {group.kind}", {"scales": scales}
+    order, upper = factors[group.hessian] if group.hessian else factorize(
+        torch.eye(weight.size(2), device=weight.device)[None])
+    codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
+    if form == "weighted table":
+        left, right = (rt.share_(part.int(), "common part") for part in common_part(weight[0] / scales[0]))
+        parts |= {"left": left.to(torch.int8), "right": right.to(torch.int16)}  # shared as int32: NCCL has no int16
+        weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
+    if len(codes[share]):
+        codes[share] = gptq(weight[share], (order[share], upper[share]), scales[share], bits)
+    return Stored(form, list(codes.shape), parts | {"codes": rt.sum_(codes.int(), "codes").to(codes.dtype)})
 
 
 @torch.no_grad()
 def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict[str, Factors],
-             steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Tensor]:
-    """Everything the artifact stores, on the CPU of every rank, each having done its share of the matrices.
+             steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Stored]:
+    """Everything the artifact stores, by group or by parameter, on the CPU of every rank, each having done its share.
 
-    `<group>.codes` int8 with `<group>.scales` fp16 by SDClip or, given `steps`, int16 with `<group>.row` and
-    `<group>.col`, int8 exponents, a table also with its common part, `<group>.left` and `<group>.right`; gates int8 by
-    row; the rest fp16. A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights is `<group>` in fp16.
+    A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights, and what is in no group, is stored in fp16.
     """
-    stored, share = {}, slice(rt.rank, None, rt.world)
-    for group in rt.progress(quant_groups(cfg), "GPTQ"):
+    stored, groups = {}, quant_groups(cfg)
+    for group in rt.progress(groups, "GPTQ"):
         weight = group.view(state[group.param])
-        if weight[0].numel() < cfg.quant_min_weights:
-            stored[group.name] = weight.half()
-            continue
-        if steps:
-            row, col = stored[f"{group.name}.row"], stored[f"{group.name}.col"] = steps[group.name]
-            scales, bits = octaves(row)[..., None] * octaves(col)[:, None], 16
+        if group.kind == "gate":
+            most = 2 ** (group.bits - 1) - 1
+            step = (weight.abs().amax(-1) / most).clamp(min=2.0**-14).half()
+            levels = (weight / step.float()[..., None]).round().clamp(-most, most).to(torch.int8)
+            stored[group.name] = Stored("gate", list(weight.shape), {"levels": levels, "scales": step})
+        elif weight[0].numel() < cfg.quant_min_weights:
+            stored[group.name] = stored_half(weight)
         else:
-            scales = stored[f"{group.name}.scales"] = clip_scales(weight, group.bits, group.sigmas)
-            bits = group.bits
-        order, upper = factors[group.hessian] if group.hessian else factorize(
-            torch.eye(weight.size(2), device=weight.device)[None])
-        codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
-        if steps and is_table(group):
-            parts = common_part(weight[0] / scales[0])
-            left, right = (rt.share_(part.int(), "common part") for part in parts)  # NCCL has no int16
-            stored[f"{group.name}.left"], stored[f"{group.name}.right"] = left.to(torch.int8), right.to(torch.int16)
-            weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
-        if len(codes[share]):
-            codes[share] = gptq(weight[share], (order[share], upper[share]), scales[share], bits)
-        stored[f"{group.name}.codes"] = rt.sum_(codes.int(), "codes").to(codes.dtype)
-    covered = {g.param for g in quant_groups(cfg)}
-    for name, tensor in ((n, t) for n, t in state.items() if n not in covered):
-        if name == "attn_gate":
-            step = stored["attn_gate.step"] = (tensor.abs().amax(-1) / 127).clamp(min=2.0**-14).half()
-            stored["attn_gate.int8"] = (tensor / step.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-        else:
-            stored[name] = tensor.half()
+            stored[group.name] = quantize_group(rt, group, weight, factors, steps and steps[group.name])
+    stored |= {name: stored_half(state[name]) for name in state if name not in {group.param for group in groups}}
     if cfg.lqer_enabled:
         add_low_rank(cfg, state, stored)
-    return {name: tensor.cpu() for name, tensor in stored.items()}
+    return {name: Stored(form, sizes, {part: parts[part].cpu() for part in form_parts(form, sizes)})
+            for name, (form, sizes, parts) in stored.items()}
 
 
-def dequantize(cfg: Settings, stored: dict[str, Tensor]) -> dict[str, Tensor]:
+def rebuild(item: Stored) -> Tensor:
+    """The fp32 tensor that `item` stands for."""
+    form, sizes, parts = item
+    if form == "half":
+        return parts["values"].float()
+    if form == "low rank":
+        left, right = (from_even_grid(parts[side], parts[f"{side}_grid"], sizes[3]) for side in ("left", "right"))
+        return left.T @ right
+    if "scales" in parts:
+        scales = parts["scales"].float()[..., None]
+    else:
+        scales = octaves(parts["row"])[..., None] * octaves(parts["col"])[:, None]
+    weight = parts["levels" if form == "gate" else "codes"].float() * scales
+    if form == "weighted table":
+        weight = weight + scales * (parts["left"].float().T @ parts["right"].float() / COMMON_UNIT)
+    return weight
+
+
+def dequantize(cfg: Settings, stored: dict[str, Stored]) -> dict[str, Tensor]:
     """The model's parameters, fp32, from what `quantize` stored. KeyError or ValueError when it does not fit."""
-    state: dict[str, Any] = {}
+    tensors, state = {name: rebuild(item) for name, item in stored.items()}, {}
+    for name in [name for name, item in stored.items() if item.form == "low rank"]:
+        group, _, number = name.rpartition(".")
+        tensors[group][int(number)] += tensors.pop(name)
     for group in quant_groups(cfg):
-        if f"{group.name}.codes" in stored:
-            codes = stored[f"{group.name}.codes"]
-            if f"{group.name}.scales" in stored:
-                scales = stored[f"{group.name}.scales"].float()[..., None]
-            else:
-                row, col = (octaves(stored[f"{group.name}.{axis}"]) for axis in ("row", "col"))
-                scales = row[..., None] * col[:, None]
-            if codes.ndim != 3 or scales.shape not in ((*codes.shape[:2], 1), codes.shape):
-                raise ValueError(f"{group.name}: codes {list(codes.shape)}, scales {list(scales.shape)}")
-            weight = codes.float() * scales
-            if f"{group.name}.left" in stored:
-                left, right = (stored[f"{group.name}.{side}"].float() for side in ("left", "right"))
-                weight = weight + scales * (left.T @ right / COMMON_UNIT)
-            for i in range(len(weight)):
-                if f"lqer.{group.name}.{i}.left" in stored:
-                    left, right = (from_even_grid(stored[key], stored[f"{key}.grid"], cfg.lqer_asym_group)
-                                   for key in (f"lqer.{group.name}.{i}.{side}" for side in ("left", "right")))
-                    weight[i] += left.T @ right
-        else:
-            weight = stored[group.name].float()
-        if len(weight) != group.stop - group.start:
-            raise ValueError(f"{group.name}: {len(weight)} matrices instead of {group.stop - group.start}")
-        state.setdefault(group.param, []).append(weight)
-    state = {name: torch.cat(parts) if name.endswith("_bank") else parts[0][0] for name, parts in state.items()}
-    if "attn_gate.int8" in stored:
-        state["attn_gate"] = stored["attn_gate.int8"].float() * stored["attn_gate.step"].float()[..., None]
-    names = {"lqer", "attn_gate", *(g.name for g in quant_groups(cfg))}
-    return state | {name: t.float() for name, t in stored.items() if name.split(".")[0] not in names}
+        weight = tensors.pop(group.name)
+        if len(weight) != max(group.count, 1):
+            raise ValueError(f"{group.name}: {len(weight)} matrices instead of {max(group.count, 1)}")
+        state[group.param] = torch.cat((state[group.param], weight)) if group.first else weight
+        if not group.count:
+            state[group.param] = weight[0]
+    return state | tensors
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -2834,7 +2852,7 @@ LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
 def compress(data: bytes, compressor: str) -> bytes:
-    """Bytes of which nothing is known; beside codes coded by `ans` these go by LZMA."""
+    """A general compressor's form of any bytes. With COMPRESSOR=ans it is LZMA, for all but the codes."""
     if compressor == "brotli":
         return import_packer("brotli").compress(data, quality=11, lgwin=24)
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -2915,11 +2933,11 @@ def decode_integers(contexts: np.ndarray, tables: bytes, words: bytes, plain: tu
     return symbols
 
 
-def step_exponents(tensors: dict[str, Tensor], name: str, shape: list[int]) -> list[np.ndarray]:
-    """Exponents (n, rows) and (n, cols) int16 of the steps of `<group>.codes` of this shape; 0 where it has none."""
-    n, rows, cols = shape
-    return [tensors[key].numpy().astype(np.int16) if (key := name.replace(".codes", axis)) in tensors
-            else np.zeros((n, size), dtype=np.int16) for axis, size in ((".row", rows), (".col", cols))]
+def step_exponents(item: Stored) -> list[np.ndarray]:
+    """Exponents (n, rows) and (n, cols) int16 of the steps of codes; 0 where they have none."""
+    n, rows, cols = item.sizes
+    return [item.parts[part].numpy().astype(np.int16) if part in item.parts else np.zeros((n, size), dtype=np.int16)
+            for part, size in (("row", rows), ("col", cols))]
 
 
 def size_contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
@@ -2927,74 +2945,76 @@ def size_contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
     return (row[:, :, None] + col[:, None] + 32).clip(0, 95).astype(np.uint8).ravel()
 
 
-def has_common_part(shapes: dict[str, Any], name: str) -> bool:
-    """Whether `<group>.codes` are a table's, whose rows repeat what they have in common: quantize() did not part it."""
-    n, rows, cols = shapes[name]
-    return n == 1 and rows >= 4 * cols and name.replace(".codes", ".left") not in shapes
-
-
 def whole_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """(1, rows, cols) int16: the product of common_part's factors, int16, rounded, in integers alone."""
     return ((left.T.astype(np.int32) @ right.astype(np.int32) + COMMON_UNIT // 2) // COMMON_UNIT).astype(np.int16)[None]
 
 
-def pack_integers(tensors: dict[str, Tensor]) -> list[bytes]:
-    """Four streams for integers. Matrices `<group>.codes` (n, rows, cols) are coded under tables for their expected
-    size by row and column. Before them come all other tensors and what gives that size: the spread of the weights of
-    each row and column, in quarters of an octave, which with the step makes that of the codes. What the rows of a
-    table share is coded apart, unless quantize() already did so.
+def integer_parts(item: Stored) -> dict[str, torch.dtype]:
+    """The integer parts of a form and their dtypes, in order."""
+    parts = form_parts(item.form, item.sizes)
+    return {part: dtype for part, (_, dtype) in parts.items() if not dtype.is_floating_point}
+
+
+def side_shapes(item: Stored) -> list[list[int]]:
+    """Shapes of the integers that are coded before the codes: the other parts, and what gives the codes' sizes."""
+    parts = form_parts(item.form, item.sizes)
+    shapes = [shape for part, (shape, dtype) in parts.items() if part != "codes" and not dtype.is_floating_point]
+    if "codes" in parts:
+        n, rows, cols = item.sizes
+        shapes += [[COMMON_RANK, rows], [COMMON_RANK, cols]] * (item.form in COMMON_APART) + [[n, rows], [n, cols]]
+    return shapes
+
+
+def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
+    """Four streams for integers. Codes (n, rows, cols) are coded under tables for their expected size by row and
+    column. Before them come all other integers and what gives that size: the spread of the weights of each row and
+    column, in quarters of an octave, which with the step makes that of the codes. What the rows of a table have
+    in common is coded apart, if quantize() has not stored it so.
     """
     side, codes, contexts = [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.uint8)]
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        array = tensor.numpy()
-        if not name.endswith(".codes"):
-            side.append(array.astype(np.int16))
+    for item in stored.values():
+        side += [item.parts[part].numpy().astype(np.int16) for part in integer_parts(item) if part != "codes"]
+        if "codes" not in item.parts:
             continue
-        array = array.astype(np.int16)
-        if has_common_part(shapes, name):
-            side += [factor.numpy().astype(np.int16) for factor in common_part(tensor[0])]
+        array = item.parts["codes"].numpy().astype(np.int16)
+        if item.form in COMMON_APART:
+            side += [factor.numpy().astype(np.int16) for factor in common_part(item.parts["codes"][0])]
             array = array - whole_part(*side[-2:])
         square = array.astype(np.float32) ** 2
         row = (2 * np.log2(square.mean(2) + 0.02)).round()
         col = (2 * np.log2((square / 2 ** (row / 2)[:, :, None]).mean(1) + 1e-3)).round()
         row, col = row.astype(np.int16), col.astype(np.int16)
-        side += [size + step for size, step in zip((row, col), step_exponents(tensors, name, array.shape))]
+        side += [size + step for size, step in zip((row, col), step_exponents(item))]
         codes.append(array.ravel())
         contexts.append(size_contexts(row, col))
-    which = np.repeat(np.arange(len(side), dtype=np.uint8), [a.size for a in side])
+    which = np.repeat(np.arange(len(side)).astype(np.uint8), [a.size for a in side])
     return [*encode_integers(np.concatenate([a.ravel() for a in side]), which),
             *encode_integers(np.concatenate(codes), np.concatenate(contexts), PLAIN_BITS)]
 
 
-def unpack_integers(shapes: dict[str, list[int]], dtypes: dict[str, torch.dtype],
-                    streams: list[bytes]) -> dict[str, Tensor]:
-    """Inverse of pack_integers for tensors of these shapes, in order."""
-    sizes = [0]
-    for name, shape in shapes.items():
-        if name.endswith(".codes"):
-            sizes += [COMMON_RANK * n for n in shape[1:]] if has_common_part(shapes, name) else []
-            sizes += [shape[0] * shape[1], shape[0] * shape[2]]
-        else:
-            sizes += [math.prod(shape)]
-    which = np.repeat(np.arange(len(sizes), dtype=np.uint8), sizes)
-    side = iter(np.split(decode_integers(which, *streams[:2]), np.cumsum(sizes)[:-1])[1:])
-    tensors, common, contexts = {}, {}, [np.zeros(0, dtype=np.uint8)]
-    for name, shape in shapes.items():
-        if not name.endswith(".codes"):
-            tensors[name] = torch.from_numpy(next(side).reshape(shape)).to(dtypes[name])
-            continue
-        if has_common_part(shapes, name):
-            common[name] = whole_part(*(next(side).reshape(COMMON_RANK, -1) for _ in range(2)))
-        row, col = (next(side).reshape(shape[0], -1) - step for step in step_exponents(tensors, name, shape))
-        contexts.append(size_contexts(row, col))
+def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
+    """Inverse of pack_integers: gives their integer parts to things of these forms and sizes, in order."""
+    shapes = [[0], *(shape for item in stored.values() for shape in side_shapes(item))]
+    counts = [math.prod(shape) for shape in shapes]
+    which = np.repeat(np.arange(len(shapes)).astype(np.uint8), counts)
+    arrays = np.split(decode_integers(which, *streams[:2]), np.cumsum(counts)[:-1])
+    side = iter([array.reshape(shape) for array, shape in zip(arrays, shapes)][1:])
+    common, contexts = {}, [np.zeros(0, dtype=np.uint8)]
+    for name, item in stored.items():
+        dtypes = integer_parts(item)
+        item.parts.update({part: torch.from_numpy(next(side)).to(dtypes[part]) for part in dtypes if part != "codes"})
+        if "codes" in dtypes:
+            common[name] = whole_part(next(side), next(side)) if item.form in COMMON_APART else np.int16(0)
+            row, col = (next(side) - step for step in step_exponents(item))
+            contexts.append(size_contexts(row, col))
     contexts = np.concatenate(contexts)
     codes, place = decode_integers(contexts, *streams[2:], PLAIN_BITS), 0
-    for name, shape in shapes.items():
-        if name.endswith(".codes"):
-            part = codes[place : place + math.prod(shape)].reshape(shape) + common.get(name, np.int16(0))
-            tensors[name], place = torch.from_numpy(part).to(dtypes[name]), place + part.size
-    return tensors
+    for name, part in common.items():
+        form, sizes, parts = stored[name]
+        array = codes[place : place + math.prod(sizes)].reshape(sizes) + part
+        parts["codes"] = torch.from_numpy(array).to(form_parts(form, sizes)["codes"][1])
+        place += array.size
 
 
 def to_stream(tensor: Tensor) -> bytes:
@@ -3020,31 +3040,27 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 # data and a ZIP application, and weights from the container again; loading one runs nothing of it.
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 3
 MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
 COMPRESSORS = ("brotli", "lzma", "ans")
 
 
-def write_artifact(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str) -> bytes:
+def write_artifact(settings: dict[str, Any], stored: dict[str, Stored], compressor: str) -> bytes:
     """The container: magic, version, compressor, checksum, then header and streams compressed one by one.
 
-    The header is JSON: settings, names and shapes of the tensors, bytes of an integer, the streams' lengths. All fp16
-    tensors share the first stream; integers, (..., rows, cols), have one each, or by `ans` four together. No pickle.
+    The header is JSON: settings, name, form and sizes of what is stored, the streams' lengths. All fp16 parts share the
+    first stream; integer parts have one each, or by `ans` four together. No pickle.
     """
-    halves = {n: t for n, t in tensors.items() if t.dtype == torch.float16}
-    codes = {n: t for n, t in tensors.items() if n not in halves}
-    half = torch.cat([torch.zeros(0, dtype=torch.float16), *(t.flatten() for t in halves.values())])
-    raw = [to_stream(half)] + ([] if compressor == "ans" else [to_stream(t) for t in codes.values()])
+    parts = [parts[part] for form, sizes, parts in stored.values() for part in form_parts(form, sizes)]
+    halves = [torch.zeros(0, dtype=torch.float16), *(t.flatten() for t in parts if t.dtype == torch.float16)]
+    raw = [to_stream(torch.cat(halves))]
+    raw += [] if compressor == "ans" else [to_stream(t) for t in parts if t.dtype != torch.float16]
     with ThreadPoolExecutor() as pool:  # the compressors release the interpreter lock
         packed = list(pool.map(lambda data: compress(data, compressor), raw))
     if compressor == "ans":
-        packed += pack_integers(codes)
-    header = {
-        "settings": settings,
-        "halves": [[n, list(t.shape)] for n, t in halves.items()],
-        "codes": [[n, list(t.shape), t.element_size()] for n, t in codes.items()],
-        "bytes": [len(p) for p in packed],
-    }
+        packed += pack_integers(stored)
+    header = {"settings": settings, "stored": [[name, form, sizes] for name, (form, sizes, _) in stored.items()],
+              "bytes": [len(p) for p in packed]}
     head = compress(json.dumps(header, separators=(",", ":")).encode(), compressor)
     body = bytes([ARTIFACT_VERSION, COMPRESSORS.index(compressor)]) + len(head).to_bytes(4, "little") + head
     body += b"".join(packed)
@@ -3087,38 +3103,43 @@ def open_artifact(data: bytes, name: str) -> Artifact:
         return Artifact(dict(header["settings"]), compressor, header, [body[a:b] for a, b in pairwise(ends)])
 
 
-def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Settings and tensors of an artifact. RunError, naming the file `name`, on anything that is not a whole one."""
+def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """Settings and content of an artifact. RunError, naming the file `name`, on anything that is not a whole one."""
     settings, compressor, header, streams = open_artifact(data, name)
     with only_artifacts(name):
-        shapes = {n: shape for n, shape, _ in header["codes"]}
-        dtypes = {n: {1: torch.int8, 2: torch.int16}[size] for n, _, size in header["codes"]}
-        if sum(map(math.prod, shapes.values())) > MOST_CODES:
-            raise ValueError("too many codes")
+        stored = {n: Stored(form, sizes, {}) for n, form, sizes in header["stored"]}
+        shapes = [(item.parts, part, *entry) for item in stored.values()
+                  for part, entry in form_parts(item.form, item.sizes).items()]
+        if sum(math.prod(shape) for *_, shape, _ in shapes) > MOST_CODES:
+            raise ValueError("too many numbers")
         with ThreadPoolExecutor() as pool:
             plain = streams[:1] if compressor == "ans" else streams
             half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
-        values = from_stream(half, torch.float16, [-1]).split([math.prod(s) for _, s in header["halves"]])
-        tensors = {n: v.view(s) for (n, s), v in zip(header["halves"], values, strict=True)}
+        halves = [entry for entry in shapes if entry[-1] == torch.float16]
+        values = from_stream(half, torch.float16, [-1]).split([math.prod(shape) for *_, shape, _ in halves])
+        for (parts, part, shape, _), value in zip(halves, values, strict=True):
+            parts[part] = value.view(shape)
         if compressor == "ans":
-            tensors |= unpack_integers(shapes, dtypes, streams[1:])
+            unpack_integers(stored, streams[1:])
         else:
-            tensors |= {n: from_stream(stream, dtypes[n], shapes[n]) for n, stream in zip(shapes, raw, strict=True)}
-        return settings, tensors
+            codes = [entry for entry in shapes if entry[-1] != torch.float16]
+            for (parts, part, shape, dtype), stream in zip(codes, raw, strict=True):
+                parts[part] = from_stream(stream, dtype, shape)
+        return settings, stored
 
 
 def artifact_settings(cfg: Settings) -> dict[str, Any]:
     """What stands in the artifact: the settings its weights and its score depend on."""
-    names = ["vocab_size", "caseops_enabled", "bos_id", "train_seq_len", "lqer_asym_group"]
+    names = ["vocab_size", "caseops_enabled", "bos_id", "train_seq_len"]
     return {name: getattr(cfg, name) for name in [*names, *Settings.group("model", "eval")]
             if name not in ("eval_batch_tokens", "eval_budget_seconds")}
 
 
 @torch.no_grad()
-def load_weights(model: GPT, cfg: Settings, tensors: dict[str, Tensor], name: str) -> None:
+def load_weights(model: GPT, cfg: Settings, stored: dict[str, Stored], name: str) -> None:
     """Put an artifact's weights into the model. RunError unless every parameter gets one of its own shape."""
     try:
-        state = dequantize(cfg, tensors)
+        state = dequantize(cfg, stored)
     except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as e:
         raise RunError(f"{name}: tensors do not fit the model of its settings ({e})") from None
     params = dict(model.named_parameters())
@@ -3150,8 +3171,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     at = max(finest, bits - 8 * room / max(count, 1))
     for _ in range(12):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
-        tensors = quantize(cfg, rt, state, factors, steps)
-        artifact = rt.share_bytes(write_artifact(settings, tensors, cfg.compressor) if rt.rank == 0 else None)
+        stored = quantize(cfg, rt, state, factors, steps)
+        artifact = rt.share_bytes(write_artifact(settings, stored, cfg.compressor) if rt.rank == 0 else None)
         size = len(artifact)
         rt.log(f"steps from 2^{at:.3f}: {size} bytes of {room}")
         if not best or (size <= room and (size > len(best) or len(best) > room)) or size < len(best) > room:
@@ -3171,22 +3192,22 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     return best
 
 
-def prune(settings: dict[str, Any], tensors: dict[str, Tensor], compressor: str, room: int) -> bytes:
+def prune(settings: dict[str, Any], stored: dict[str, Stored], compressor: str, room: int) -> bytes:
     """The artifact; where it takes more than `room` bytes, with the codes of ±1 that have the least steps set to 0, as
     few as bring it to 99.9 % of that (PR 609). If even all do not, without any.
     """
-    best = write_artifact(settings, tensors, compressor)
+    best = write_artifact(settings, stored, compressor)
     if len(best) <= room:
         return best
-    scales = {n: tensors[n.replace("codes", "scales")] for n in tensors if n.replace("codes", "scales") in tensors
-              and n.endswith(".codes")}
-    steps = torch.cat([torch.zeros(0), *(s.float().flatten() for s in scales.values())]).unique()
+    scaled = {n: item for n, item in stored.items() if item.form.startswith("scaled")}
+    steps = torch.cat([torch.zeros(0), *(item.parts["scales"].float().flatten() for item in scaled.values())]).unique()
     low, high = 0, len(steps)
     while low < high and not 0.999 * room <= len(best) <= room:
-        middle = (low + high) // 2
-        pruned = {n: tensors[n].masked_fill((tensors[n].abs() == 1) & (s.float() <= steps[middle])[..., None], 0)
-                  for n, s in scales.items()}
-        tried = write_artifact(settings, tensors | pruned, compressor)
+        middle, pruned = (low + high) // 2, {}
+        for n, item in scaled.items():
+            codes, small = item.parts["codes"], (item.parts["scales"].float() <= steps[middle])[..., None]
+            pruned[n] = item._replace(parts=item.parts | {"codes": codes.masked_fill((codes.abs() == 1) & small, 0)})
+        tried = write_artifact(settings, stored | pruned, compressor)
         if len(tried) <= room:
             best, high = tried, middle
         else:
@@ -3223,10 +3244,76 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Scoring
 #
-# In: the model as the artifact gives it, and the validation text. Out: the score in bits per byte, each target counted
-# once, by windows or with test-time training on what has been scored.
+# In: losses of the targets of a text, and the bytes that these stand for. Out: the score in bits per byte, each target
+# counted once; the n-gram tilt, which makes a token likelier that followed the same tokens before.
+
+
+def find_hints(tokens: Tensor, order: int, threshold: float) -> Tensor:
+    """For each token of a stream (N,) the one that most often followed the order - 1 tokens before it earlier in the
+    stream, (N,) int64; IGNORE where these never stood there before, or where that was in less than `threshold` of the
+    times (PR 1514). Of several as often, the one that was so first.
+
+    An entry follows from tokens before its position alone. Contexts are compared by a hash of 64 bits.
+    """
+    tokens, n = tokens.long(), len(tokens)
+    hints = torch.full_like(tokens, IGNORE)
+    if n <= order:
+        return hints
+    context, size = torch.zeros_like(tokens), order - 1  # of each token; the first `size` have none
+    for j in range(1, order):
+        odd = pow(0x9E3779B97F4A7C15, 2 * j + 1, 2**64)
+        context[size:] ^= tokens[size - j : n - j] * (odd - 2**64 if odd >= 2**63 else odd)
+    context, place = context[size:].sort(stable=True)  # equal ones stand together, in the order of the stream
+    twice = context[1:] == context[:-1]
+    keep = F.pad(twice, (1, 0)) | F.pad(twice, (0, 1))
+    context, place = context[keep], place[keep] + size
+    if not len(place):
+        return hints
+    follows, at = tokens[place], torch.arange(len(place), device=tokens.device)
+    first = F.pad(context[1:] != context[:-1], (1, 0), value=True)
+    group, visits = first.cumsum(0), at - torch.where(first, at, 0).cummax(0).values + 1
+    pair, order_of_pairs = (group * 65536 + follows).sort(stable=True)
+    new_pair = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)
+    count = torch.empty_like(at)  # how often this token has followed this context, this time included
+    count[order_of_pairs] = at - torch.where(new_pair, at, 0).cummax(0).values + 1
+    most = (group * n + count).cummax(0).values
+    leads = F.pad(most[1:] != most[:-1], (1, 0), value=True)  # from here on this token is the most frequent
+    leader = follows[torch.where(leads, at, 0).cummax(0).values]
+    sure = (most - group * n) / visits.double() >= threshold
+    hints[place[1:]] = torch.where(sure[:-1] & ~first[1:], leader[:-1], IGNORE)  # what was known before this visit
+    return hints
+
+
+class Tilt(NamedTuple):
+    """The n-gram tilt of a text: where hints are, which of them are right, and by how much they are raised."""
+
+    places: Tensor  # (h,) int64, ascending: targets that have a hint
+    right: Tensor  # (h,) bool: the hint is the target
+    boosts: list[float]  # of the hint's logit
+
+    @classmethod
+    def of(cls, cfg: Settings, val: Validation) -> "Tilt | None":
+        if val.hints is None:
+            return None
+        places = (val.hints != IGNORE).nonzero().flatten()
+        steps = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0) if cfg.hedge_enabled else (1.0,)
+        return cls(places.cpu(), (val.hints == val.tokens)[places].cpu(), [cfg.token_boost * step for step in steps])
+
+    def apply(self, losses: Tensor, hint_losses: Tensor) -> Tensor:
+        """Losses (N,) float64 of all targets, in nats, given those of the targets and of their hints without a tilt.
+
+        By a boost b, p'(x) = p(x) e^(b [x is the hint]) / (1 + p(hint) (e^b - 1)), which adds up to 1 whatever p is
+        (PR 1514). Several boosts are mixed, in the order of the stream, by weights in proportion to exp(-what each has
+        cost so far) (Hedge, PR 2050).
+        """
+        losses, hint_losses = losses.double(), hint_losses.double()[self.places]
+        b = torch.tensor(self.boosts, dtype=torch.float64)[:, None]
+        each = losses[self.places] - b * self.right + torch.log1p(torch.exp(-hint_losses) * torch.expm1(b))
+        so_far = F.pad(each.cumsum(1), (1, 0))  # (boosts, h + 1)
+        losses[self.places] = -torch.logsumexp(-so_far, 0).diff()
+        return losses
 
 
 class Score(NamedTuple):
@@ -3246,19 +3333,24 @@ class Scorer:
     kept by position and added in float64 in stream order, so the score does not depend on batches or ranks.
     """
 
-    def __init__(self, rt: Runtime, target_bytes: Tensor, loaded: float | None = None):
+    def __init__(self, rt: Runtime, target_bytes: Tensor, loaded: float | None = None, tilt: Tilt | None = None):
         """target_bytes (N,) int32: bytes charged to each token. `loaded`: when the artifact was loaded, from where
         EVAL_BUDGET_SECONDS counts; None: now.
         """
-        self.rt, self.target_bytes, self.began = rt, target_bytes, time.perf_counter()
+        self.rt, self.target_bytes, self.tilt, self.began = rt, target_bytes, tilt, time.perf_counter()
         self.loaded = self.began if loaded is None else loaded
         self.losses = torch.zeros(len(target_bytes), dtype=torch.float32, device=rt.device)
+        self.hint_losses = torch.zeros_like(self.losses) if tilt else None
         self.times = torch.zeros(len(target_bytes), dtype=torch.int32, device=rt.device)
 
-    def add(self, positions: Tensor, losses: Tensor) -> None:
-        """Losses in nats of the targets at these positions of the stream, both of any one shape; 0 for padding."""
+    def add(self, positions: Tensor, losses: Tensor, hint_losses: Tensor | None = None) -> None:
+        """Losses in nats of the targets at these positions of the stream, and with a tilt those of their hints, all of
+        one shape; 0 for padding.
+        """
         positions = positions.flatten()
         self.losses.index_add_(0, positions, losses.flatten().float())
+        if hint_losses is not None:
+            self.hint_losses.index_add_(0, positions, hint_losses.flatten().float())
         self.times.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
 
     def running(self) -> str:
@@ -3268,11 +3360,14 @@ class Scorer:
 
     def finish(self) -> Score:
         """The score over all ranks. RunError when a target was scored twice or never."""
-        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone())[1:].cpu()
+        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone()).cpu()
         wrong = (times != 1).nonzero().flatten()
         if len(wrong):
             raise RunError(f"score refused: {int((times == 0).sum())} targets never scored, {int((times > 1).sum())} "
                            f"more than once (first: token {int(wrong[0]) + 1})")
+        if self.tilt:
+            losses = self.tilt.apply(losses, self.rt.sum_(self.hint_losses.clone()).cpu())
+        losses = losses[1:]
         nats, n_bytes = float(losses.double().sum()), int(self.target_bytes[1:].sum(dtype=torch.int64))
         if not math.isfinite(nats):
             raise RunError("score refused: a loss is not finite")
@@ -3280,6 +3375,13 @@ class Scorer:
             raise RunError("score refused: the validation tokens stand for no text")
         return Score(nats / len(losses), nats / (math.log(2) * n_bytes), len(losses), n_bytes,
                      time.perf_counter() - self.began)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+#
+# In: the model as the artifact gives it, and the validation text. Out: losses of all its targets for the scorer, by
+# windows or with test-time training on what has been scored.
 
 
 def gather(tokens: Tensor, place: Tensor, scored: Tensor, bos: int) -> tuple[Tensor, Tensor]:
@@ -3310,42 +3412,16 @@ def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
     return torch.tensor(windows, device=val.tokens.device)
 
 
-@torch.no_grad()
-def score_windows(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, windows: Tensor,
-                  what: str, loops: int | None = None) -> None:
-    """Score by these windows, as find_windows() has them, dealt whole to ranks."""
-    length, n, loops = cfg.eval_seq_len, len(val.tokens), cfg.num_loops if loops is None else loops
-    rows = cfg.eval_batch_tokens // length
-    spare = windows.new_tensor([[0, n]]).expand(-len(windows) % rows, 2)  # these score nothing
-    batches = torch.cat((windows, spare)).view(-1, rows, 2, 1)
-    for batch in rt.progress(batches[rt.rank :: rt.world], what, scorer.running):
-        start, fresh = batch.unbind(1)
-        place = start + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
-        scored = (place >= fresh) & (place < n - 1)
-        ids, targets = gather(val.tokens, place, scored, val.bos)
-        bounds = Bounds.find(ids, val.bos, length) if cfg.varlen_enabled else None
-        scorer.add(torch.where(scored, place + 1, 0), forward(ids, targets, bounds=bounds, loops=loops))
-
-
-def evaluate(cfg: Settings, rt: Runtime, forward: Callable, val: Validation, scorer: Scorer, stride: int, what: str,
-             loops: int | None = None) -> Score:
-    """Score the whole stream by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
-    score_windows(cfg, rt, forward, val, scorer, find_windows(cfg, val, stride), what, loops)
-    return scorer.finish()
-
-
-# Test-time training: learn from tokens once they are scored, never before
-
-
 class Sgd:
     """Momentum SGD on all weights, from tokens that have been scored; the same on every rank."""
 
     def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable):
-        """How many rows a forward pass has follows from the usual step alone: one size, one graph.
+        """The weights require gradients only in a step. How many rows a forward pass has follows from the usual step
+        alone: one size, one graph.
 
         Phased: one row holds a whole step, with attention inside its documents (PR 1626); a rank computes it.
         """
-        self.cfg, self.rt, self.forward, self.params = cfg, rt, forward, list(model.parameters())
+        self.cfg, self.rt, self.forward, self.params = cfg, rt, forward, list(model.requires_grad_(False).parameters())
         if cfg.ttt_mode == "phased":
             self.lr, momentum, self.inside = cfg.global_ttt_lr, cfg.global_ttt_momentum, True
             self.length, self.rows = cfg.global_ttt_chunk_tokens, 1
@@ -3383,7 +3459,7 @@ def half_cosine(i: int, last: int) -> float:
 
 
 class Budget:
-    """Whether there is time to adapt: while the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
+    """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, work: int, share: float):
         """`work`: what this rank has to do, in any unit; `share`: how much of its time scoring alone would take."""
@@ -3400,41 +3476,6 @@ class Budget:
         return not self.over
 
 
-def finish_ttt(cfg: Settings, rt: Runtime, scorer: Scorer, plain: int) -> Score:
-    """The score, of which `plain` tokens were not adapted to for lack of time."""
-    if plain:
-        rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
-    return scorer.finish()
-
-
-def chunk_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
-    """Sliding evaluation in chunks, each trained on after it is scored, but for the last (PR 549, 1413, 1493).
-
-    No chunk is trained on any more when the rest would not end within EVAL_BUDGET_SECONDS.
-    """
-    sgd = Sgd(cfg, rt, model, forward)
-    stride, length = cfg.eval_stride or cfg.eval_seq_len, cfg.eval_seq_len
-    windows = find_windows(cfg, val, stride)
-    number = windows[:, 1] // cfg.ttt_chunk_tokens  # of the chunk that holds the first token a window scores
-    chunks = windows.split(number.unique_consecutive(return_counts=True)[1].tolist())
-    last, trained, plain = (len(val.tokens) - 2) // cfg.ttt_chunk_tokens, 0, 0
-    scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
-    budget = Budget(cfg, rt, scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
-    for i, chunk in enumerate(rt.progress(chunks, "ttt", scorer.running)):
-        adapt = rt.largest(float(not budget.spend(len(chunk)))) == 0  # every rank or none
-        score_windows(cfg, rt, forward, val, scorer, chunk, "chunk")
-        scored = min(int(chunk[-1, 0]) + length, len(val.tokens) - 1)  # the last target of these windows
-        if i + 1 < len(chunks) and adapt:
-            # whole chunks, of which windows have scored all targets; by number: nothing here depends on later text
-            stop = scored // cfg.ttt_chunk_tokens * cfg.ttt_chunk_tokens
-            for _ in range(cfg.ttt_epochs):
-                sgd.step(val.tokens[trained : stop + 1], val.bos,
-                         half_cosine(int(chunk[0, 1]) // cfg.ttt_chunk_tokens, last))
-            trained = stop
-        plain += 0 if adapt else scored - int(chunk[0, 1])
-    return finish_ttt(cfg, rt, scorer, plain)
-
-
 def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
     """(first, last + 1) input token of each document of a stream (N,): from its BOS to the next one, which it predicts.
 
@@ -3446,7 +3487,7 @@ def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
 
 
 def padded_tokens(batch: list[tuple[int, int]]) -> int:
-    """What a batch of documents costs: every one is as long as the longest."""
+    """The cost of a batch of documents: each is padded to the length of the longest."""
     return len(batch) * max(b - a for a, b in batch)
 
 
@@ -3472,14 +3513,16 @@ def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int
 
 
 class DocumentAdapters:
-    """LoRA adapters for a batch of documents, one set per virtual layer, and their optimizer (PR 1530, 1536, 1619).
+    """LoRA adapters for a batch of documents, one set a virtual layer, and their optimizer (PR 1530, 1536, 1619).
 
-    They are leaves of the autograd graph; the model's own weights never require a gradient.
+    The adapters are leaves of the autograd graph. The model's weights no longer require gradients.
     """
 
-    def __init__(self, cfg: Settings, model: GPT, device: torch.device):
-        """A uniform in ±1/sqrt(in), the same for every document, so that no batch or order changes it; B zero."""
-        self.cfg, generator = cfg, torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
+    def __init__(self, cfg: Settings, model: GPT):
+        """A is uniform in ±1/sqrt(in) and the same for every document, whatever its batch. B is zero."""
+        device = model.requires_grad_(False).tok_emb.device
+        self.cfg, self.lr = cfg, cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        generator = torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
         d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
         shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
         beside = {"o": "attn"} if cfg.ttt_lora_o_input == "norm" else {}
@@ -3502,107 +3545,180 @@ class DocumentAdapters:
         for leaf, value in zip(self.leaves, self.initial):
             leaf.copy_(value.expand_as(leaf))
         if self.cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.cfg.ttt_lora_lr, eps=1e-8, foreach=True,
+            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.lr, eps=1e-8, foreach=True,
                                                betas=(self.cfg.ttt_beta1, self.cfg.ttt_beta2),
                                                weight_decay=self.cfg.ttt_weight_decay)
         else:
-            self.optimizer = torch.optim.SGD(self.leaves, lr=self.cfg.ttt_lora_lr, foreach=True,
+            self.optimizer = torch.optim.SGD(self.leaves, lr=self.lr, foreach=True,
                                              weight_decay=self.cfg.ttt_weight_decay)
 
     def learn(self, loss: Tensor) -> None:
-        """One step on a loss that is a sum over documents, so that each one's adapters see only its own text."""
+        """One step. The loss is a sum over documents, so a document's adapters get gradients from its text alone."""
         for leaf, grad in zip(self.leaves, torch.autograd.grad(loss, self.leaves)):
             leaf.grad = grad
         self.optimizer.step()
 
 
-def score_documents(cfg: Settings, forward: Callable, tokens: Tensor, scorer: Scorer, batch: list[tuple[int, int]],
-                    adapters: DocumentAdapters | None) -> None:
-    """Score a batch of documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
-
-    A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, in one of a few widths. A
-    document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of that length.
+class Evaluator:
+    """Scores one text with one model: by windows, or by test-time training, which learns from tokens once they are
+    scored, never before. A target's loss is charged to `scorer` when it is known.
     """
-    longest, size, device = max(b - a for a, b in batch), cfg.ttt_batch_size, tokens.device
-    chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
-    starts, ends = torch.tensor(batch + [(0, 0)] * (size - len(batch)), device=device).mT[:, :, None]
-    if adapters:
-        adapters.reset()
-    for low in range(0, longest, chunk):
-        high, width = low + chunk, chunk
-        while width < min(high, cfg.ttt_eval_seq_len):
-            width *= 2
-        width = min(width, cfg.ttt_eval_seq_len)
-        first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
-        place = first + torch.arange(width, device=device)
-        scored = (place >= starts + low) & (place < starts + high) & (place < ends)
-        ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
-        goes_on = (starts + high < ends).float()  # (size, 1)
-        with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
-            losses = forward(ids, targets, hooks=adapters.hooks if adapters else NO_HOOKS, loops=cfg.num_loops)
-        scorer.add(torch.where(scored, place + 1, 0), losses.detach())  # charged; only then is it learned from
-        if adapters and high < longest:
-            adapters.learn((losses * goes_on).sum() / chunk)
 
+    def __init__(self, cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation,
+                 loaded: float | None = None, loops: int | None = None):
+        """`forward`: the model, or a compiled form of it. `loaded` as in Scorer; `loops` None: NUM_LOOPS."""
+        self.cfg, self.rt, self.model, self.forward, self.val = cfg, rt, model, forward, val
+        self.scorer = Scorer(rt, val.bytes, loaded, Tilt.of(cfg, val))
+        self.loops = cfg.num_loops if loops is None else loops
 
-def warm_up_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation) -> None:
-    """Compile the graphs of test-time training on random tokens: one long document, and a step that changes nothing."""
-    length = cfg.ttt_eval_seq_len + 2 * cfg.ttt_chunk_size
-    tokens = torch.randint(cfg.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(cfg.seed))
-    tokens, scorer = tokens.to(val.tokens), Scorer(rt, torch.ones(length + 1, dtype=torch.int32))
-    for p in model.parameters():
-        p.requires_grad_(False)
-    if cfg.ttt_mode != "chunk":
-        learning = DocumentAdapters(cfg, model, rt.device)
-        size = 16 * sum(t.numel() for t in learning.leaves)
-        rt.log(f"adapters: {size / 1e6:.1f} MB with gradients and moments")
-        for adapters in (learning, None):
-            score_documents(cfg, forward, tokens, scorer, [(0, length)], adapters)
-    else:
-        windows = torch.zeros(rt.world * (cfg.eval_batch_tokens // cfg.eval_seq_len), 2, dtype=torch.long)
-        score_windows(cfg, rt, forward, val._replace(tokens=tokens), scorer, windows.to(rt.device), "warm-up")
-    if cfg.ttt_mode != "lora":
-        sgd = Sgd(cfg, rt, model, forward)
-        sgd.step(tokens.repeat(rt.world * sgd.rows), val.bos, 0.0)  # something for each rank
+    def charge(self, ids: Tensor, targets: Tensor, place: Tensor, scored: Tensor, **options: Any) -> Tensor:
+        """Losses (rows, length) of a forward pass over inputs at `place` of the stream, charged where `scored`."""
+        at = torch.where(scored, place + 1, 0)
+        if self.val.hints is None:
+            losses = self.forward(ids, targets, loops=self.loops, **options)
+            self.scorer.add(at, losses.detach())
+            return losses
+        hints = torch.where(scored, self.val.hints[at], IGNORE)
+        losses, hint_losses = self.forward(ids, targets, loops=self.loops, hints=hints, **options)
+        self.scorer.add(at, losses.detach(), hint_losses.detach())
+        return losses
 
+    @torch.no_grad()
+    def score_windows(self, windows: Tensor, what: str) -> None:
+        """Score by these windows, as find_windows() has them, dealt whole to ranks; `what` names the progress bar."""
+        cfg, rt, tokens, bos = self.cfg, self.rt, self.val.tokens, self.val.bos
+        length, n, rows = cfg.eval_seq_len, len(tokens), cfg.eval_batch_tokens // cfg.eval_seq_len
+        spare = windows.new_tensor([[0, n]]).expand(-len(windows) % rows, 2)  # these score nothing
+        batches = torch.cat((windows, spare)).view(-1, rows, 2, 1)
+        for batch in rt.progress(batches[rt.rank :: rt.world], what, self.scorer.running):
+            start, fresh = batch.unbind(1)
+            place = start + torch.arange(length, device=rt.device)  # (rows, length): input tokens in the stream
+            scored = (place >= fresh) & (place < n - 1)
+            ids, targets = gather(tokens, place, scored, bos)
+            bounds = Bounds.find(ids, bos, length) if cfg.varlen_enabled else None
+            self.charge(ids, targets, place, scored, bounds=bounds)
 
-def lora_ttt(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
-    """Score documents with adapters of their own; phased: between parts of the first documents, train all weights.
+    def by_windows(self, stride: int, what: str) -> Score:
+        """The score by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
+        self.score_windows(find_windows(self.cfg, self.val, stride), what)
+        return self.scorer.finish()
 
-    Documents are dealt whole to ranks. When the rest would not end within EVAL_BUDGET_SECONDS, it is scored without
-    adapters.
-    """
-    documents, adapters = find_documents(val.tokens, val.bos), DocumentAdapters(cfg, model, rt.device)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    cuts = [0, len(documents)]
-    if cfg.ttt_mode == "phased":  # cut by the settings alone, never by how many documents are still to come
-        phases = range(1, cfg.phased_ttt_num_phases + 1)
-        cuts[1:1] = [min(cfg.phased_ttt_prefix_docs * i // len(phases), len(documents)) for i in phases]
-    over, plain = False, 0  # tokens scored without adapters
-    for i, (low, high) in enumerate(pairwise(cuts)):
-        mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
-        work = sum(padded_tokens(batch) for batch in mine)
-        budget = Budget(cfg, rt, scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
-        for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", scorer.running):
-            over = not budget.spend(padded_tokens(batch)) or over
-            if over:
-                plain += sum(b - a for a, b in batch)
-            score_documents(cfg, forward, val.tokens, scorer, batch, None if over else adapters)
-        over = rt.largest(float(over)) > 0
-        if low < high < len(documents) and not over:
-            sgd, size = Sgd(cfg, rt, model, forward), cfg.global_ttt_chunk_tokens
-            last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
-            for step in range(last):
-                sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
-    return finish_ttt(cfg, rt, scorer, int(rt.sum_(torch.tensor(plain, device=rt.device))))
+    def final(self) -> Score:
+        """The evaluation that gives the run's val_bpb."""
+        cfg = self.cfg
+        if cfg.ttt_mode == "none":
+            return self.by_windows(cfg.eval_stride or cfg.eval_seq_len, "sliding")
+        plain = self.chunk_ttt() if cfg.ttt_mode == "chunk" else self.lora_ttt()
+        if plain:
+            self.rt.log(f"EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}: {plain} tokens scored and not trained on")
+        return self.scorer.finish()
 
+    def chunk_ttt(self) -> int:
+        """Sliding evaluation in chunks, each trained on after it is scored, but for the last (PR 549, 1413, 1493).
 
-def final_stage(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: Validation, scorer: Scorer) -> Score:
-    """The evaluation that gives the run's val_bpb."""
-    if cfg.ttt_mode != "none":
-        return (chunk_ttt if cfg.ttt_mode == "chunk" else lora_ttt)(cfg, rt, model, forward, val, scorer)
-    return evaluate(cfg, rt, forward, val, scorer, cfg.eval_stride or cfg.eval_seq_len, "sliding")
+        No chunk is trained on any more when the rest would not end within EVAL_BUDGET_SECONDS. Returns how many tokens
+        were not.
+        """
+        cfg, rt, val, size = self.cfg, self.rt, self.val, self.cfg.ttt_chunk_tokens
+        sgd, length = Sgd(cfg, rt, self.model, self.forward), cfg.eval_seq_len
+        windows = find_windows(cfg, val, cfg.eval_stride or length)
+        number = windows[:, 1] // size  # of the chunk that holds the first token a window scores
+        chunks = windows.split(number.unique_consecutive(return_counts=True)[1].tolist())
+        last, trained, plain = (len(val.tokens) - 2) // size, 0, 0
+        scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
+        budget = Budget(cfg, rt, self.scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
+        for i, chunk in enumerate(rt.progress(chunks, "ttt", self.scorer.running)):
+            adapt = rt.largest(float(not budget.spend(len(chunk)))) == 0  # every rank or none
+            self.score_windows(chunk, "chunk")
+            scored = min(int(chunk[-1, 0]) + length, len(val.tokens) - 1)  # the last target of these windows
+            if i + 1 < len(chunks) and adapt:
+                # whole chunks, of which windows have scored all targets; by number: nothing depends on later text
+                stop = scored // size * size
+                for _ in range(cfg.ttt_epochs):
+                    sgd.step(val.tokens[trained : stop + 1], val.bos, half_cosine(int(chunk[0, 1]) // size, last))
+                trained = stop
+            plain += 0 if adapt else scored - int(chunk[0, 1])
+        return plain
+
+    def lora_ttt(self) -> int:
+        """Score documents with adapters of their own; phased: between parts of the first documents, train all weights.
+
+        Documents are dealt whole to ranks. When the rest would not end within EVAL_BUDGET_SECONDS, it is scored without
+        adapters. Returns how many tokens were.
+        """
+        cfg, rt, val = self.cfg, self.rt, self.val
+        documents, adapters = find_documents(val.tokens, val.bos), DocumentAdapters(cfg, self.model)
+        cuts = [0, len(documents)]
+        if cfg.ttt_mode == "phased":  # cut by the settings alone, never by how many documents are still to come
+            phases = range(1, cfg.phased_ttt_num_phases + 1)
+            cuts[1:1] = [min(cfg.phased_ttt_prefix_docs * i // len(phases), len(documents)) for i in phases]
+        over, plain = False, 0
+        for i, (low, high) in enumerate(pairwise(cuts)):
+            mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
+            work = sum(padded_tokens(batch) for batch in mine)
+            budget = Budget(cfg, rt, self.scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
+            for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", self.scorer.running):
+                over = not budget.spend(padded_tokens(batch)) or over
+                plain += sum(b - a for a, b in batch) if over else 0
+                self.score_documents(batch, None if over else adapters)
+            over = rt.largest(float(over)) > 0
+            if low < high < len(documents) and not over:
+                sgd, size = Sgd(cfg, rt, self.model, self.forward), cfg.global_ttt_chunk_tokens
+                last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
+                for step in range(last):
+                    sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
+        return int(rt.sum_(torch.tensor(plain, device=rt.device)))
+
+    def score_documents(self, batch: list[tuple[int, int]], adapters: DocumentAdapters | None) -> None:
+        """Score documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
+
+        A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, in one of a few
+        widths. A document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of
+        that length.
+        """
+        cfg, tokens, usual = self.cfg, self.val.tokens, max(1, self.cfg.ttt_eval_seq_len // 4)
+        sizes = [usual] * len(batch)  # of each document's chunks
+        if adapters:
+            adapters.reset()
+            usual = cfg.ttt_chunk_size
+            sizes = [next(chunk for most, chunk in cfg.ttt_chunks() if b - a <= most) for a, b in batch]
+        spare = cfg.ttt_batch_size - len(batch)
+        starts, ends = torch.tensor(batch + [(0, 0)] * spare, device=tokens.device).mT[:, :, None]
+        chunk = torch.tensor(sizes + [usual] * spare, device=tokens.device)[:, None]
+        lengths = [(b - a, size) for (a, b), size in zip(batch, sizes)]
+        for i in range(max(-(-length // size) for length, size in lengths)):
+            low, high, width = i * chunk, (i + 1) * chunk, usual
+            reach = max((i + 1) * size for length, size in lengths if i * size < length)
+            while width < min(reach, cfg.ttt_eval_seq_len):
+                width *= 2
+            width = min(width, cfg.ttt_eval_seq_len)
+            first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
+            place = first + torch.arange(width, device=tokens.device)
+            scored = (place >= starts + low) & (place < starts + high) & (place < ends)
+            ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
+            goes_on = (starts + high < ends) * (usual / chunk)  # (size, 1), with the loss a mean over the chunk
+            with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
+                losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
+            if adapters and any((i + 1) * size < length for length, size in lengths):  # charged; only now learned from
+                adapters.learn((losses * goes_on).sum() / usual)
+
+    def warm_up(self) -> None:
+        """Compile the graphs of test-time training: on one long random document, and by a step that changes nothing."""
+        cfg, rt = self.cfg, self.rt
+        length = cfg.ttt_eval_seq_len + 2 * cfg.ttt_chunk_size
+        tokens = torch.randint(cfg.vocab_size, (length + 1,), generator=torch.Generator().manual_seed(cfg.seed))
+        random = Evaluator(cfg, rt, self.model, self.forward, self.val.over(tokens.to(self.val.tokens)))
+        sgd = Sgd(cfg, rt, self.model, self.forward)
+        if cfg.ttt_mode != "chunk":
+            learning = DocumentAdapters(cfg, self.model)
+            rt.log(f"adapters: {16 * sum(t.numel() for t in learning.leaves) / 1e6:.1f} MB with gradients and moments")
+            for adapters in (learning, None):
+                random.score_documents([(0, length)], adapters)
+        else:
+            windows = torch.zeros(rt.world * (cfg.eval_batch_tokens // cfg.eval_seq_len), 2, dtype=torch.long)
+            random.score_windows(windows.to(rt.device), "warm-up")
+        if cfg.ttt_mode != "lora":
+            sgd.step(random.val.tokens.repeat(rt.world * sgd.rows), self.val.bos, 0.0)  # something for each rank
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -3612,6 +3728,7 @@ def final_stage(cfg: Settings, rt: Runtime, model: GPT, forward: Callable, val: 
 # misspelt name or a value that a setting does not take ends the run in one line.
 
 
+LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 ORDINARY = ("COMPILER", "TYPE")  # one letter from a setting, but set by clusters' modules and by build scripts
 # Settings of the field's other scripts that have no like here, each with the value that asks for nothing more than this
 # script does: off, what is built in, or what another setting says. With * none does: it changes no figure.
@@ -3620,18 +3737,17 @@ AGREE_ADD_BOOST=0 ASYM_LOGIT_RESCALE=0 ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=pro
 ETLB_CLIP=3 ETLB_ENABLED=0 ETLB_LR=0.05 ETLB_STEPS=5 EVAL_INCLUDE_TAIL=1 FUSED_CE_ENABLED=0 G1_GATING=0
 GATED_ATTN_INIT_STD=0.01 GATED_ATTN_QUANT_GATE=* GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1
 GLOBAL_TTT_MUON_NESTEROV=1 GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
-GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0
-LAWA_ENABLED=0 LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0
-MUON_BETA2=0.95 MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
-NGRAM_TILT_ENABLED=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS
-QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk
-ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005
-SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0 TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0
-TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
-TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
-TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
-TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
-WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
+GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 LAWA_ENABLED=0 LAWA_FREQ=50
+LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0 MUON_BETA2=0.95 MUON_EQR_EPS=1e-7
+MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0
+QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0
+QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0
+SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0
+TARGET_MB=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
+TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1 TTT_OUTPUT_DIR=0
+TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1 TTT_WARM_START_A=0 VAL_BATCH_SIZE=*
+VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0 WITHIN_TAU=99 WORD_BOOST=0
+WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
 """.split())
 
 
@@ -3652,6 +3768,65 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
         raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
     if kind is float and abs(value) > LARGEST:
         raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
+
+
+def check_contradictions(cfg: Settings, given: set[str]) -> None:
+    """Raise RunError for the first settings that cannot all hold, naming one of those `given` first.
+
+    Each line has what is wrong, the setting that does not fit, then those it has to fit, and what it takes.
+    """
+    head_dim = cfg.model_dim // cfg.num_heads
+    for wrong, names, takes in (
+        (cfg.model_dim % cfg.num_heads, "num_heads model_dim", f"a divisor of MODEL_DIM={cfg.model_dim}"),
+        (cfg.num_heads % cfg.num_kv_heads, "num_kv_heads num_heads", f"a divisor of NUM_HEADS={cfg.num_heads}"),
+        (cfg.rope_dims % 2 or cfg.rope_dims > head_dim, "rope_dims model_dim num_heads",
+         f"an even number up to {head_dim}, the width of a head"),
+        (int(cfg.mlp_mult * cfg.model_dim) < 1, "mlp_mult model_dim", "at least 1/MODEL_DIM"),
+        (cfg.train_batch_tokens % cfg.train_seq_len, "train_batch_tokens train_seq_len",
+         f"a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        ((cfg.micro_batch_tokens or cfg.train_seq_len) < cfg.train_seq_len,
+         "micro_batch_tokens train_seq_len", f"at least TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        ((cfg.eval_batch_tokens or cfg.eval_seq_len) < cfg.eval_seq_len,
+         "eval_batch_tokens eval_seq_len train_seq_len", f"at least EVAL_SEQ_LEN={cfg.eval_seq_len}"),
+        (cfg.num_loops and not cfg.loop_start <= cfg.loop_end < cfg.num_layers,
+         "loop_end loop_start num_layers num_loops recur_blend",
+         f"a layer from LOOP_START={cfg.loop_start} to {cfg.num_layers - 1}"),
+        (cfg.num_loops and cfg.parallel_mode != "gptj" and cfg.parallel_start_layer <= cfg.loop_end,
+         "parallel_start_layer loop_end parallel_mode num_loops recur_blend",
+         f"more than LOOP_END={cfg.loop_end} with PARALLEL_MODE={cfg.parallel_mode}"),
+        (cfg.gated_attn_enabled + cfg.sparse_attn_gate_enabled + cfg.attn_out_gate_enabled > 1,
+         "gated_attn_enabled" if cfg.gated_attn_enabled else "sparse_attn_gate_enabled",
+         "0 beside another of the three output gates"),
+        ((cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled or cfg.smear_gate_enabled) and
+         cfg.gate_window > cfg.model_dim, "gate_window model_dim", f"at most MODEL_DIM={cfg.model_dim}"),
+        (cfg.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
+        (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
+        (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
+         f"layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),
+        (cfg.qat_lite_enabled and cfg.qat_lite_layer_start >= cfg.num_layers,
+         "qat_lite_layer_start num_layers qat_lite_enabled", f"a layer below NUM_LAYERS={cfg.num_layers}"),
+        (cfg.num_loops and not cfg.loop_stages(), "loop_schedule num_loops recur_blend",
+         f"stages, as 0.35:1,0.55:2, that end in NUM_LOOPS={cfg.num_loops}, the most"),
+        ("ema" in cfg.average and "swa" in cfg.average and not cfg.ema_decay, "average ema_decay",
+         "swa, since EMA_DECAY=0 keeps no EMA"),
+        ("swa" in cfg.average and not cfg.swa_enabled, "average swa_enabled", "ema, or SWA_ENABLED=1"),
+        (cfg.eval_stride > cfg.eval_seq_len, "eval_stride eval_seq_len train_seq_len",
+         f"at most EVAL_SEQ_LEN={cfg.eval_seq_len}"),
+        (cfg.ttt_mode in ("lora", "phased") and cfg.ttt_chunk_size > cfg.ttt_eval_seq_len,
+         "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
+         f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
+        (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
+        (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",
+         "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
+        (cfg.max_wallclock_seconds and (cfg.gptq_reserve_seconds or 0) >= cfg.max_wallclock_seconds,
+         "gptq_reserve_seconds max_wallclock_seconds",
+         f"less than MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
+    ):
+        if wrong:
+            name, *others = names.split()
+            blamed = next((n for n in (name, *others) if n in given), name)
+            said, unfit = (f"{n.upper()}={shown(getattr(cfg, n))}" for n in (blamed, name))
+            raise RunError(f"{unfit}: takes {takes}" if said == unfit else f"{said}: {unfit} takes {takes}")
 
 
 def kind_of(f: dataclasses.Field) -> type:
@@ -3785,13 +3960,25 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     wrong = set(stored) ^ set(artifact_settings(Settings()))
     if wrong:
         raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
-    for key in ("vocab_size", "caseops_enabled", "lqer_asym_group", *Settings.group("model")):
+    for key in ("vocab_size", "caseops_enabled", *Settings.group("model")):
         if notes.explicit.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
     try:
         return Settings(**({"train_batch_tokens": stored["train_seq_len"]} | stored | notes.explicit))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
+
+
+def changes(cfg: Settings, chosen: Iterable[str] = ()) -> str:
+    """Settings that differ from their defaults, a line for each group; an `auto` one only where it was `chosen`."""
+    text = ""
+    for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(cfg)):
+        fields = [f for f in dataclasses.fields(cfg) if f.metadata["group"] == group]
+        changed = {f.name: getattr(cfg, f.name) for f in fields if getattr(cfg, f.name) != f.default}
+        words = [f"{name.upper()}={shown(value)}" for name, value in changed.items()
+                 if name in chosen or cfg.__dataclass_fields__[name].default is not None]
+        text += f"\n  {group:6}{' '.join(words)}" if words else ""
+    return text or " none"
 
 
 def help_text() -> str:
@@ -3844,7 +4031,7 @@ class Run:
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
         compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"
         rt.note(f"settings: {json.dumps(dataclasses.asdict(cfg))}")
-        rt.log(f"settings, where not the default:{cfg.changes(notes.explicit)}")
+        rt.log(f"settings, where not the default:{changes(cfg, notes.explicit)}")
         for given, meant in notes.aliases.items():
             rt.log(f"alias: {given} taken as {meant}")
         if notes.ignored:
@@ -3864,17 +4051,19 @@ class Run:
         self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
         self.final_forward = self.forward if cfg.ttt_mode == "none" else parts
 
-    def stage(self, name: str, evaluation: Callable[[Scorer], Score]) -> Score:
-        """Run an evaluation with a scorer, log its score and return it."""
-        score = evaluation(Scorer(self.rt, self.val.bytes, self.loaded))
+    def evaluator(self, forward: Callable, loops: int | None = None) -> Evaluator:
+        return Evaluator(self.cfg, self.rt, self.model, forward, self.val, self.loaded, loops)
+
+    def stage(self, name: str, evaluation: Callable[[], Score]) -> Score:
+        """Run an evaluation, log its score and return it."""
+        score = evaluation()
         self.rt.log(f"stage:{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f} tokens:{score.tokens} "
                     f"bytes:{score.bytes} seconds:{score.seconds:.1f}")
         self.rt.metric(stage=name, val_loss=score.val_loss, val_bpb=score.val_bpb, seconds=score.seconds)
         return score
 
     def window_stage(self, name: str, stride: int, loops: int | None = None) -> Score:
-        return self.stage(name, lambda scorer: evaluate(self.cfg, self.rt, self.forward, self.val, scorer, stride, name,
-                                                        loops))
+        return self.stage(name, lambda: self.evaluator(self.forward, loops).by_windows(stride, name))
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
@@ -3914,8 +4103,8 @@ class Run:
         if cfg.quant_allocation == "auto":
             artifact = fill_budget(cfg, rt, state, stats, room)
         else:
-            tensors = quantize(cfg, rt, state, factorize_all(stats.hessians))
-            artifact = prune(artifact_settings(cfg), tensors, cfg.compressor, room) if rt.rank == 0 else None
+            stored = quantize(cfg, rt, state, factorize_all(stats.hessians))
+            artifact = prune(artifact_settings(cfg), stored, cfg.compressor, room) if rt.rank == 0 else None
         rt.log(f"quantized and packed in {time.perf_counter() - start:.1f}s")
         if rt.rank == 0:
             with atomic_write(rt.path("final_model.int6.ptz")) as file:
@@ -3946,12 +4135,15 @@ class Run:
             stages = stages[-1:]
         self.loaded = time.perf_counter()
         self.load(artifact, name)
+        self.val = dataclasses.replace(self.val)  # hints are made anew: on the evaluation's clock
+        if self.val.hints is not None:
+            self.rt.log(f"hints for {int((self.val.hints != IGNORE).sum())} targets in "
+                        f"{time.perf_counter() - self.loaded:.1f}s with loading")
         for stage in stages:
             if stage == "ttt":
                 if self.forward is not self.model:
-                    warm_up_ttt(cfg, self.rt, self.model, self.final_forward, self.val)
-                self.stages[stage] = self.stage(stage, lambda scorer: final_stage(
-                    cfg, self.rt, self.model, self.final_forward, self.val, scorer))
+                    self.evaluator(self.final_forward).warm_up()
+                self.stages[stage] = self.stage(stage, lambda: self.evaluator(self.final_forward).final())
             else:
                 stride = cfg.eval_stride if stage == "sliding" else cfg.eval_seq_len
                 self.stages[stage] = self.window_stage(stage, stride)

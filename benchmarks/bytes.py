@@ -26,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_gpt as tg
 
 
-def packed_sizes(cfg: tg.Settings, stored: dict[str, torch.Tensor]) -> dict[str, int]:
+def packed_sizes(cfg: tg.Settings, stored: dict[str, tg.Stored]) -> dict[str, int]:
     """Bytes of the whole artifact by packer; for what is not ours the codes' share is replaced, in its better order."""
     settings = tg.artifact_settings(cfg)
     sizes = {"ans": len(tg.write_artifact(settings, stored, "ans"))}
-    codes = {name: tensor for name, tensor in stored.items() if not tensor.is_floating_point()}
-    orders = [[tg.to_stream(t if by_column else t.mT) for t in codes.values()] for by_column in (False, True)]
-    rest = len(tg.write_artifact(settings, {n: t for n, t in stored.items() if n not in codes}, "brotli"))
+    codes = [item.parts[part] for item in stored.values() for part in tg.integer_parts(item)]
+    orders = [[tg.to_stream(t if by_column else t.mT) for t in codes] for by_column in (False, True)]
+    whole = len(tg.write_artifact(settings, stored, "brotli"))
+    rest = whole - sum(len(tg.compress(stream, "brotli")) for stream in orders[1])
     packers = {"brotli": lambda data: len(tg.compress(data, "brotli")),
                "lzma": lambda data: len(tg.compress(data, "lzma"))}
     if shutil.which("lrzip"):
@@ -71,7 +72,7 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
     rt.open_logs(append=False)
     cfg = tg.fit_to_device(dataclasses.replace(cfg, quant_allocation="auto", gptq_reserve_seconds=0.0), rt)
     val = tg.Validation.load(cfg, tg.read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
-    val = val._replace(tokens=val.tokens[: args.tokens], bytes=val.bytes[: args.tokens])
+    val = val.over(val.tokens[: args.tokens], val.bytes[: args.tokens])
     model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype).run, val.bos)
     model.load_state_dict(torch.load(args.model, map_location=rt.device, weights_only=True))
     trained = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -79,20 +80,20 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
     clock.start()
     stats = tg.calibrate(cfg, rt, model, tg.Windows(cfg, rt, val.bos), 0, clock)
 
-    def loss(stored: dict[str, torch.Tensor] | None) -> float:
+    def loss(stored: dict[str, tg.Stored] | None) -> float:
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(trained[name])
         if stored is not None:
             tg.load_weights(model, cfg, stored, "the table")
-        return tg.evaluate(cfg, rt, model, val, tg.Scorer(rt, val.bytes), cfg.eval_seq_len, "loss").val_loss
+        return tg.Evaluator(cfg, rt, model, model, val).by_windows(cfg.eval_seq_len, "loss").val_loss
 
     base, rows = loss(None), []
     n = sum(g.view(trained[g.param]).numel() for g in tg.quant_groups(cfg))
     print(f"{sum(p.numel() for p in trained.values()):,} parameters, {stats.tokens:,} calibration tokens, "
           f"{len(val.tokens):,} validation tokens, loss {base:.5f}; bytes of the artifact by packer")
 
-    def row(label: str, stored: dict[str, torch.Tensor]) -> None:
+    def row(label: str, stored: dict[str, tg.Stored]) -> None:
         sizes, gap = packed_sizes(cfg, stored), loss(stored) - base
         rows.append({"way": label, "gap": gap, "bytes": sizes})
         print(f"{label:24} gap {gap:8.5f}  " + "  ".join(f"{name} {size:>9,}" for name, size in sorted(sizes.items()))

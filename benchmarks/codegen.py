@@ -4,10 +4,10 @@
     pip install --target /tmp/cuda 'torch===2.13.0'        # once: on Linux the CUDA build, 5 GB
     PYTHONPATH=/tmp/cuda python benchmarks/codegen.py      # all forms; or those named, as `defaults lora`
 
-The script's own warm_up() and warm_up_ttt() make the graphs, which are all that a run has (tests/test_codegen.py): at
-real widths and batches, of fake tensors, through Dynamo and AOTAutograd. Inductor compiles each as for an H100, up to
-the code that would launch its kernels, and Triton and its ptxas make sm_90 code of every kernel, in each variant that
-Inductor would try; for FUSED=1 also of the script's own. Nothing is run or timed.
+The script's own warm_up() and Evaluator.warm_up() make the graphs, which are all that a run has, as
+tests/test_codegen.py shows: at real widths and batches, of fake tensors, through Dynamo and AOTAutograd. Inductor
+compiles each as for an H100, up to the code that would launch its kernels, and Triton and its ptxas make sm_90 code of
+every kernel, in each variant that Inductor would try; for FUSED=1 also of the script's own. Nothing is run or timed.
 
 A form is a set of settings: `defaults`, more of them below, or a recipe. But for `layers` each has 9 layers, of every
 kind that its own 11 have: more would repeat the same kernels with other offsets. Settings in the environment win over a
@@ -172,7 +172,7 @@ def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -
         tg.warm_up(cfg, rt, Still(cfg, rt, model, whole))
         if cfg.ttt_mode != "none":
             val = tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1, None, 1)
-            tg.warm_up_ttt(cfg, rt, model, parts, val)
+            tg.Evaluator(cfg, rt, model, parts, val).warm_up()
 
 
 # ----- machine code

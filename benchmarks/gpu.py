@@ -87,7 +87,7 @@ class Bench:
         self.attention, _, self.attend, self.skipped = tg.pick_attention(cfg, rt.device, rt.dtype)
         self.model = tg.build_model(cfg, rt, self.attend, BOS)
         with torch.no_grad():
-            for bank in self.model.banks().values():  # some start at 0, and would leave others without a gradient
+            for bank in self.model.params_of("matrix").values():  # some start at 0: others would get no gradient
                 bank.normal_(std=bank.size(2) ** -0.5)
         self.compiled, self.by_parts = self.compile()
         self.fused = tg.fused_ops() if kernel_check.can_run(rt.device) else None
@@ -107,9 +107,9 @@ class Bench:
         rt, rows = self.rt, {}
         if rt.world == 1:
             return {"skipped": "one process has nothing to exchange"}
-        small = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for p in self.model.banks().values())
-        shapes = {name: (-(-len(bank) // rt.world) * rt.world, *bank.shape[1:])
-                  for name, bank in self.model.banks().items()}
+        banks = self.model.params_of("matrix")
+        small = sum(p.numel() for p in self.model.parameters()) - sum(p.numel() for p in banks.values())
+        shapes = {name: (-(-len(bank) // rt.world) * rt.world, *bank.shape[1:]) for name, bank in banks.items()}
 
         def draw(shape: tuple[int, ...], rank: int) -> torch.Tensor:
             generator = torch.Generator().manual_seed(rank)
@@ -217,7 +217,7 @@ class Bench:
         feeder = tg.Feeder(tg.Windows(cfg, self.rt, BOS), trainer.plan)
         try:
             for step in range(steps):
-                phase = tg.Schedule.at(cfg, step, step / steps)._replace(loops=cfg.num_loops)
+                phase = dataclasses.replace(tg.Schedule.at(cfg, step, step / steps), loops=cfg.num_loops)
                 losses.append(trainer.step(feeder.next(), phase))
                 self.rt.throttle()
         finally:
@@ -290,7 +290,7 @@ class Bench:
     def sliding(self) -> dict:
         """Sliding-window evaluation of the validation text with all loops, compiled."""
         first = self.val.tokens[: self.cfg.eval_seq_len + 1]
-        self.evaluate(self.val._replace(tokens=first, bytes=self.val.bytes[: len(first)]))  # warms up
+        self.evaluate(self.val.over(first))  # warms up
         return self.evaluate(self.val) | {"stride": self.cfg.eval_stride, "window": self.cfg.eval_seq_len}
 
     def quantization(self) -> dict:
@@ -310,9 +310,9 @@ class Bench:
         state, room = dict(self.model.named_parameters()), self.cfg.artifact_budget_bytes - 30_000  # of code
         artifact = tg.fill_budget(self.cfg, self.rt, state, stats, room)
         lap("fill_budget")
-        settings, tensors = tg.read_artifact(artifact, "the artifact")
+        settings, stored = tg.read_artifact(artifact, "the artifact")
         lap("unpack")
-        tg.write_artifact(settings, tensors, self.cfg.compressor)
+        tg.write_artifact(settings, stored, self.cfg.compressor)
         lap("pack")
         return seconds | {"calibration_tokens": stats.tokens, "bytes": len(artifact)}
 
@@ -329,11 +329,10 @@ class Bench:
         """
         cfg = dataclasses.replace(self.cfg, ttt_mode="lora", eval_budget_seconds=0.0)
         first, start = self.val.tokens[: cfg.ttt_batch_size * self.document + 1], time.perf_counter()
-        short = self.val._replace(tokens=first, bytes=self.val.bytes[: len(first)])
         try:
-            tg.lora_ttt(cfg, self.rt, self.model, forward, short, tg.Scorer(self.rt, short.bytes))
+            tg.Evaluator(cfg, self.rt, self.model, forward, self.val.over(first)).final()
             cold = time.perf_counter() - start
-            score = tg.lora_ttt(cfg, self.rt, self.model, forward, self.val, tg.Scorer(self.rt, self.val.bytes))
+            score = tg.Evaluator(cfg, self.rt, self.model, forward, self.val).final()
         finally:
             for p in self.model.parameters():
                 p.requires_grad_(True)
@@ -392,8 +391,8 @@ class Bench:
                 "mfu": flops / seconds / self.peak if self.peak else None, "peak_bytes": self.rt.peak_memory()}
 
     def evaluate(self, val: tg.Validation) -> dict:
-        score = tg.evaluate(self.cfg, self.rt, self.compiled, val, tg.Scorer(self.rt, val.bytes), self.cfg.eval_stride,
-                            "sliding")
+        evaluator = tg.Evaluator(self.cfg, self.rt, self.model, self.compiled, val)
+        score = evaluator.by_windows(self.cfg.eval_stride, "sliding")
         return {"tok_per_s": score.tokens / score.seconds, "tokens": score.tokens}
 
 

@@ -56,18 +56,18 @@ def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.N
     """Score the artifact four ways and print the tables."""
     rt = tg.Runtime(cfg, tg.Launch())
     run = tg.Run(tg.fit_to_device(dataclasses.replace(cfg, ttt_mode="lora"), rt), notes, rt)
-    tensors, losses, scores = tg.read_artifact(artifact, "the artifact")[1], {}, {}
+    stored, losses, scores = tg.read_artifact(artifact, "the artifact")[1], {}, {}
     ways = {"windows": {"ttt_mode": "none", "eval_stride": 0}, "no learning": {"ttt_lora_lr": 0.0}, "lora": {},
             "phased": {"ttt_mode": "phased"}}
     for name, changes in ways.items():
         cfg = dataclasses.replace(run.cfg, **changes)
-        tg.load_weights(run.model, cfg, tensors, "the artifact")
+        tg.load_weights(run.model, cfg, stored, "the artifact")
         if run.forward is not run.model and cfg.ttt_mode != "none":
-            tg.warm_up_ttt(cfg, rt, run.model, run.final_forward, run.val)
-        scorer = tg.Scorer(rt, run.val.bytes)
+            tg.Evaluator(cfg, rt, run.model, run.final_forward, run.val).warm_up()
         forward = run.forward if cfg.ttt_mode == "none" else run.final_forward
-        scores[name] = tg.final_stage(cfg, rt, run.model, forward, run.val, scorer)
-        losses[name] = scorer.losses
+        evaluator = tg.Evaluator(cfg, rt, run.model, forward, run.val)
+        scores[name] = evaluator.final()
+        losses[name] = evaluator.scorer.losses
     rt.close()
     print(f"\n{run.device}, {torch.get_num_threads()} threads; rank {cfg.ttt_lora_rank}, chunk {cfg.ttt_chunk_size}, "
           f"windows of {cfg.ttt_eval_seq_len}, {cfg.ttt_batch_size} documents at a time, lr {cfg.ttt_lora_lr:g}, "

@@ -1,65 +1,50 @@
 #!/usr/bin/env python3
-"""The published shards, tokenizer and documents -> data/, each file checked before it takes its name.
+"""Download the published token shards, their tokenizer and the documents, and check every file.
 
 Notable features:
-- the manifest of the repository says what there is: the first N training shards, every validation shard, the tokenizer
-- huggingface_hub receives the files, several at a time; what stands here and is right is not fetched again
-- a file is compared with the hub's hash, a shard also with its own header and its vocabulary, the validation set with
-  the manifest's counts of files, tokens and documents; CaseOps sets also with their byte counts
-- `--verify` checks again what is here, without a network, and names every file that is bad
+- The manifest of the published repository says what there is. The tool takes the first N training shards, all
+  validation shards and the tokenizer.
+- huggingface_hub downloads several files at a time. A file that is here and right is not downloaded again.
+- Every file is compared with the hash that the hub has for it, and every shard with its own header and the vocabulary.
+  A file gets its name only after that.
+- The validation set is compared with the manifest's counts of files, tokens and documents. For CaseOps sets the count
+  of bytes is compared too.
+- `--verify` checks again what is here, without a network, and names every file that is bad.
 
     python data/cached_challenge_fineweb.py --variant sp8192 --train-shards 80
     python data/cached_challenge_fineweb.py --variant sp8192_caseops --train-shards 80
     python data/cached_challenge_fineweb.py --variant sp1024 --train-shards 0 --with-docs
 
-writes, below --out (this folder, unless told otherwise):
+The files are written below --out, which is the folder of this script unless told otherwise:
 
     datasets/fineweb10B_sp8192/fineweb_train_000000.bin, ..., fineweb_val_000000.bin
     tokenizers/fineweb_8192_bpe.model, tokenizers/fineweb_8192_bpe.vocab (for CaseOps fineweb_8192_bpe_caseops.*)
     docs_selected.jsonl, docs_selected.source_manifest.json
-    manifest.json (other entries in it stay)
+    manifest.json (the tool changes its own entries only)
 
-Files are received in .download, beside their final place. MATCHED_FINEWEB_REPO_ID and
-MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another repository and folder in it; HF_ENDPOINT, HF_TOKEN and the like are
-huggingface_hub's.
+Unfinished files stand in folders called .download. They go when the program ends or, after a kill, when it runs again.
+The environment variables MATCHED_FINEWEB_REPO_ID and MATCHED_FINEWEB_REMOTE_ROOT_PREFIX name another repository and
+another folder in it. HF_ENDPOINT, HF_TOKEN and the like are variables of huggingface_hub.
 """
 
 import argparse
-import glob
 import json
 import os
 import re
 import shutil
 import signal
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from hashlib import sha1, sha256
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import httpx2
 import numpy as np
-import sentencepiece as spm
-from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+import shards
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import disable_progress_bars
 from huggingface_hub.utils import logging as hub_logging
-from shards import (
-    SHARD_NAME,
-    Parser,
-    file_sha256,
-    find_entry,
-    find_shards,
-    merge_manifest,
-    one_line,
-    only_one,
-    read_manifest,
-    read_shard,
-    shard_names,
-    write_manifest,
-)
+from huggingface_hub.utils.sha import git_hash
 from tqdm.contrib.concurrent import thread_map
 
 DEFAULT_REPO = "willdepueoai/parameter-golf"
@@ -67,40 +52,25 @@ CASEOPS_REPO = "romeerp/parameter-golf-caseops-v1"
 REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
 DEFAULT_VARIANT = "sp8192"
 DEFAULT_TRAIN_SHARDS = 80
-VARIANT = re.compile(r"sp(\d+)(_[\w.-]+)?")
-SHA256 = re.compile(r"[0-9a-f]{64}")
-NO_PART = "not part of the published set (a run would read it); remove it"
 DOCS, DOCS_SOURCE = "docs_selected.jsonl", "docs_selected.source_manifest.json"
+STAGING = ".download"
 
 
 # ----- the hub
 
 
 @contextmanager
-def hub_errors(repo: str) -> Iterator[None]:
-    """Raise what the client raises about `repo` as ValueError with one line; errors of the system as they are."""
+def hub_errors(where: str) -> Iterator[None]:
+    """Turn whatever huggingface_hub raises into a ValueError of one line that begins with `where`."""
     try:
         yield
-    except (OSError, ValueError, httpx2.HTTPError, httpx2.InvalidURL) as error:
+    except Exception as error:  # of the hub, of the HTTP client, of the transfer library or of the system
         reason = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
-        if isinstance(reason, RepositoryNotFoundError):
-            says = "no such repository, or not yours to read (HF_TOKEN)"
-        elif isinstance(reason, HfHubHTTPError):
-            answer = reason.response
-            says = f"{answer.request.url.path}: HTTP {answer.status_code} {answer.reason_phrase}"
-        elif isinstance(reason, OSError) and reason.errno is not None:
-            raise
-        else:
-            says = one_line(reason)
-        raise ValueError(f"{repo}: {says}") from error
-
-
-class Missing(ValueError):
-    """The repository has no such file."""
+        raise ValueError(f"{where}: {shards.one_line(reason)}") from error
 
 
 class Hub:
-    """Dataset repository `repo` of the hub at its current commit, `revision`, and its `files` by name."""
+    """A dataset repository of the hub at its current commit."""
 
     def __init__(self, repo: str) -> None:
         self.repo, api = repo, HfApi()
@@ -112,450 +82,288 @@ class Hub:
             self.files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
 
     def find(self, name: str) -> RepoFile:
-        """The file that the manifest calls `name`; Missing if there is none."""
+        """Return the file that the manifest calls `name`. Raise ValueError if the repository has none."""
         path = f"{self.prefix}/{name}".lstrip("/")
         if path not in self.files:
-            raise Missing(f"{self.repo}: {path}: no such file")
+            raise ValueError(f"{self.repo}: {path}: no such file")
         return self.files[path]
 
-    def fetch(self, wanted: dict[Path, RepoFile], vocab_size: int, workers: int) -> dict[Path, str]:
-        """Receive the `wanted` files, each to be had at its path, check them and put them there; their SHA-256.
+    def receive(self, published: RepoFile, folder: Path) -> Path:
+        """Download the `published` file into the staging folder of `folder`. Return its path there."""
+        with hub_errors(f"{self.repo}: {published.path}"):
+            return Path(hf_hub_download(self.repo, published.path, repo_type="dataset", revision=self.revision,
+                                        local_dir=folder / STAGING))
 
-        What was received completely by a run that was killed is not received again.
+    def fetch(self, path: Path, published: RepoFile, vocab_size: int) -> str:
+        """Download the `published` file to `path`, unless it is there and right. Return its SHA-256."""
+        if path.exists():
+            with suppress(ValueError):
+                return check_published(path, published, vocab_size)
+        received = self.receive(published, path.parent)
+        digest = check_published(received, published, vocab_size)
+        os.replace(received, path)
+        return digest
+
+    def fetch_all(self, files: dict[Path, RepoFile], vocab_size: int, workers: int) -> dict[Path, str]:
+        """Download the published `files` to their paths. Return their SHA-256.
+
+        Raise ValueError before the first one if the disk has too little room.
         """
-        hashes: dict[Path, str] = {}
-
-        def place(path: Path) -> None:
-            new = staged(path, wanted[path])
-            try:
-                hashes[path] = check_published(new, wanted[path], vocab_size)
-            except ValueError:
-                new.unlink()
-                raise
-            os.replace(new, path)
-
-        for folder in dict.fromkeys(path.parent for path in wanted):
-            paths, staging = [path for path in wanted if path.parent == folder], folder / ".download"
-            for unfinished in staging.rglob("*.incomplete"):
-                unfinished.unlink()
-            with hub_errors(self.repo):
-                snapshot_download(self.repo, repo_type="dataset", revision=self.revision, local_dir=staging,
-                                  allow_patterns=[glob.escape(wanted[path].path) for path in paths],
-                                  max_workers=workers)
-            thread_map(place, paths, max_workers=workers, desc="checking", disable=None)
-            shutil.rmtree(staging)
-        return hashes
-
-
-def staged(path: Path, published: RepoFile) -> Path:
-    """Where the `published` file is received that is to be had at `path`."""
-    return path.parent / ".download" / published.path
+        missing = [path for path in files if not path.exists() or path.stat().st_size != files[path].size]
+        for path in missing:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        if missing:
+            folder, needed = missing[-1].parent, sum(files[path].size for path in missing)
+            free = shutil.disk_usage(folder).free
+            numbers = f"{needed / 1e9:,.3f} GB needed, {free / 1e9:,.3f} GB free"
+            if needed > free:
+                raise ValueError(f"{folder}: not enough disk space: {numbers}")
+            print(f"{folder}: {numbers}", flush=True)
+        digests = thread_map(lambda path: self.fetch(path, files[path], vocab_size), files, max_workers=workers,
+                             desc="downloading", unit=" files", disable=None)
+        return dict(zip(files, digests))
 
 
 # ----- checks
 
 
-def check_hash(path: Path, expected: object) -> str:
-    """SHA-256 of the file at `path`; ValueError unless it is the `expected` one."""
-    found = file_sha256(path)
+def check_hash(path: Path, expected: str, found: str) -> None:
+    """Raise ValueError unless the file at `path` has the `expected` hash."""
     if found != expected:
-        raise ValueError(f"{path}: expected SHA-256 {expected}, found {found}")
-    return found
+        raise ValueError(f"{path}: expected hash {expected}, found {found}")
 
 
 def check_published(path: Path, published: RepoFile, vocab_size: int) -> str:
-    """SHA-256 of the file at `path`; ValueError unless it is the `published` one, and a shard is a sound one."""
+    """Return the SHA-256 of the file at `path`. Raise ValueError unless it is the `published` file and sound."""
+    digest = shards.file_sha256(path)
     if published.lfs:
-        digest = check_hash(path, published.lfs.sha256)
-    else:  # the hub knows small files by their Git hash
-        data = path.read_bytes()
-        digest, found = sha256(data).hexdigest(), sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        if found != published.blob_id:
-            raise ValueError(f"{path}: expected Git hash {published.blob_id}, found {found}")
-    check_shard(path, vocab_size)
+        check_hash(path, published.lfs.sha256, digest)
+    else:  # the hub knows small files by the hash that Git gives them
+        check_hash(path, published.blob_id, git_hash(path.read_bytes()))
+    if name := shards.SHARD_NAME.fullmatch(path.name):
+        shards.read_shard(path, None if name[1] == "val_bytes" else vocab_size)
     return digest
 
 
-def check_shard(path: Path, vocab_size: int) -> None:
-    """ValueError if the file at `path` has the name of a shard and is not a sound one."""
-    if name := SHARD_NAME.fullmatch(path.name):
-        read_shard(path, None if name[1] == "val_bytes" else vocab_size)
+def check_set(folder: Path, entry: dict, model: Path, vocab_size: int) -> None:
+    """Raise ValueError if the tokenizer `model` has another vocabulary, or if validation shards are not complete.
 
-
-def check_tokenizer(path: Path, vocab_size: int) -> int:
-    """BOS id of the SentencePiece model at `path`; ValueError if it is not one of `vocab_size` pieces."""
-    tokenizer = spm.SentencePieceProcessor()
-    try:
-        tokenizer.LoadFromSerializedProto(path.read_bytes())
-    except RuntimeError as error:
-        raise ValueError(f"{path}: not a SentencePiece model") from error
-    if tokenizer.vocab_size() != vocab_size:
-        raise ValueError(f"{path}: expected {vocab_size} pieces, found {tokenizer.vocab_size()}")
-    return tokenizer.bos_id()
-
-
-def check_counts(folder: Path, entry: dict, bos: int, training: bool) -> None:
-    """ValueError unless the shards in `folder` hold all that their manifest `entry` says.
-
-    Those of validation are counted in files, tokens, documents (`bos` tokens) and, for CaseOps, bytes; those of
-    `training`, if all are there, in tokens.
+    The shards are those in `folder`, and the manifest's `entry` says how many files, tokens, documents and, for
+    CaseOps, bytes they hold.
     """
-    stats, shards = entry["stats"], [read_shard(path) for path in find_shards(folder, "val")]
-    found = {"files_val": len(shards), "tokens_val": sum(map(len, shards)),
-             "docs_val": sum(int(np.count_nonzero(tokens == bos)) for tokens in shards)}
+    tokenizer = shards.load_tokenizer(model.read_bytes(), str(model))
+    if tokenizer.vocab_size() != vocab_size:
+        raise ValueError(f"{model}: expected {vocab_size} pieces, found {tokenizer.vocab_size()}")
+    parts = [shards.read_shard(path) for path in shards.find_shards(folder, "val")]
+    found = {"files_val": len(parts), "tokens_val": sum(map(len, parts)),
+             "docs_val": sum(int(np.count_nonzero(tokens == tokenizer.bos_id())) for tokens in parts)}
     if entry.get("caseops"):
-        counts = [read_shard(path) for path in find_shards(folder, "val_bytes")]
-        expected, lengths = list(map(len, shards)), list(map(len, counts))
+        charges = [shards.read_shard(path) for path in shards.find_shards(folder, "val_bytes")]
+        expected, lengths = list(map(len, parts)), list(map(len, charges))
         if lengths != expected:
             raise ValueError(f"{folder}: expected fineweb_val_bytes_*.bin to count the bytes of {expected} tokens, "
                              f"found {lengths} counts")
-        found["bytes_val"] = sum(int(part.sum(dtype=np.int64)) for part in counts)
-    if training and len(paths := find_shards(folder, "train")) == stats["files_train"]:
-        found["tokens_train"] = sum(len(read_shard(path)) for path in paths)
+        found["bytes_val"] = sum(int(charged.sum(dtype=np.int64)) for charged in charges)
     for key, number in found.items():
-        if stats.get(key, number) != number:
-            raise ValueError(f"{folder}: the manifest says {key} {stats[key]}, the shards hold {number}")
-
-
-def docs_sha256(out: Path) -> str:
-    """Hash of the documents as their source manifest in `out` gives it; ValueError if it does not."""
-    path = out / DOCS_SOURCE
-    try:
-        return str(json.loads(path.read_bytes())["docs_sha256"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected a JSON object with docs_sha256") from error
+        if entry["stats"].get(key, number) != number:
+            raise ValueError(f"{folder}: the manifest says {key} {entry['stats'][key]}, the shards hold {number}")
 
 
 # ----- the manifest
 
 
-def variant_name(text: str) -> str:
-    """The command-line value, if it names a variant; ValueError otherwise."""
-    if not VARIANT.fullmatch(text):
-        raise ValueError
-    return text
-
-
-def vocabulary(variant: str) -> int:
-    """Number of pieces of the variant's tokenizer."""
-    return int(VARIANT.fullmatch(variant)[1])
-
-
 def repository(variant: str) -> str:
-    """The dataset repository that has the variant."""
+    """Return the dataset repository that has the variant. The variant "docs" is the documents."""
     known = CASEOPS_REPO if "caseops" in variant else REPOS.get(variant, DEFAULT_REPO)
     return os.environ.get("MATCHED_FINEWEB_REPO_ID") or known
 
 
-def published_entries(manifest: dict, variant: str, where: str) -> tuple[dict, dict]:
-    """Entries of the data set and its tokenizer in the published `manifest`; ValueError, naming `where`, if unusable.
+@contextmanager
+def manifest_errors(where: object) -> Iterator[None]:
+    """Turn errors about what a manifest lacks into a ValueError of one line that begins with `where`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where}: an entry is not as a download needs it: {error!r}") from error
 
-    `sp<V>_caseops` stands for the one set of that vocabulary with "caseops" in its name.
+
+def find_published(manifest: dict, variant: str) -> tuple[dict, dict]:
+    """Return the entries of the variant's data set and tokenizer. Raise ValueError if `manifest` has no such set.
+
+    The variant sp<V>_caseops is the one set of that vocabulary that has "caseops" in its name.
     """
     names = [entry["name"] for entry in manifest["datasets"]]
-    wanted = f"fineweb10B_{variant}"
-    matching = [name for name in names if name == wanted]
-    if not matching and variant.endswith("_caseops"):
-        stem = wanted.removesuffix("caseops")
-        matching = [name for name in names if name.startswith(stem) and "caseops" in name]
-    if len(matching) != 1:
-        raise ValueError(f"{where}: expected a data set {wanted}, found {', '.join(names) or 'none'}")
-    entry = find_entry(manifest, "datasets", matching[0])
-    stats = entry.get("stats")
-    for key in ("files_train", "files_val"):
-        if not isinstance(stats, dict) or type(stats.get(key)) is not int or stats[key] < 1:
-            raise ValueError(f"{where}: {matching[0]}: expected stats.{key}, a number of files, found {stats}")
-    tokenizer = find_entry(manifest, "tokenizers", entry.get("tokenizer_name"))
-    if tokenizer is None:
-        raise ValueError(f"{where}: {matching[0]}: tokenizer {entry.get('tokenizer_name')} is not listed")
-    if not re.fullmatch(r"tokenizers/[\w+-][\w.+-]*\.model", str(tokenizer.get("model_path"))):
-        raise ValueError(f"{where}: {tokenizer['name']}: expected model_path tokenizers/<name>.model, found "
-                         f"{tokenizer.get('model_path')}")
-    return entry, tokenizer
+    name = f"fineweb10B_{variant}"
+    if name not in names and variant.endswith("_caseops"):
+        stem = name.removesuffix("caseops")
+        name = next((other for other in names if other.startswith(stem) and "caseops" in other), name)
+    if name not in names:
+        raise ValueError(f"expected a data set {name}, found {', '.join(names) or 'none'}")
+    entry = shards.find_entry(manifest, "datasets", name)
+    return entry, shards.find_entry(manifest, "tokenizers", entry["tokenizer_name"])
 
 
-def local_entries(published: tuple[dict, dict], manifest: dict, variant: str, hub: Hub) -> tuple[dict, dict]:
-    """The `published` entries of data set and tokenizer for the manifest here, with where they come from.
-
-    The tokenizer of `sp<V>_caseops` gets the name train_gpt.py looks for.
-    """
-    entry = {key: value for key, value in published[0].items() if key not in ("path", "train_glob", "val_glob")}
-    entry |= {"name": f"fineweb10B_{variant}", "repo": hub.repo, "revision": hub.revision}
-    if "caseops" in published[0]["name"]:
-        entry["caseops"] = True
-    docs = manifest.get("docs_meta")
-    if isinstance(docs, dict) and docs.get("docs_sha256"):
-        entry["docs_sha256"] = docs["docs_sha256"]
-    tokenizer = dict(published[1])
-    if variant == f"sp{vocabulary(variant)}_caseops":
-        name = f"fineweb_{vocabulary(variant)}_bpe_caseops"
-        tokenizer |= {"name": name, "model_path": f"tokenizers/{name}.model"}
-        if tokenizer.get("vocab_path"):
-            tokenizer["vocab_path"] = f"tokenizers/{name}.vocab"
-    entry["tokenizer_name"] = tokenizer["name"]
-    return entry, tokenizer
+def set_files(entry: dict, train_shards: int) -> list[str]:
+    """Return the names of all validation shards of a data set and of its first `train_shards` training shards."""
+    splits = ["val", "val_bytes"] if entry.get("caseops") else ["val"]
+    validation = [name for split in splits for name in shards.shard_names(split, entry["stats"]["files_val"])]
+    return validation + shards.shard_names("train", train_shards)
 
 
-def strangers(folder: Path, entry: dict) -> list[Path]:
-    """Shards in `folder` that are not part of the published set `entry`, and that a run would take along."""
-    stats = entry["stats"]
-    names = {*shard_names("train", stats["files_train"]), *shard_names("val", stats["files_val"])}
-    names.update(shard_names("val_bytes", stats["files_val"]) if entry.get("caseops") else ())
-    return sorted(path for path in folder.glob("fineweb_*.bin") if path.name not in names)
-
-
-def check_folder(out: Path, entry: dict, tokenizer: dict) -> None:
-    """ValueError if the published set would replace what data/tokenize_docs.py made, or mix with other shards."""
-    manifest = read_manifest(out / "manifest.json")
-    listed(find_entry(manifest, "datasets", entry["name"]) or {}, out / "manifest.json")
-    for other in manifest["datasets"]:
-        used = find_entry(manifest, "tokenizers", other.get("tokenizer_name")) or {}
-        same = other["name"] == entry["name"] or used.get("model_path") == tokenizer["model_path"]
+def check_folder(out: Path, entry: dict) -> None:
+    """Raise ValueError if the data set `entry` would replace what data/tokenize_docs.py made."""
+    for other in shards.read_manifest(out / "manifest.json")["datasets"]:
+        same = other["name"] == entry["name"] or other.get("tokenizer_name") == entry["tokenizer_name"]
         if same and "shard_files" in other and "repo" not in other:
             raise ValueError(f"{out}: {other['name']} was made by data/tokenize_docs.py and would lose its shards or "
                              "its tokenizer; --out takes another place")
-    for path in strangers(out / "datasets" / entry["name"], entry):
-        raise ValueError(f"{path}: {NO_PART}")
 
 
-def listed(entry: dict, where: Path) -> dict[str, dict]:
-    """What the `entry` of a data set, in the manifest `where`, says of each shard; ValueError if that is no list."""
-    try:
-        return {shard["name"]: dict(shard) for shard in entry.get("shard_files", ())}
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{where}: {entry['name']}: expected shard_files, a list of objects with a name") from error
-
-
-def record(out: Path, entry: dict, tokenizer: dict, wanted: Iterable[Path], hashes: dict[Path, str]) -> None:
-    """Put both entries in the manifest in `out`, with the `hashes` of their files; what else it lists stays.
-
-    Shards that an earlier run listed stay too, unless they are `wanted` and, without a hash, not found right.
-    """
-    manifest, folder = read_manifest(out / "manifest.json"), out / "datasets" / entry["name"]
-    old = listed(find_entry(manifest, "datasets", entry["name"]) or {}, out / "manifest.json")
-    shards = {folder / name: shard for name, shard in old.items() if folder / name not in wanted}
-    shards = {path: shard for path, shard in shards.items() if path.exists()}
-    for path, digest in hashes.items():
-        if path.parent == folder:
-            shards[path] = {"name": path.name, "tokens": len(read_shard(path)), "sha256": digest}
-    entry["shard_files"] = [shards[path] for path in sorted(shards)]
+def record(out: Path, entry: dict, tokenizer: dict, hashes: dict[Path, str]) -> None:
+    """Put both entries into the manifest in `out`, with the `hashes` of all files that are here and right."""
+    folder = out / "datasets" / entry["name"]
+    entry["shard_files"] = [{"name": path.name, "tokens": len(shards.read_shard(path)), "sha256": digest}
+                            for path, digest in sorted(hashes.items()) if path.parent == folder]
     tokenizer["sha256"] = {path.name: digest for path, digest in hashes.items() if path.parent.name == "tokenizers"}
-    merge_manifest(manifest, "datasets", entry)
-    merge_manifest(manifest, "tokenizers", tokenizer)
-    write_manifest(out / "manifest.json", manifest)
+    shards.update_manifest(out / "manifest.json", [entry], [tokenizer])
 
 
-# ----- the download
+# ----- the two commands
 
 
-def is_right(path: Path, published: RepoFile, vocab_size: int) -> str | None:
-    """SHA-256 of the `published` file at `path`; None if it is not there or wrong, or only linked to."""
-    try:
-        return None if path.is_symlink() else check_published(path, published, vocab_size)
-    except (FileNotFoundError, ValueError):
-        return None
+def plan(hub: Hub, args: argparse.Namespace, vocab_size: int) -> tuple[dict, dict, dict[Path, RepoFile]]:
+    """Return the entries of data set and tokenizer for the manifest here, and the published files by their paths here.
 
+    Both get the names that train_gpt.py looks for. The training shards come last.
+    """
+    manifest = shards.read_manifest(hub.receive(hub.find("manifest.json"), args.out))
+    theirs, their_tokenizer = find_published(manifest, args.variant)
+    stem = Path(their_tokenizer["model_path"]).stem
+    if args.variant == f"sp{vocab_size}_caseops":
+        stem = f"fineweb_{vocab_size}_bpe_caseops"
+    entry = {"name": f"fineweb10B_{args.variant}", "tokenizer_name": stem, "repo": hub.repo, "revision": hub.revision,
+             "caseops": "caseops" in theirs["name"], "stats": theirs["stats"]}
+    tokenizer = {"name": stem, "vocab_size": vocab_size, "model_path": f"tokenizers/{stem}.model",
+                 "vocab_path": f"tokenizers/{stem}.vocab"}
 
-def find_docs(hub: Hub, args: argparse.Namespace) -> tuple[Hub, dict[Path, RepoFile]]:
-    """The published documents and the repository that has them; their source manifest is fetched here already."""
-    try:
-        source = hub.find(DOCS_SOURCE)
-    except Missing:
-        if "MATCHED_FINEWEB_REPO_ID" in os.environ:
-            raise
-        hub = Hub(DEFAULT_REPO)  # has the documents all variants are made of
-        source = hub.find(DOCS_SOURCE)
-    docs = hub.find(DOCS)
-    hub.fetch({args.out / DOCS_SOURCE: source}, 0, args.workers)
-    expected, found = docs_sha256(args.out), docs.lfs.sha256 if docs.lfs else None
-    if found != expected:
-        raise ValueError(f"{hub.repo}: {DOCS}: expected SHA-256 {expected} as in {DOCS_SOURCE}, found {found}")
-    return hub, {args.out / DOCS: docs}
-
-
-def check_space(missing: dict[Path, RepoFile]) -> None:
-    """Say how much is to be received; ValueError if a disk has less room."""
-    disks, needed = {}, Counter()
-    for path, published in missing.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        disk = path.parent.stat().st_dev  # a folder may be a link to elsewhere
-        disks[disk] = path.parent
-        needed[disk] += 0 if staged(path, published).exists() else published.size
-    for disk, folder in disks.items():
-        free = shutil.disk_usage(folder).free
-        numbers = f"{needed[disk] / 1e9:,.3f} GB needed, {free / 1e9:,.3f} GB free"
-        if needed[disk] > free:
-            raise ValueError(f"{folder}: not enough disk space: {numbers}")
-        print(f"{folder}: {numbers}", flush=True)
+    folder, available = args.out / "datasets" / entry["name"], theirs["stats"]["files_train"]
+    count = min(DEFAULT_TRAIN_SHARDS, available) if args.train_shards is None else args.train_shards
+    if count > available:
+        raise ValueError(f"--train-shards: expected at most {available} for {theirs['name']}, found {count}")
+    here = {path.name for path in folder.glob("fineweb_train_*.bin")}  # these are checked too
+    names = set_files(entry, count) + [name for name in shards.shard_names("train", available)[count:] if name in here]
+    files = {args.out / tokenizer[key]: hub.find(their_tokenizer[key]) for key in ("model_path", "vocab_path")}
+    return entry, tokenizer, files | {folder / name: hub.find(f"datasets/{theirs['name']}/{name}") for name in names}
 
 
 def download(args: argparse.Namespace) -> None:
-    """Fetch what is missing. ValueError or OSError if something cannot be had, or is not what it should be."""
-    out, vocab_size, hub = args.out, vocabulary(args.variant), Hub(repository(args.variant))
-    path = out / ".published_manifest.json"
-    hub.fetch({path: hub.find("manifest.json")}, vocab_size, 1)
-    try:
-        manifest = read_manifest(path)
-    finally:
-        path.unlink()
-    published = published_entries(manifest, args.variant, f"{hub.repo}: {hub.prefix}/manifest.json")
-    entry, tokenizer = local_entries(published, manifest, args.variant, hub)
-    stats, folder = entry["stats"], out / "datasets" / entry["name"]
-    count = min(DEFAULT_TRAIN_SHARDS, stats["files_train"]) if args.train_shards is None else args.train_shards
-    if count > stats["files_train"]:
-        raise ValueError(f"--train-shards: expected at most {stats['files_train']} for {published[0]['name']}, found "
-                         f"{count}")
-    check_folder(out, entry, tokenizer)
-
-    def shards(split: str, number: int) -> dict[Path, RepoFile]:
-        return {folder / name: hub.find(f"datasets/{published[0]['name']}/{name}")
-                for name in shard_names(split, number)}
-
-    first = {out / tokenizer[key]: hub.find(published[1][key]) for key in ("model_path", "vocab_path")
-             if tokenizer.get(key)}
-    first |= shards("val", stats["files_val"])
-    first |= shards("val_bytes", stats["files_val"]) if entry.get("caseops") else {}
-    train = shards("train", count)
-    docs_hub, docs = find_docs(hub, args) if args.with_docs else (hub, {})
-    wanted = first | train | docs
-    digests = thread_map(lambda path: is_right(path, wanted[path], vocab_size), wanted, max_workers=args.workers,
-                         desc="checking", disable=None)
-    hashes = {path: digest for path, digest in zip(wanted, digests) if digest}
-    check_space({path: wanted[path] for path in wanted if path not in hashes})
-
-    # The validation set is whole and in the manifest before the first training shard is received.
-    for source, files in ((hub, first), (hub, train), (docs_hub, docs)):
-        missing = {path: files[path] for path in files if path not in hashes}
-        hashes |= source.fetch(missing, vocab_size, args.workers)
-        bos = check_tokenizer(out / tokenizer["model_path"], vocab_size)
-        check_counts(folder, entry, bos, training=files is not first)
-        record(out, entry, tokenizer, wanted, hashes)
-    more = len(find_shards(folder, "train")) - count
-    print(f"{folder}: {count} training shards{f' (and {more} more that were here)' if more else ''}, "
-          f"{stats['files_val']} of validation, {vocab_size} pieces: all verified")
-
-
-# ----- what is here
-
-
-def faults_of_set(out: Path, manifest: dict, variant: str, train_shards: int, workers: int) -> list[str]:
-    """Everything that is wrong with the set `variant` of the `manifest` in `out`, one line each.
-
-    ValueError if the manifest has no such set, or does not say what belongs to it.
-    """
-    where = out / "manifest.json"
-    entry, tokenizer = published_entries(manifest, variant, str(where))
-    folder, vocab_size = out / "datasets" / entry["name"], vocabulary(variant)
-    known = tokenizer["sha256"] if isinstance(tokenizer.get("sha256"), dict) else {}
-    digests = {folder / name: shard.get("sha256") for name, shard in listed(entry, where).items()}
-    digests |= {out / tokenizer[key]: None for key in ("model_path", "vocab_path") if tokenizer.get(key)}
-    digests |= {out / "tokenizers" / name: digest for name, digest in known.items()}
-    strange = strangers(folder, entry)
-    here = {path.name for path in folder.glob("fineweb_*.bin") if path not in strange}
-    last = max((int(name[14:20]) for name in here if name.startswith("fineweb_train_")), default=-1)
-    names = shard_names("val", entry["stats"]["files_val"]) + shard_names("train", max(train_shards, last + 1))
-    if entry.get("caseops"):
-        names += shard_names("val_bytes", entry["stats"]["files_val"])
-
-    def fault(path: Path) -> str | None:
-        try:
-            if path.exists() and not SHA256.fullmatch(str(digests.get(path))):
-                raise ValueError(f"{path}: expected its sha256 in {where}, found {digests.get(path)} (an interrupted "
-                                 "download?); download again")
-            check_hash(path, digests.get(path))
-            check_shard(path, vocab_size)
-        except (OSError, ValueError) as error:
-            return one_line(error)
-
-    paths = sorted(digests.keys() | {folder / name for name in names})
-    found = [f"{path}: {NO_PART}" for path in strange]
-    found += filter(None, thread_map(fault, paths, max_workers=workers, desc="checking", disable=None))
-    if not found:  # what follows is of all files together
-        check_counts(folder, entry, check_tokenizer(out / tokenizer["model_path"], vocab_size), training=True)
-        print(f"{folder}: {len(entry['shard_files'])} shards and the tokenizer are as published")
-    return found
+    """Download what is missing. Raise ValueError or OSError if something cannot be had or is not what it should be."""
+    name = re.fullmatch(r"sp(\d+)(_[\w.-]+)?", args.variant)
+    if not name:
+        raise ValueError(f"--variant: expected sp<vocabulary size>, perhaps with _caseops, found {args.variant}")
+    vocab_size, hub = int(name[1]), Hub(repository(args.variant))
+    with manifest_errors(f"{hub.repo}: manifest.json"):
+        entry, tokenizer, files = plan(hub, args, vocab_size)
+    check_folder(args.out, entry)
+    folder, model, hashes = args.out / "datasets" / entry["name"], args.out / tokenizer["model_path"], {}
+    train = {path: published for path, published in files.items() if path.name.startswith("fineweb_train_")}
+    validation = {path: published for path, published in files.items() if path not in train}
+    # The validation set is whole and in the manifest before the first training shard is downloaded.
+    for part in (validation, train):
+        hashes |= hub.fetch_all(part, vocab_size, args.workers)
+        check_set(folder, entry, model, vocab_size)
+        record(args.out, entry, tokenizer, hashes)
+    print(f"{folder}: {len(shards.find_shards(folder, 'train'))} training shards, {entry['stats']['files_val']} of "
+          f"validation, {vocab_size} pieces: all verified")
+    if args.with_docs:
+        hub = Hub(repository("docs"))
+        hub.fetch_all({args.out / name: hub.find(name) for name in (DOCS_SOURCE, DOCS)}, 0, args.workers)
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Check again all that the manifest lists of a variant, or of every set that was downloaded.
+    """Compare the files of one variant, or of everything that was downloaded, with the hashes in the manifest.
 
-    Each fault becomes a line on stdout; ValueError, at the end, if there was one.
+    Print a line for each fault. Raise ValueError at the end if there was one.
     """
-    where = args.out / "manifest.json"
-    manifest, found = read_manifest(where), []
-    variants = [args.variant] if args.variant else [str(entry["name"]).removeprefix("fineweb10B_")
-                                                    for entry in manifest["datasets"] if "repo" in entry]
-    if not variants:
-        raise ValueError(f"{where}: expected a downloaded data set, found none")
-    for variant in variants:
-        try:
-            if not VARIANT.fullmatch(variant):
-                raise ValueError(f"{where}: {variant}: expected the name fineweb10B_sp<vocabulary size>")
-            found += faults_of_set(args.out, manifest, variant, args.train_shards or 0, args.workers)
-        except (OSError, ValueError) as error:
-            found.append(one_line(error))
+    where, hashes = args.out / "manifest.json", {}
+    manifest = shards.read_manifest(where)
+    sets = [entry for entry in manifest["datasets"]
+            if "repo" in entry and args.variant in (None, str(entry["name"]).removeprefix("fineweb10B_"))]
+    if not sets:
+        raise ValueError(f"{where}: expected a downloaded data set {args.variant or ''}, found none")
+    with manifest_errors(where):
+        for entry in sets:
+            folder = args.out / "datasets" / entry["name"]
+            tokenizer = shards.find_entry(manifest, "tokenizers", entry["tokenizer_name"])
+            hashes |= dict.fromkeys(folder.glob("fineweb_*.bin"))  # None for those that the manifest does not list
+            hashes |= {folder / shard["name"]: shard["sha256"] for shard in entry["shard_files"]}
+            hashes |= {args.out / "tokenizers" / name: digest for name, digest in tokenizer["sha256"].items()}
     if args.with_docs:
+        with manifest_errors(args.out / DOCS_SOURCE):
+            hashes[args.out / DOCS] = json.loads((args.out / DOCS_SOURCE).read_bytes())["docs_sha256"]
+
+    def fault(path: Path) -> str | None:
         try:
-            check_hash(args.out / DOCS, docs_sha256(args.out))
-            print(f"{args.out / DOCS}: as published")
+            if hashes[path] is None:
+                raise ValueError(f"{path}: not in {where}; download again, or remove it if it is of another set")
+            check_hash(path, hashes[path], shards.file_sha256(path))
         except (OSError, ValueError) as error:
-            found.append(one_line(error))
-    found = list(dict.fromkeys(found))  # two sets may share a tokenizer
-    for reason in found:
-        print(f"bad: {reason}", flush=True)
-    if found:
-        others = f"{len(found)} faults, each a line above; the first: " if len(found) > 1 else ""
-        raise ValueError(others + found[0])
+            return shards.one_line(error)
+
+    checked = thread_map(fault, sorted(hashes), max_workers=args.workers, desc="checking", unit=" files", disable=None)
+    faults = [each for each in checked if each]
+    for each in faults:
+        print(f"bad: {each}", flush=True)
+    if faults:
+        others = f"{len(faults)} faults, each a line above; the first: " if len(faults) > 1 else ""
+        raise ValueError(others + faults[0])
+    print(f"{', '.join(entry['name'] for entry in sets)}: {len(hashes)} files are as published")
 
 
-# ----- command line
+# ----- the command line
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """Type of a command-line number that is `least` or more."""
+def run(args: argparse.Namespace) -> None:
+    """Do what the command line asks. Remove the staging folders, also those of a program that was killed."""
+    if args.verify:
+        return verify(args)
+    args.variant = args.variant or DEFAULT_VARIANT
+    args.out.mkdir(parents=True, exist_ok=True)
 
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise ValueError
-        return int(text)
+    def clear() -> None:
+        for folder in (args.out, *args.out.glob("*/"), *args.out.glob("datasets/*/")):
+            shutil.rmtree(folder / STAGING, ignore_errors=True)
 
-    number.__name__ = f"number (at least {least})"
-    return number
+    with shards.only_one(args.out):
+        clear()
+        try:
+            download(args)
+        finally:
+            clear()
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = Parser(description="Download the published token shards, or check those that are here.")
-    parser.add_argument("--variant", type=variant_name, metavar="NAME",
-                        help=f"sp<vocabulary size>, or sp<vocabulary size>_caseops (default: {DEFAULT_VARIANT}; with "
-                             "--verify all that were downloaded)")
-    parser.add_argument("--train-shards", type=at_least(0), metavar="N",
-                        help=f"fetch the first N training shards (default: {DEFAULT_TRAIN_SHARDS}, or all there are)")
-    parser.add_argument("--with-docs", action="store_true", help=f"also fetch {DOCS} (48 GB)")
-    parser.add_argument("--verify", action="store_true", help="only check what is here, without a network")
+    """Run the command line and return the exit status."""
+    parser = shards.Parser(description="Download the published token shards, or check those that are here.")
+    parser.add_argument("--variant", metavar="NAME",
+                        help=f"take sp<vocabulary size> or sp<vocabulary size>_caseops (default: {DEFAULT_VARIANT}; "
+                             "--verify takes everything that was downloaded)")
+    parser.add_argument("--train-shards", type=shards.at_least(0), metavar="N",
+                        help=f"download the first N training shards (default: {DEFAULT_TRAIN_SHARDS}, or all if there "
+                             "are fewer)")
+    parser.add_argument("--with-docs", action="store_true", help=f"also download {DOCS} (48 GB)")
+    parser.add_argument("--verify", action="store_true", help="only check the files that are here, without a network")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, metavar="DIR",
-                        help="folder of datasets/, tokenizers/ and manifest.json (default: that of this script)")
-    parser.add_argument("--workers", type=at_least(1), default=8, metavar="N", help="files at a time (default: 8)")
+                        help="write datasets/, tokenizers/ and manifest.json into this folder (default: the folder of "
+                             "this script)")
+    parser.add_argument("--workers", type=shards.at_least(1), default=8, metavar="N",
+                        help="download or check N files at a time (default: 8)")
     hub_logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        disable_progress_bars()  # those of the client, which ours leave out by themselves
-    try:
-        args = parser.parse_args(argv)
-        if args.verify:
-            verify(args)
-            return 0
-        args.variant = args.variant or DEFAULT_VARIANT
-        args.out.mkdir(parents=True, exist_ok=True)
-        with only_one(args.out):
-            download(args)
-    except (OSError, ValueError, MemoryError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    return shards.run_tool(run, parser, argv)
 
 
 def end_at_once(*_: object) -> None:
-    """Handler of Ctrl-C and SIGTERM: the client's threads would receive their files to the end first."""
+    """Handle Ctrl-C and SIGTERM. Without it the program would end only after the files that are being downloaded."""
     print("error: interrupted", file=sys.stderr, flush=True)
     os._exit(1)
 

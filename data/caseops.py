@@ -1,18 +1,21 @@
-"""CaseOps: capitals become lower-case letters behind markers, without loss (PR 1729 of the challenge).
+"""CaseOps writes capitals as small letters behind markers, without loss (PR 1729 of the challenge).
 
     The NASA probe, McDonald's iPhone  ->  ^the# nasa probe,^ mc^donald's i^phone    (^ is TITLE, # is ALLCAPS)
 
-"The" and "the" share one piece of the tokenizer, which then spends its pieces on other things than case. Notable
-features:
-- MARKERS are four private-use characters; the tokenizer has them as reserved pieces (user_defined_symbols)
-- a marker stands in front of the space before its word, so that " The" and " the" share the piece "▁the"
-- restore(transform(text)) == text for every text, markers in the text included
-- token_bytes() charges every token the UTF-8 bytes of the restored text it stands for: the sidecar of the score
-- the letters that take part are the same in every version of Python, so that old data stays readable
+So "The" and "the" share one piece of the tokenizer, which can spend its pieces on other things than case.
 
-One rule: of a run of capitals, those before the last are one part; the last one is a part with the small letters that
-follow, or, if none follow, belongs to the former. A part gets one marker: TITLE for a capital and small letters ("The",
-"iPhone"), ALLCAPS for two capitals or more ("NASA", the "HTTP" of "HTTPServer"), CAP for a single one ("I", "J. R.").
+Notable features:
+- MARKERS are four private-use characters. The tokenizer has them as reserved pieces (user_defined_symbols).
+- A marker stands in front of the space before its word, so that " The" and " the" share the piece "▁the".
+- restore(transform(text)) == text holds for every text, even for one that contains markers.
+- token_bytes() charges each token the UTF-8 bytes of the restored text that it stands for. The scorer reads these
+  numbers from a file beside the shards.
+- The letters that take part are the same in every version of Python, so that old data stays readable.
+
+The rule divides a run of capitals into parts. If a small letter follows the run, the last capital is a part of its own,
+together with the small letters. The other capitals of the run are one part. Each part gets one marker: TITLE for a
+capital with small letters ("The", "iPhone"), ALLCAPS for two capitals or more ("NASA", the "HTTP" of "HTTPServer"), and
+CAP for a single one ("I", "J. R.").
 """
 
 import re
@@ -20,17 +23,20 @@ import re
 import numpy as np
 import sentencepiece as spm
 
-MARKERS = TITLE, ALLCAPS, CAP, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"  # ESCAPE: the next one is only itself
+# After ESCAPE stands a marker that the raw text itself contains.
+MARKERS = TITLE, ALLCAPS, CAP, ESCAPE = "\ue001", "\ue002", "\ue003", "\ue004"
 
-# Latin, Greek, Cyrillic, Armenian: blocks whose capitals were all known to Unicode 7. A pair of letters never changes
-# once both exist, so Python's own tables say the same here in every version. Other letters with case stay as they are.
+# These are the Latin, Greek, Cyrillic and Armenian blocks. Unicode 7 knew all capitals in them, and a pair of letters
+# never changes once both exist. So Python's own tables say the same here in every version. Letters of other blocks stay
+# as they are.
 BLOCKS = (0x41, 0x24F), (0x370, 0x556), (0x1E00, 0x1FFF)
 
 
 def small_letters() -> dict[str, str]:
-    """Small letter of each capital that takes part: those whose small letter is one character and has it for capital.
+    """Return the small letter of each capital that takes part.
 
-    That leaves out, among others, title-case digraphs, the Turkish dotted capital I and the capital sharp s.
+    A capital takes part if its small letter is one character that has it for capital. That leaves out title-case
+    digraphs, the Turkish dotted capital I and the capital sharp s, among others.
     """
     capitals = (chr(code) for first, last in BLOCKS for code in range(first, last + 1))
     return {c: c.lower() for c in capitals if c.lower() != c and len(c.lower()) == 1 and c.lower().upper() == c}
@@ -52,7 +58,7 @@ UNEQUAL = re.compile(f"[{ESCAPE}{''.join(_unequal)}]")  # may stand for other by
 
 
 def mark(match: re.Match) -> str:
-    """What transform() writes for a run of capitals and the small letter after it, or for a marker of the raw text."""
+    """Return what transform() writes for a run of capitals with the small letter after it, or for a raw marker."""
     capitals, small = match.groups()
     if capitals is None:
         return ESCAPE + match[0]
@@ -65,15 +71,15 @@ def mark(match: re.Match) -> str:
 
 
 def transform(text: str) -> str:
-    """`text` with its capitals as marked small letters."""
+    """Return `text` with its capitals written as small letters behind markers."""
     text = CAPITALS.sub(mark, text)
-    for marker in (TITLE, ALLCAPS, CAP):  # a marker of the raw text has its ESCAPE in between
+    for marker in (TITLE, ALLCAPS, CAP):  # in front of a raw marker stands ESCAPE, not a space
         text = text.replace(" " + marker, marker + " ")
     return text
 
 
 def unmark(match: re.Match) -> str:
-    """What restore() writes for a marker and the letters it applies to; nothing for one that applies to none."""
+    """Return what restore() writes for a marker and its letters. A marker that has no letters becomes nothing."""
     escaped, one, letter, all_, letters = match.groups()
     if escaped:
         return escaped
@@ -83,10 +89,10 @@ def unmark(match: re.Match) -> str:
 
 
 def restore(text: str, strict: bool = True) -> str:
-    """The text of which transform() made `text`.
+    """Return the text from which transform() made `text`.
 
-    ValueError if there is none, as a model's samples may have it; with strict=False markers without a meaning are
-    dropped instead, and capitals without a marker stay.
+    Raise ValueError if there is no such text, which can happen with the samples of a model. With strict=False the
+    function instead drops markers that have no meaning, and keeps capitals that have no marker.
     """
     raw = MARKED.sub(unmark, text)
     if strict and (again := transform(raw)) != text:
@@ -99,16 +105,16 @@ def restore(text: str, strict: bool = True) -> str:
 
 
 def utf8_lengths(text: str) -> np.ndarray:
-    """UTF-8 bytes of each character, (len(text),) int64."""
+    """Return the number of UTF-8 bytes of each character, as an int64 array of shape (characters,)."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     return 1 + (codes > 0x7F).astype(np.int64) + (codes > 0x7FF) + (codes > 0xFFFF)
 
 
 def restored_bytes(transformed: str) -> np.ndarray:
-    """UTF-8 bytes of the raw text that each character of the `transformed` text stands for, (characters,) int64.
+    """Return the UTF-8 bytes of raw text that each character of the `transformed` text stands for.
 
-    A marker stands for none, a small letter for its capital, which may be shorter or longer. Sums to the bytes of
-    restore(transformed, strict=False).
+    The result is an int64 array of shape (characters,). Its sum is the bytes of restore(transformed, strict=False). A
+    marker stands for no bytes. A small letter behind one stands for its capital, which may have more or fewer bytes.
     """
     codes = np.frombuffer(transformed.encode("utf-32-le"), "<u4")
     result = utf8_lengths(transformed)
@@ -122,9 +128,10 @@ def restored_bytes(transformed: str) -> np.ndarray:
 
 
 def share_byte_pieces(processor: spm.SentencePieceProcessor, ids: np.ndarray, counts: np.ndarray) -> None:
-    """Spread what is charged to the last byte piece of a character evenly over all of its pieces, in place.
+    """Spread the charge of each character that is spelled in byte pieces evenly over these pieces.
 
-    `ids` and `counts` (n,) int64; SentencePiece gives the whole character to its last byte piece.
+    SentencePiece gives the whole character to the last of them. `ids` and `counts` are int64 arrays of shape (n,), and
+    `counts` is changed in place.
     """
     where = np.flatnonzero(processor.is_byte(ids.tolist()))
     if not len(where):
@@ -138,12 +145,12 @@ def share_byte_pieces(processor: spm.SentencePieceProcessor, ids: np.ndarray, co
 
 
 def token_bytes(processor: spm.SentencePieceProcessor, text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens of the transformed `text` and the raw UTF-8 bytes that each is charged: ids (n,) and counts (n,), uint16.
+    """Return the tokens of the transformed `text`, and the bytes of raw text that each of them is charged.
 
-    The tokenizer `processor` should have MARKERS as pieces. What is charged is the text that the tokens give back, as
-    without CaseOps: counts sum to the bytes of restore(processor.decode(ids), strict=False). That is `text`, unless the
-    tokenizer normalizes, or `text` has a literal "▁", which becomes a space. Of a character spelled in byte pieces
-    each piece gets its share. A text of which the tokenizer leaves no token gives two empty arrays.
+    Both are uint16 arrays of shape (n,). They are empty if the tokenizer `processor` makes no token of the text. The
+    tokenizer should have MARKERS as pieces. As without CaseOps, the tokens are charged for the text that they give
+    back: the charges sum to the bytes of restore(processor.decode(ids), strict=False). That is `text` itself, unless
+    the tokenizer normalizes, or `text` has a literal "▁", which becomes a space.
     """
     ids = np.array(processor.encode(transform(text)), np.int64)
     if not len(ids):

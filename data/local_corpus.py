@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""English prose with no network: the documentation inside the Python packages that requirements.txt pins.
+"""Make a corpus of English prose without a network, from the documentation inside the packages of requirements.txt.
 
 Notable features:
-- reads docstrings and long prose literals from the *source files* of a few packages; none of them is imported or
-  executed
-- drops duplicates first by docstring, then by paragraph, so that validation text does not stand in training text
-- splits by source module: no module is in both sets
-- the same package versions give the same bytes on every machine, whatever the Python, the platform, the build of
-  PyTorch, the file system's order or the hash seed; the SHA-256 of the text is printed to compare
+- The text is the docstrings and the long prose literals in the source files of a few packages. None of the packages is
+  imported or executed.
+- Duplicate docstrings are dropped, and then duplicate paragraphs. So no validation text stands in the training text.
+- Each source module is either in the training set or in the validation set.
+- The same package versions give the same bytes on every machine. The result does not depend on Python, the platform,
+  the build of PyTorch, the order of the file system or the hash seed. The SHA-256 of the text is printed to compare.
 
     python data/local_corpus.py                   # -> data/local/docs_train.jsonl, data/local/docs_val.jsonl
 """
@@ -17,20 +17,20 @@ import ast
 import hashlib
 import importlib.util
 import json
-import os
 import re
 import sys
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from shards import atomic_write, one_line
+import shards
 from tqdm import tqdm
 
 PACKAGES = ("networkx", "numpy", "scipy", "sympy")  # pure source in every wheel of a version; torch's builds differ
 SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "testing", "_vendor"}
 SKIPPED_FILES = {"__config__.py", "version.py", "_distributor_init.py"}  # written by a package's build
+VAL_PERCENT = 5  # of the bytes
 DOCUMENT_CHARS = 8_000  # a document is cut at a paragraph end before it grows past this
 MIN_DOCUMENT_CHARS = 200
 MIN_LITERAL_CHARS = 200  # shorter literals that are not docstrings are messages, formats and keys
@@ -47,42 +47,27 @@ UNDERLINE = re.compile(r"^[ \t]*([-=~^*#+.])\1+[ \t]*$", re.MULTILINE)
 PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*?(?=[ \t]*\S)")
 
 
-@dataclass(frozen=True)
-class Document:
-    """One document: the source `module` it came from ("numpy/lib/foo.py") and its `text`."""
-
-    module: str
-    text: str
-
-
 # ----- reading sources
 
 
-def find_roots(packages: Iterable[str] = PACKAGES) -> dict[str, Path]:
-    """Folders of `packages`, found without importing them; ValueError where one is not installed."""
-    roots = {}
-    for name in packages:
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise ValueError(f"package {name} is not installed; requirements.txt has it")
-        roots[name] = Path(next(iter(spec.submodule_search_locations)))
-    return roots
+def source_files(package: str) -> list[tuple[str, Path]]:
+    """Return the names ("numpy/lib/foo.py") and paths of a package's .py files in order, without tests and copies.
 
-
-def source_files(root: Path) -> list[str]:
-    """Relative POSIX paths of the .py files under `root`, sorted; tests and vendored copies are left out."""
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if name not in SKIPPED_FOLDERS]
-        found += [Path(folder, name).relative_to(root).as_posix() for name in files
-                  if name.endswith(".py") and name not in SKIPPED_FILES]
-    return sorted(found)
+    The package is found without importing it. Raise ValueError if it is not installed.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"package {package} is not installed; requirements.txt has it")
+    root = Path(next(iter(spec.submodule_search_locations)))
+    found = {path.relative_to(root): path for path in root.rglob("*.py") if path.name not in SKIPPED_FILES}
+    return sorted((f"{package}/{name.as_posix()}", path) for name, path in found.items()
+                  if SKIPPED_FOLDERS.isdisjoint(name.parts))
 
 
 def dedent(text: str) -> str:
-    """A docstring without the indentation of its lines after the first, and without blank lines at its ends.
+    """Return a docstring without the indentation of its later lines and without blank lines at its ends.
 
-    inspect.cleandoc() does the same, in ways that differ between versions of Python.
+    inspect.cleandoc() does the same, but in ways that differ between versions of Python.
     """
     first, *rest = text.expandtabs().split("\n")
     indent = min((len(line) - len(line.lstrip(" ")) for line in rest if line.strip()), default=0)
@@ -90,9 +75,9 @@ def dedent(text: str) -> str:
 
 
 def literals(source: bytes) -> Iterator[str]:
-    """Docstrings and other long string literals of Python `source`, dedented, in source order.
+    """Yield the docstrings and other long string literals of Python `source`, dedented and in order.
 
-    A source that does not parse (a template, another Python version) yields nothing.
+    A source that does not parse (a template, or for another Python version) yields nothing.
     """
     try:
         with warnings.catch_warnings():
@@ -119,15 +104,15 @@ def literals(source: bytes) -> Iterator[str]:
 
 
 def is_english(text: str) -> bool:
-    """Whether the everyday words of English are as frequent in `text` as in documentation."""
+    """Say whether the everyday words of English are as frequent in `text` as in documentation."""
     words = text.lower().split()
     return sum(word in ENGLISH for word in words) >= MIN_ENGLISH_SHARE * len(words)
 
 
 def is_prose(paragraph: str) -> bool:
-    """Whether letters and blanks make up the paragraph: not a doctest, code, a table, or encoded data.
+    """Say whether a paragraph is mostly letters and blanks, and not a doctest, code, a table or encoded data.
 
-    Underlines of headings do not count against it.
+    The underlines of headings do not count.
     """
     if ">>>" in paragraph or "{{" in paragraph or CODE_LINE_END.search(paragraph):
         return False
@@ -139,47 +124,32 @@ def is_prose(paragraph: str) -> bool:
     return letters + len(words) - 1 >= MIN_PROSE_SHARE * length and length <= MAX_WORD_CHARS * len(words)
 
 
-def squeeze(text: str) -> str:
-    """`text` with every run of whitespace as one space: equal for near-duplicates."""
-    return " ".join(text.split())
-
-
-def fingerprint(text: str) -> bytes:
-    """16-byte hash of `text`, the same in every run."""
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
-
-
-def is_new(text: str, seen: set[bytes]) -> bool:
-    """Whether `text`, modulo whitespace, is not among the fingerprints `seen`; it is from then on."""
-    key = fingerprint(squeeze(text))
-    new = key not in seen
-    seen.add(key)
+def is_new(text: str, seen: set[str]) -> bool:
+    """Say whether `text` is not in `seen`, whatever its white space. From then on it is in `seen`."""
+    squeezed = " ".join(text.split())
+    new = squeezed not in seen
+    seen.add(squeezed)
     return new
 
 
-class Deduplicator:
-    """Remembers every docstring and every long paragraph of the corpus; the first occurrence stays."""
+def new_prose(text: str, docstrings: set[str], paragraphs: set[str]) -> list[str]:
+    """Return the prose paragraphs of a docstring `text` that are new, or none if too little is left.
 
-    def __init__(self) -> None:
-        self.docstrings: set[bytes] = set()
-        self.paragraphs: set[bytes] = set()
-
-    def clean(self, text: str) -> list[str]:
-        """Prose paragraphs of `text` that stand nowhere before; empty if the whole was seen or little is left."""
-        if not is_english(text) or not is_new(text, self.docstrings):
-            return []
-        kept = [
-            paragraph.rstrip()
-            for paragraph in PARAGRAPH_END.split(text)
-            if is_prose(paragraph)
-            and (len(squeeze(paragraph)) <= UNIQUE_PARAGRAPH_CHARS or is_new(paragraph, self.paragraphs))
-        ]
-        # Headings alone ("Parameters", "See Also") are what duplicates leave behind.
-        return kept if sum(map(len, kept)) >= MIN_DOCSTRING_CHARS else []
+    `docstrings` and `paragraphs` are all those that were seen before.
+    """
+    if not is_english(text) or not is_new(text, docstrings):
+        return []
+    kept = []
+    for paragraph in PARAGRAPH_END.split(text):
+        short = len(" ".join(paragraph.split())) <= UNIQUE_PARAGRAPH_CHARS
+        if is_prose(paragraph) and (short or is_new(paragraph, paragraphs)):
+            kept.append(paragraph.rstrip())
+    # Headings alone ("Parameters", "See Also") are what duplicates leave behind.
+    return kept if sum(map(len, kept)) >= MIN_DOCSTRING_CHARS else []
 
 
 def pieces(paragraphs: Iterable[str], limit: int = DOCUMENT_CHARS) -> Iterator[str]:
-    """Join `paragraphs` by blank lines into texts of at most `limit` chars, cut at paragraph ends.
+    """Join `paragraphs` by blank lines, and yield texts of at most `limit` characters, cut at paragraph ends.
 
     A single paragraph over the limit is cut at a line end, or anywhere if it has none.
     """
@@ -202,88 +172,67 @@ def pieces(paragraphs: Iterable[str], limit: int = DOCUMENT_CHARS) -> Iterator[s
 # ----- corpus
 
 
-def collect(roots: dict[str, Path]) -> list[Document]:
-    """Documents of all sources under `roots` {label: folder}, shuffled by hash so that packages are mixed.
+def fingerprint(text: str) -> bytes:
+    """Return a hash of `text` that is the same in every run."""
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
-    Each is prose of one module, MIN_DOCUMENT_CHARS to DOCUMENT_CHARS chars long. A file that cannot be read raises
-    OSError.
-    """
-    sources = [(label, root, path) for label, root in roots.items() for path in source_files(root)]
-    deduplicator, documents = Deduplicator(), []
-    for label, root, path in tqdm(sources, desc="reading sources", unit=" files", disable=None):
-        paragraphs = [p for text in literals((root / path).read_bytes()) for p in deduplicator.clean(text)]
-        for text in pieces(paragraphs):
+
+def collect(files: list[tuple[str, Path]]) -> dict[str, list[str]]:
+    """Return the documents of each of the named source `files`. Each document is prose of one module."""
+    docstrings, paragraphs, documents = set(), set(), defaultdict(list)
+    for module, path in tqdm(files, desc="reading sources", unit=" files", disable=None):
+        kept = [part for text in literals(path.read_bytes()) for part in new_prose(text, docstrings, paragraphs)]
+        for text in pieces(kept):
             if len(text) >= MIN_DOCUMENT_CHARS:
-                documents.append(Document(f"{label}/{path}", text))
-    return sorted(documents, key=lambda document: fingerprint(f"{document.module}\n{document.text}"))
+                documents[module].append(text)
+    return documents
 
 
-def split(documents: list[Document], val_percent: float) -> tuple[list[Document], list[Document]]:
-    """(train, val), each in the given order; val holds whole modules, at most `val_percent` of the UTF-8 bytes.
+def split(documents: dict[str, list[str]]) -> tuple[list[str], list[str]]:
+    """Return the texts of training and of validation.
 
-    Modules are taken in the order of their hash, passing over those too large for what is left.
+    Validation has whole modules and at most VAL_PERCENT of the bytes. Modules are taken in the order of their hash.
+    Those that are too large for what is left are passed over.
     """
-    size: dict[str, int] = {}
-    for document in documents:
-        size[document.module] = size.get(document.module, 0) + len(document.text.encode())
-    left = sum(size.values()) * val_percent / 100
-    held_out = set()
-    for module in sorted(size, key=fingerprint):
-        if size[module] <= left:
-            held_out.add(module)
-            left -= size[module]
-    train = [document for document in documents if document.module not in held_out]
-    val = [document for document in documents if document.module in held_out]
+    sizes = {module: sum(len(text.encode()) for text in texts) for module, texts in documents.items()}
+    left = sum(sizes.values()) * VAL_PERCENT / 100
+    train, val = [], []
+    for module in sorted(sizes, key=fingerprint):
+        if sizes[module] <= left:
+            val += documents[module]
+            left -= sizes[module]
+        else:
+            train += documents[module]
     return train, val
 
 
-def write_jsonl(path: Path, documents: list[Document]) -> bytes:
-    """Write {"text": ...} lines to `path` atomically; returns what was written."""
-    lines = b"".join(json.dumps({"text": document.text}, ensure_ascii=False).encode() + b"\n" for document in documents)
-    with atomic_write(path) as file:
-        file.write(lines)
-    return lines
-
-
-def build(out: Path, packages: Iterable[str], min_mb: float, val_percent: float) -> None:
-    """Build the corpus and write it to `out`; ValueError if it has less than `min_mb` million bytes of text."""
-    if not 0 < val_percent < 100:
-        raise ValueError(f"--val-percent: expected between 0 and 100, found {val_percent}")
-    roots = find_roots(packages)
-    documents = collect(roots)
-    total = sum(len(document.text.encode()) for document in documents)
-    if total < min_mb * 1e6:
-        raise ValueError(f"found {total / 1e6:.2f} MB of prose in {', '.join(roots)}; expected at least {min_mb} MB")
-    train, val = split(documents, val_percent)
+def build(args: argparse.Namespace) -> None:
+    """Make the corpus of the packages and write it. Raise ValueError if they have too little text."""
+    train, val = split(collect([file for package in args.packages for file in source_files(package)]))
     if not train or not val:
-        raise ValueError(f"{len(documents)} documents are too few for --val-percent {val_percent}")
-    out.mkdir(parents=True, exist_ok=True)
+        raise ValueError(f"too little prose in {', '.join(args.packages)}: {len(train) + len(val)} documents")
+    args.out.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    for name, part in (("docs_train.jsonl", train), ("docs_val.jsonl", val)):
-        # in the order of a hash: mixed like web text, since a short run reads only the first part of it
-        digest.update(write_jsonl(out / name, sorted(part, key=lambda document: fingerprint(document.text))))
-        count = sum(len(document.text.encode()) for document in part)
-        print(f"{name}: {len(part):,} documents, {count:,} bytes of text ({count / total:.1%})")
-    print(f"total: {len(documents):,} documents, {total:,} bytes from {', '.join(roots)} -> {out}")
+    for name, texts in (("docs_train.jsonl", train), ("docs_val.jsonl", val)):
+        # The order is that of a hash: mixed like web text, because a short run reads only the first part of it.
+        lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in sorted(texts, key=fingerprint)]
+        data = "".join(lines).encode()
+        with shards.atomic_write(args.out / name) as file:
+            file.write(data)
+        digest.update(data)
+        size = sum(len(text.encode()) for text in texts)
+        print(f"{args.out / name}: {len(texts):,} documents, {size:,} bytes of text")
     print(f"sha256 of both files: {digest.hexdigest()}")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Build a corpus from the documentation inside Python packages.")
-    default_out = Path(__file__).resolve().parent / "local"
-    parser.add_argument("--out", type=Path, default=default_out, help="folder to write to (default: data/local)")
-    parser.add_argument("--packages", nargs="*", default=PACKAGES, metavar="NAME",
-                        help=f"packages to read (default: {' '.join(PACKAGES)})")
-    parser.add_argument("--min-mb", type=float, default=8, help="fail below this many million bytes (default: 8)")
-    parser.add_argument("--val-percent", type=float, default=5, help="share of validation text (default: 5)")
-    args = parser.parse_args(argv)
-    try:
-        build(args.out, args.packages, args.min_mb, args.val_percent)
-    except (OSError, ValueError, KeyboardInterrupt) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    """Run the command line and return the exit status."""
+    parser = shards.Parser(description="Make a corpus from the documentation inside Python packages.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "local", metavar="DIR",
+                        help="write the corpus into this folder (default: data/local)")
+    parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME",
+                        help=f"read these packages (default: {' '.join(PACKAGES)})")
+    return shards.run_tool(build, parser, argv)
 
 
 if __name__ == "__main__":

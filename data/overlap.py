@@ -1,15 +1,19 @@
-"""Documents that stand in two sets of shards: known by their first tokens, without a comparison of each with each."""
+"""Find documents of one set of shards that also stand in another one.
+
+A document is known by a hash of its first 64 tokens, so that the documents need not be compared with each other.
+"""
 
 from collections.abc import Iterable
 
 import numpy as np
 from shards import read_shard
 
-FIRST_TOKENS, ALLOWED = 64, 0.005  # a document is known by so many tokens; share of validation that may be known
+FIRST_TOKENS = 64
+ALLOWED = 0.005  # this share of the validation documents may be known
 
 
 def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
-    """(documents,) uint64 hashes (FNV-1a) of the first 64 tokens after each `bos`, of shorter documents whole."""
+    """Return a uint64 hash (FNV-1a) of the first 64 tokens after each `bos`. A shorter document is hashed whole."""
     starts = np.flatnonzero(tokens == bos) + 1
     lengths = np.minimum(np.diff(starts, append=len(tokens) + 1) - 1, FIRST_TOKENS)
     hashes, prime = np.full(len(starts), 14695981039346656037, dtype=np.uint64), np.uint64(1099511628211)
@@ -20,7 +24,7 @@ def document_hashes(tokens: np.ndarray, bos: int) -> np.ndarray:
 
 
 def first_tokens(paths: list[str]) -> np.ndarray:
-    """The first 64 tokens of the text that these shards hold one after another; fewer if it is shorter."""
+    """Return the first 64 tokens of the text that these shards hold one after another, or fewer if it is shorter."""
     parts, missing = [np.zeros(0, np.uint16)], FIRST_TOKENS
     for path in paths:
         parts.append(read_shard(path)[:missing])
@@ -31,17 +35,19 @@ def first_tokens(paths: list[str]) -> np.ndarray:
 
 
 def find_overlap(val: np.ndarray, paths: list[str], which: Iterable[int], bos: int) -> np.ndarray:
-    """(documents,) bool: the documents of val (n,) uint16 that also start one in the training shards number `which`.
+    """Say of each document of `val` whether a document of the training shards begins with the same tokens.
 
-    Documents that hold nothing do not count. A shard may end inside a document that the next ones go on with.
-    ValueError if a shard cannot be read.
+    `val` is a uint16 array of shape (n,), `paths` are all training shards, `which` are the numbers of those to search.
+    The result is a bool array of shape (documents,). Documents without a token are never found.
     """
     wanted, known = document_hashes(val, bos), np.zeros(0, dtype=np.uint64)
     for i in which:
         tokens = read_shard(paths[i])
-        hashes, last = document_hashes(tokens, bos), np.flatnonzero(tokens[-FIRST_TOKENS - 1 :] == bos)
-        if len(last):
-            end = tokens[-FIRST_TOKENS - 1 :][last[-1] :]
-            hashes[-1:] = document_hashes(np.concatenate((end, first_tokens(paths[i + 1 :]))), bos)[:1]
+        documents = np.count_nonzero(tokens == bos)
+        if not documents:
+            continue
+        # The last document of a shard may continue in the next shards.
+        longer = np.concatenate((tokens, first_tokens(paths[i + 1 :])))
+        hashes = document_hashes(longer, bos)[:documents]
         known = np.union1d(known, hashes[np.isin(hashes, wanted)])
     return np.isin(wanted, known) & (wanted != document_hashes(np.full(1, bos), bos))

@@ -1,8 +1,10 @@
-"""The shard format and the manifest in one place, and how the data tools put files in place.
+"""What the data tools share: shards, the manifest, tokenizers, safe writing and the command line.
 
-A shard is 256 little-endian int32 (magic 20240520, version 1, token count, zeros), then little-endian uint16 tokens.
-Those of a split are called fineweb_<split>_<6 digits>.bin and numbered from 0; val_bytes counts the bytes of val.
-The manifest lists the data sets and tokenizers of a folder, by name; what else it says is kept as it is.
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros) and then its tokens as
+little-endian uint16. The shards of a split are called fineweb_<split>_<6 digits>.bin and are numbered from 0. The
+splits are train, val and val_bytes; the last one holds the bytes that each token of val is charged.
+
+The file manifest.json lists the data sets and the tokenizers of a folder by name. A tool changes its own entries only.
 """
 
 import argparse
@@ -10,15 +12,16 @@ import fcntl
 import json
 import os
 import re
-import signal
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import sentencepiece as spm
 
 MAGIC = 20240520
 VERSION = 1
@@ -28,9 +31,12 @@ MAX_VOCAB = 1 << 16  # a token is a uint16
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_([0-9]{6})\.bin")
 
 
+# ----- files
+
+
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """Binary file that takes the name `path` when the block ends well; otherwise nothing is left. Raises OSError."""
+    """Open a binary file that gets the name `path` when the block ends well. After an error nothing is left of it."""
     path = Path(path)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
@@ -38,35 +44,54 @@ def atomic_write(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp is private by default
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes files private
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def shard_header(count: int) -> bytes:
-    """The first HEADER_BYTES of a shard of `count` tokens; ValueError if it cannot have as many."""
-    if count >= 1 << 31:
-        raise ValueError(f"expected fewer than {1 << 31} tokens in a shard, found {count}")
-    header = np.zeros(HEADER_INTS, "<i4")
-    header[:3] = MAGIC, VERSION, count
-    return header.tobytes()
+def file_sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with open(path, "rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def only_one(out: Path) -> Iterator[None]:
+    """Lock the folder `out` during the block. Raise ValueError if another data tool has locked it."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another program is putting data there") from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+# ----- shards
 
 
 def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write `tokens` (count,) uint16 as one shard, atomically. ValueError for other arrays, OSError from the system."""
+    """Write `tokens`, a uint16 array of shape (count,), as one shard. Raise ValueError for any other array."""
     if tokens.ndim != 1 or tokens.dtype.kind != "u" or tokens.dtype.itemsize != 2:
         raise ValueError(f"{path}: expected a 1-D uint16 array, found {tokens.ndim}-D {tokens.dtype}")
+    if len(tokens) >= 1 << 31:  # the header counts in int32
+        raise ValueError(f"{path}: expected fewer than {1 << 31} tokens in a shard, found {len(tokens)}")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
     with atomic_write(path) as file:
-        file.write(shard_header(len(tokens)))
+        file.write(header.tobytes())
         file.write(np.ascontiguousarray(tokens, "<u2").data)
 
 
 def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.ndarray:
-    """Tokens of one shard, (count,) uint16, mapped read-only.
+    """Return the tokens of one shard as a uint16 array of shape (count,), mapped read-only.
 
-    ValueError, one line, when the header, the file size or (given `vocab_size`) a token is not as it should be.
+    Raise ValueError if the header or the size of the file is wrong. With `vocab_size`, a token that is not below it is
+    an error as well.
     """
     size = os.path.getsize(path)
     if size < HEADER_BYTES:
@@ -78,7 +103,7 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
         raise ValueError(f"{path}: expected version {VERSION}, found {version}")
     if count < 0 or size != HEADER_BYTES + 2 * count:
         raise ValueError(f"{path}: expected {HEADER_BYTES + 2 * count} bytes for {count} tokens, found {size}")
-    if count == 0:  # nothing to map
+    if count == 0:  # an empty file region cannot be mapped
         return np.zeros(0, "<u2")
     tokens = np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
@@ -87,38 +112,58 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
 
 
 def shard_names(split: str, count: int) -> list[str]:
-    """Names of the first `count` shards of `split`: "train", "val" or "val_bytes"."""
+    """Return the names of the first `count` shards of `split`."""
     return [f"fineweb_{split}_{index:06d}.bin" for index in range(count)]
 
 
-def strange_shards(folder: Path) -> list[Path]:
-    """Files in `folder` that look like shards and have no such name: copies, or numbers of another width."""
-    return [path for path in sorted(folder.glob("fineweb_*.bin")) if not SHARD_NAME.fullmatch(path.name)]
-
-
 def find_shards(folder: Path, split: str) -> list[Path]:
-    """Paths of the shards of `split` in `folder`, in order.
+    """Return the paths of the shards of `split` in `folder`, in order.
 
-    ValueError, naming the file, for one that only looks like a shard, and for a gap in the numbers.
+    Raise ValueError if a number is missing, or if a file looks like a shard and has another kind of name. Such a file
+    is usually a copy, which a run could take for more text.
     """
-    for path in strange_shards(folder):
-        raise ValueError(f"{path}: not the name of a shard, which is fineweb_<split>_<6 digits>.bin; remove it")
-    found = sorted(path.name for path in folder.glob("fineweb_*.bin") if SHARD_NAME.fullmatch(path.name)[1] == split)
-    for name, expected in zip(found, shard_names(split, len(found))):
-        if name != expected:
-            raise ValueError(f"{folder / expected}: no such file, but {name} is there; shards are numbered from 0 "
+    found = []
+    for path in sorted(folder.glob("fineweb_*.bin")):
+        name = SHARD_NAME.fullmatch(path.name)
+        if not name:
+            raise ValueError(f"{path}: not the name of a shard, which is fineweb_<split>_<6 digits>.bin; remove it")
+        if name[1] == split:
+            found.append(path)
+    for path, expected in zip(found, shard_names(split, len(found))):
+        if path.name != expected:
+            raise ValueError(f"{folder / expected}: no such file, but {path.name} is there; shards are numbered from 0 "
                              "without a gap")
-    return [folder / name for name in found]
+    return found
 
 
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal. Raises OSError."""
-    with open(path, "rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+# ----- tokenizers
+
+
+def load_tokenizer(model: bytes, name: str, threads: int = -1) -> spm.SentencePieceProcessor:
+    """Return the tokenizer of the serialized `model`, which works on `threads` threads (-1: one a core).
+
+    Raise ValueError, beginning with `name`, if shards cannot be made with this tokenizer.
+    """
+    tokenizer = spm.SentencePieceProcessor(num_threads=threads)
+    try:
+        tokenizer.LoadFromSerializedProto(model)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: not a SentencePiece model: {error}") from error
+    if tokenizer.vocab_size() > MAX_VOCAB:
+        raise ValueError(f"{name}: expected at most {MAX_VOCAB} pieces, found {tokenizer.vocab_size()}")
+    if tokenizer.bos_id() < 0:
+        raise ValueError(f"{name}: expected a BOS piece to mark the start of a document, found none")
+    # Without this piece a space is spelled as three byte pieces, and the scorer counts too many bytes.
+    if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
+        raise ValueError(f'{name}: expected a stand-alone "▁" piece, found none')
+    return tokenizer
+
+
+# ----- the manifest
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest at `path`, or an empty one; ValueError if it is not one."""
+    """Return the manifest at `path`, or an empty one if there is no such file. Raise ValueError for anything else."""
     if not path.exists():
         return {"datasets": [], "tokenizers": []}
     try:
@@ -132,58 +177,53 @@ def read_manifest(path: Path) -> dict:
 
 
 def find_entry(manifest: dict, key: str, name: str | None) -> dict | None:
-    """The entry of manifest[`key`] with this name, or None."""
+    """Return the entry of manifest[`key`] that has this name, or None."""
     return next((entry for entry in manifest[key] if entry["name"] == name), None)
 
 
-def merge_manifest(manifest: dict, key: str, entry: dict) -> None:
-    """Put `entry` in manifest[`key`] in the place of one of the same name, or last."""
-    entries = manifest[key]
-    names = [other["name"] for other in entries]
-    if entry["name"] in names:
-        entries[names.index(entry["name"])] = entry
-    else:
-        entries.append(entry)
-
-
-def write_manifest(path: Path, manifest: dict) -> None:
-    """Write `manifest` as JSON, atomically. Raises OSError."""
+def update_manifest(path: Path, datasets: list[dict], tokenizers: list[dict]) -> None:
+    """Put entries into the manifest at `path`. An entry replaces that of the same name, or comes last."""
+    manifest = read_manifest(path)
+    for key, entries in (("datasets", datasets), ("tokenizers", tokenizers)):
+        manifest[key] = list({entry["name"]: entry for entry in manifest[key] + entries}.values())
     with atomic_write(path) as file:
         file.write(json.dumps(manifest, indent=2).encode() + b"\n")
 
 
-@contextmanager
-def only_one(out: Path) -> Iterator[None]:
-    """Hold the folder `out` against other programs that put data there; ValueError if one is running."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{out}: another program is putting data there") from error
-        yield
-    finally:
-        os.close(descriptor)
+# ----- the command line
 
 
 class Parser(argparse.ArgumentParser):
-    """Command-line parser that raises ValueError with one line where the original prints several and exits."""
+    """A command-line parser that raises ValueError where argparse prints its usage and exits."""
 
     def error(self, message: str) -> None:
         raise ValueError(message)
 
 
-def interrupt_on_sigterm() -> None:
-    """Let SIGTERM end the program like Ctrl-C, so that temporary files are removed."""
+def at_least(least: int) -> Callable[[str], int]:
+    """Return an argparse type: an integer that is not below `least`."""
 
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise ValueError
+        return int(text)
 
-    signal.signal(signal.SIGTERM, interrupt)
+    number.__name__ = f"number (at least {least})"  # argparse puts this name into its message
+    return number
+
+
+def run_tool(action: Callable[[argparse.Namespace], None], parser: Parser, argv: list[str] | None) -> int:
+    """Parse the command line and do `action`. Return the exit status, and print one line on stderr if it is 1."""
+    try:
+        action(parser.parse_args(argv))
+    except (OSError, ValueError, MemoryError, KeyboardInterrupt) as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def one_line(error: BaseException) -> str:
-    """What the user reads about `error`: one line, the file first where the system names one."""
+    """Return what the user reads about `error`, in one line. It begins with the file if the system names one."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if isinstance(error, OSError) and error.strerror:

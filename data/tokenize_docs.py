@@ -1,37 +1,37 @@
 #!/usr/bin/env python3
-"""Documents -> tokenizers, shards and manifest in the published layout.
+"""Turn documents into tokenizers, token shards and a manifest in the published layout.
 
 Notable features:
-- reads .jsonl, .jsonl.gz and .jsonl.xz as streams, one {"text": ...} a line
-- trains SentencePiece BPE tokenizers of any size on the training documents, or takes existing ones
-- makes the data sets of several tokenizers in one pass over the documents
-- with CaseOps, transforms the documents first, and writes the bytes of each validation token beside the shards
-- splits the published documents as the challenge does: the first 50,000 are validation, and no others
-- refuses a tokenizer whose bytes cannot be counted exactly, and training shards that know the validation documents
-- encodes on all cores with bounded memory; the output does not depend on their number
-- a data set appears whole or not at all, the manifest last
+- The input is .jsonl, .jsonl.gz or .jsonl.xz with one {"text": ...} a line. It is read as a stream.
+- The tool trains SentencePiece BPE tokenizers on the training documents, or takes existing ones.
+- One pass over the documents makes the data sets of several tokenizers.
+- With CaseOps the documents are transformed first. The bytes of each validation token are written beside the shards.
+- The published documents are split as the challenge does: the first 50,000 are validation, and no others.
+- A tokenizer whose bytes cannot be counted exactly is refused. So are training documents that are also in validation.
+- All cores encode, and memory is bounded. The output does not depend on the number of cores.
+- A data set appears whole or not at all. The manifest is written last.
 
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --name mine_sp8192 --vocab-size 8192
     python data/tokenize_docs.py --docs data/docs_selected.jsonl --out data --specs tokenizers.json
     python data/tokenize_docs.py --train docs_train.jsonl --val docs_val.jsonl --out data --vocab-size 1024
 
-The last one writes, below --out:
+The last command writes, below --out:
 
     datasets/local_sp1024/fineweb_train_000000.bin, ..., fineweb_val_000000.bin
     tokenizers/local_1024_bpe.model, tokenizers/local_1024_bpe.vocab
     manifest.json
 
-A dataset `<prefix>_sp<N>` gets the tokenizer `<prefix>_<N>_bpe`; an existing tokenizer keeps the name of its file.
-With --caseops both names end in _caseops, and each fineweb_val_<6 digits>.bin has a fineweb_val_bytes_<6 digits>.bin
-with the bytes of raw text that each of its tokens is charged (uint16 as well; none for BOS).
+A data set called <prefix>_sp<N> gets the tokenizer <prefix>_<N>_bpe. An existing tokenizer keeps the name of its file.
+With --caseops both names end in _caseops, and each fineweb_val_<6 digits>.bin has a fineweb_val_bytes_<6 digits>.bin.
+That file holds, as uint16, the bytes of raw text that each token is charged. BOS is charged none.
 
-tokenizers.json is a list of one object a data set: its "name" (or none, for local_sp<N>), either "vocab_size" or
-"model", the file of a tokenizer, beside tokenizers.json if its path is relative, and perhaps "caseops":
+The file tokenizers.json is a list with one object for each data set. The object has a "name" (local_sp<N> without one),
+either "vocab_size" or "model", and perhaps "caseops". A relative path of a "model" starts from the folder of the file:
 
     [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"},
      {"name": "mine_sp8192", "vocab_size": 8192, "caseops": true}]
 
-What is unfinished stands in datasets/.tokenize, which goes when the program ends or, killed, when it runs again.
+Unfinished data sets stand in datasets/.tokenize. It goes when the program ends or, after a kill, when it runs again.
 """
 
 import argparse
@@ -40,207 +40,148 @@ import heapq
 import io
 import json
 import lzma
-import os
 import re
 import shutil
+import signal
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from hashlib import blake2b, sha256
-from itertools import count
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b, file_digest
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import sentencepiece as spm
+import shards
 from caseops import MARKERS, restore, token_bytes, transform
 from overlap import ALLOWED, find_overlap
-from shards import (
-    HEADER_BYTES,
-    MAX_VOCAB,
-    Parser,
-    atomic_write,
-    file_sha256,
-    find_entry,
-    interrupt_on_sigterm,
-    merge_manifest,
-    one_line,
-    only_one,
-    read_manifest,
-    read_shard,
-    shard_header,
-    shard_names,
-    write_manifest,
-)
 from tqdm import tqdm
 
-BATCH_BYTES = 1 << 20  # JSON lines handed to a worker at once
+BATCH_LINES = 500  # documents that are encoded at once
 SPECIAL_PIECES = 4 + 256  # pad, bos, eos, unk and the byte pieces
 DEFAULT_VAL_DOCS = 50_000  # of the published documents
 TRAINER_SENTENCE_CHARS = 30_000  # the trainer stores positions in 16 bits and drops what is too long
-ROUND_TRIP_PROBES = (
-    "plain", " leading", "trailing ", "two  spaces", "a\nb\n\n c\r\n", "\ttab\t", "7 + 1234.5", "na\u00efve e\u0301",
-    "\u6f22\u5b57 \uff21", "\U0001f600\u200d\U0001f525", "<s> <0x0A> </s>", "\ufb01 \u00a0\u3000", "\x00", "\n", "   ",
-)
+SPLITS = ("train", "val")
 
 
 # ----- documents
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Consecutive JSON `lines` (bytes) of file `path`, the first being line `first_line` (from 1), all of one `split`.
+class Source:
+    """A file of documents. The first `val_docs` of them are validation, the others are training."""
 
-    `consumed` counts the bytes read from disk for it, for the progress bar.
+    path: Path
+    val_docs: int
+
+
+@contextmanager
+def open_documents(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Open a file of documents, and give the file on disk and the unpacked one. Raise ValueError if it is damaged."""
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, lambda raw: raw)
+    try:
+        with open(path, "rb") as raw, unpack(raw) as file:
+            yield raw, file
+    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: damaged compressed file: {error}") from error
+
+
+def read_text(line: bytes, place: str) -> str:
+    """Return the text of a JSON `line`. Raise ValueError, naming the `place`, if it has none."""
+    try:
+        document = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place}: not valid JSON: {error}") from error
+    text = document.get("text") if isinstance(document, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{place}: expected an object with a "text" string, found {line.strip()[:60]!r}')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: not valid Unicode: {error.reason} at character {error.start}") from error
+    return text
+
+
+def read_batches(sources: list[Source], label: str) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+    """Yield the documents of all `sources` in order, as pairs of a split and a list of (place, text).
+
+    A place is "file:line". The progress bar is called `label`.
     """
+    total = sum(source.path.stat().st_size for source in sources)
+    with tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None) as bar:
+        for source in sources:
+            with open_documents(source.path) as (raw, file):
+                first, position = 0, 0
+                while True:
+                    held_out = max(0, source.val_docs - first)  # a batch does not reach over the border
+                    lines = list(islice(file, min(held_out, BATCH_LINES) or BATCH_LINES))
+                    if not lines:
+                        break
+                    places = [f"{source.path}:{number}" for number in range(first + 1, first + len(lines) + 1)]
+                    yield "val" if held_out else "train", [*zip(places, map(read_text, lines, places))]
+                    first += len(lines)
+                    bar.update(raw.tell() - position)
+                    position = raw.tell()
 
-    path: str
-    first_line: int
-    lines: list[bytes]
-    consumed: int
-    split: str = "train"
 
+def check_documents(docs: Path, val_docs: int) -> str:
+    """Return the SHA-256 of the documents `docs`. Raise ValueError if they are not to be split at `val_docs`.
 
-def read_batches(paths: Iterable[Path], batch_bytes: int = BATCH_BYTES) -> Iterator[Batch]:
-    """Lines of the files `paths` in order, in batches of about `batch_bytes`; .gz and .xz are unpacked on the way.
-
-    OSError if a file cannot be read, ValueError if a compressed one is damaged.
+    Beside the documents may stand <docs>.source_manifest.json. It says what their hash is and how many are validation,
+    at least. Where it does not say so, a file that is called like the published documents has the challenge's 50,000.
     """
-    openers = {".gz": gzip.open, ".xz": lzma.open}
-    for path in paths:
-        with open(path, "rb") as raw, openers.get(path.suffix, lambda file, _: file)(raw, "rb") as file:
-            first_line, position = 1, 0
-            while True:
-                try:
-                    lines = file.readlines(batch_bytes)
-                except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
-                    raise ValueError(f"{path}: damaged compressed file: {error}") from error
-                if not lines:
-                    break
-                position, consumed = raw.tell(), raw.tell() - position
-                yield Batch(str(path), first_line, lines, consumed)
-                first_line += len(lines)
-
-
-def texts(batch: Batch) -> Iterator[tuple[str, str]]:
-    """(place, text) of every line of `batch`, place being "file:line". ValueError, naming the place, if it has none."""
-    for number, line in enumerate(batch.lines, batch.first_line):
-        place = f"{batch.path}:{number}"
-        try:
-            document = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place}: not valid JSON: {error}") from error
-        text = document.get("text") if isinstance(document, dict) else None
-        if not isinstance(text, str):
-            raise ValueError(f'{place}: expected an object with a "text" string, found {line.strip()[:60]!r}')
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{place}: not valid Unicode: {error.reason} at character {error.start}") from error
-        yield place, text
-
-
-class Sources:
-    """The documents: files of training and of validation, or one file `docs` that begins with `val_docs` of validation.
-
-    A pass over `docs` ends by setting `docs_sha256`, the hash of its lines.
-    """
-
-    def __init__(self, train: list[Path], val: list[Path], docs: Path | None, val_docs: int) -> None:
-        self.train, self.val, self.docs, self.val_docs = train, val, docs, val_docs
-        self.paths = [docs] if docs else val + train
-        for path in self.paths:
-            path.stat()  # a missing file is found before hours of work
-        self.docs_sha256: str | None = None
-        self.published = self.read_source_manifest() if docs else {}
-
-    def read_source_manifest(self) -> dict:
-        """What <docs>.source_manifest.json says, if it stands beside. ValueError if val_docs are fewer than it says.
-
-        Where it says nothing, a file called like the published documents has the challenge's.
-        """
-        path = self.docs.with_name(self.docs.name.partition(".")[0] + ".source_manifest.json")
-        published_name = self.docs.name.startswith("docs_selected")
-        reserved, source = DEFAULT_VAL_DOCS if published_name else 0, "as in the challenge"
-        published = {}
-        if path.exists():
-            try:
-                published = dict(json.loads(path.read_bytes()))
-                if "docs_val" in published:
-                    reserved, source = int(published["docs_val"]), f"the docs_val of {path}"
-            except (ValueError, TypeError) as error:
-                raise ValueError(f"{path}: not a source manifest: {error!r}") from error
-        if self.val_docs < reserved:  # as a run of the challenge did, that trained on 40,000 of the scored documents
-            raise ValueError(f"--val-docs: expected at least {reserved}, {source}, found {self.val_docs}")
-        return published
-
-    def batches(self) -> Iterator[Batch]:
-        """All documents, those of validation first. ValueError, at the end, if the hash is not the published one."""
-        if not self.docs:
-            for split, paths in (("val", self.val), ("train", self.train)):
-                yield from (replace(batch, split=split) for batch in read_batches(paths))
-            return
-        digest = sha256()
-        for batch in read_batches([self.docs]):
-            digest.update(b"".join(batch.lines))
-            held_out = max(0, self.val_docs - batch.first_line + 1)  # lines of it; slices may reach beyond its end
-            for split, start, end in (("val", 0, held_out), ("train", held_out, len(batch.lines))):
-                if lines := batch.lines[start:end]:
-                    consumed = batch.consumed * len(lines) // len(batch.lines)
-                    yield Batch(batch.path, batch.first_line + start, lines, consumed, split)
-        self.docs_sha256 = digest.hexdigest()
-        expected = self.published.get("docs_sha256", self.docs_sha256)
-        if self.docs_sha256 != expected:
-            raise ValueError(f"{self.docs}: expected SHA-256 {expected}, as its source manifest says, found "
-                             f"{self.docs_sha256}")
-
-
-def hash64(data: bytes) -> int:
-    """64-bit hash of `data`, the same in every run."""
-    return int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+    path = docs.with_name(docs.name.partition(".")[0] + ".source_manifest.json")
+    try:
+        claims = dict(json.loads(path.read_bytes())) if path.exists() else {}
+        reserved = int(claims.get("docs_val", DEFAULT_VAL_DOCS if docs.name.startswith("docs_selected") else 0))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: not a source manifest: {error!r}") from error
+    if val_docs < reserved:  # a run of the challenge did so, and trained on 40,000 of the scored documents
+        source = f"the docs_val of {path}" if "docs_val" in claims else "as in the challenge"
+        raise ValueError(f"--val-docs: expected at least {reserved}, {source}, found {val_docs}")
+    with open_documents(docs) as (_, file):
+        found = file_digest(file, "sha256").hexdigest()
+    expected = claims.get("docs_sha256", found)
+    if found != expected:
+        raise ValueError(f"{docs}: expected SHA-256 {expected}, as its source manifest says, found {found}")
+    return found
 
 
 # ----- tokenizer
 
 
-def sample_texts(sources: Sources, sample_bytes: int) -> list[str]:
-    """Training documents of about `sample_bytes` UTF-8 bytes, spread over all: those with the smallest hashes."""
-    heap: list[tuple[int, int, str]] = []  # the largest hash on top
-    total, order = 0, count()
-    with progress(sources, "sampling") as bar:
-        for batch in sources.batches():
-            for _, text in texts(batch) if batch.split == "train" else ():
-                data = text.encode()
-                heapq.heappush(heap, (-hash64(data), next(order), text))
-                total += len(data)
-                while total > sample_bytes and len(heap) > 1:
-                    total -= len(heapq.heappop(heap)[2].encode())
-            bar.update(batch.consumed)
-    return [text for _, _, text in sorted(heap, reverse=True)]
+def sample_texts(sources: list[Source], sample_bytes: float) -> list[str]:
+    """Return training documents of about `sample_bytes` UTF-8 bytes: those that have the smallest hashes."""
+    heap: list[tuple[int, str]] = []  # the largest hash on top
+    total = 0
+    for split, documents in read_batches(sources, "sampling"):
+        for _, text in documents if split == "train" else ():
+            data = text.encode()
+            number = int.from_bytes(blake2b(data, digest_size=8).digest(), "little")
+            heapq.heappush(heap, (-number, text))
+            total += len(data)
+            while total > sample_bytes and len(heap) > 1:
+                total -= len(heapq.heappop(heap)[1].encode())
+    return [text for _, text in sorted(heap, reverse=True)]
 
 
-def progress(sources: Sources, label: str) -> tqdm:
-    """Progress bar over the bytes of the documents on disk; none where nobody looks at it."""
-    total = sum(os.path.getsize(path) for path in sources.paths)
-    return tqdm(total=total, desc=label, unit="B", unit_scale=True, disable=None)
+def train_tokenizer(sample: list[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
+    """Return a serialized SentencePiece BPE model of `vocab_size` pieces, trained on the texts `sample`.
 
+    Each of `symbols` becomes a piece of its own and part of no other. The special pieces have the ids of the published
+    tokenizers. Text is taken as it is: nothing is normalized, no space is dropped, and what has no piece is spelled in
+    bytes. So decoding gives the text back. A space ("▁") stands only in front of a piece, which makes the scorer's
+    count of bytes exact. The trainer passes over stretches that hold its reserved characters (NUL, U+2581, U+2585).
 
-def train_tokenizer(sample: Iterable[str], vocab_size: int, symbols: tuple[str, ...] = ()) -> bytes:
-    """SentencePiece BPE model of `vocab_size` pieces, trained on the texts `sample`; serialized, deterministic.
-
-    Each of `symbols` is a piece of its own and part of no other.
-
-    Ids of the specials are those of the published tokenizers. Text is taken as it is (no normalization, no whitespace
-    dropped), with byte fallback, so that decoding gives it back exactly; newlines are learned like letters. Pieces hold
-    a space ("▁") only in front, which is what makes the byte count of the scorer exact.
-    The trainer passes over stretches that hold its reserved characters (NUL, U+2581, U+2585). ValueError if it cannot
-    make such a vocabulary: too little text, or more common characters than fit.
+    Raise ValueError if there is too little text for so many pieces, or more common characters than fit.
     """
-    sample, reserved = list(sample), SPECIAL_PIECES + len(symbols)
-    if not reserved < vocab_size <= MAX_VOCAB:
-        raise ValueError(f"vocabulary size: expected {reserved + 1} to {MAX_VOCAB}, found {vocab_size}")
+    reserved = SPECIAL_PIECES + len(symbols)
+    if not reserved < vocab_size <= shards.MAX_VOCAB:
+        raise ValueError(f"vocabulary size: expected {reserved + 1} to {shards.MAX_VOCAB}, found {vocab_size}")
     # Single characters may take half of what the specials leave; the rarer ones are spelled in bytes.
     characters = Counter()
     for text in sample:
@@ -281,55 +222,23 @@ def train_tokenizer(sample: Iterable[str], vocab_size: int, symbols: tuple[str, 
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes, name: str, caseops: bool = False) -> spm.SentencePieceProcessor:
-    """The tokenizer of a serialized `model`, checked; ValueError, beginning with `name`, if shards cannot use it."""
-    tokenizer = spm.SentencePieceProcessor()
-    try:
-        tokenizer.LoadFromSerializedProto(model)
-    except RuntimeError as error:
-        raise ValueError(f"{name}: not a SentencePiece model: {error}") from error
-    if tokenizer.vocab_size() > MAX_VOCAB:
-        raise ValueError(f"{name}: expected at most {MAX_VOCAB} pieces, found {tokenizer.vocab_size()}")
-    if tokenizer.bos_id() < 0:
-        raise ValueError(f"{name}: expected a BOS piece to mark the start of a document, found none")
-    # Without it a space is spelled as three byte pieces, and the byte count of the scorer is inflated.
-    if tokenizer.is_unknown(tokenizer.piece_to_id("▁")):
-        raise ValueError(f'{name}: expected a stand-alone "▁" piece, found none')
-    if caseops and any(tokenizer.is_unknown(tokenizer.piece_to_id(marker)) for marker in MARKERS):
-        raise ValueError(f"{name}: expected the markers of CaseOps among its pieces, found not all of them")
-    return tokenizer
-
-
-def check_round_trip(encoder: "Encoder", sample: Iterable[str]) -> None:
-    """ValueError unless the built-in probes and every text of `sample` are encoded so that they can be had back.
-
-    Texts with a literal "▁" are left out: no SentencePiece tokenizer can tell it from a space.
-    """
-    for text in (*ROUND_TRIP_PROBES, *sample):
-        if "▁" not in text and encoder([("probe", text)], "val").docs_lossy:
-            raise ValueError(f"the new tokenizer does not give back the text {text[:60]!r}")
-
-
 def piece_bytes(tokenizer: spm.SentencePieceProcessor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How the scorer counts bytes: three tables of shape (vocab,).
+    """Return the three tables of shape (vocab,) by which the scorer counts bytes.
 
-    int64 bytes of a piece without its leading "▁"; bool whether it has one; bool whether it is a boundary (control,
-    unknown or unused). A "▁" counts one byte more unless the token before is a boundary.
+    The first one is the bytes of each piece without its leading "▁". The second one says whether it has a "▁", which
+    is one byte more unless the token before is a boundary. The third one says whether a piece is a boundary: a control,
+    unknown or unused piece.
     """
-    vocab_size = tokenizer.vocab_size()
-    size = np.zeros(vocab_size, np.int64)
-    space, boundary = np.zeros(vocab_size, bool), np.zeros(vocab_size, bool)
-    for token in range(vocab_size):
-        piece = tokenizer.id_to_piece(token)
-        boundary[token] = tokenizer.is_control(token) or tokenizer.is_unknown(token) or tokenizer.is_unused(token)
-        if not boundary[token]:
-            space[token] = piece.startswith("▁")
-            size[token] = 1 if tokenizer.is_byte(token) else len(piece.removeprefix("▁").encode())
-    return size, space, boundary
+    ids = list(range(tokenizer.vocab_size()))
+    pieces = tokenizer.id_to_piece(ids)
+    boundary = np.array(tokenizer.is_control(ids)) | tokenizer.is_unknown(ids) | tokenizer.is_unused(ids)
+    size = np.where(tokenizer.is_byte(ids), 1, [len(piece.removeprefix("▁").encode()) for piece in pieces])
+    space = np.array([piece.startswith("▁") for piece in pieces])
+    return np.where(boundary, 0, size), space & ~boundary, boundary
 
 
 def vocab_lines(tokenizer: spm.SentencePieceProcessor) -> bytes:
-    """The .vocab file: piece and score, one line an id; line breaks and tabs inside a piece are written as \\n, \\t."""
+    """Return the .vocab file: a line with piece and score for each id. Line breaks and tabs of a piece are escaped."""
     escape = str.maketrans({"\n": "\\n", "\r": "\\r", "\t": "\\t"})
     pieces = ((tokenizer.id_to_piece(token), tokenizer.get_score(token)) for token in range(tokenizer.vocab_size()))
     return "".join(f"{piece.translate(escape)}\t{score:g}\n" for piece, score in pieces).encode()
@@ -338,176 +247,95 @@ def vocab_lines(tokenizer: spm.SentencePieceProcessor) -> bytes:
 # ----- encoding
 
 
-@dataclass
-class Encoded:
-    """What became of some documents under one tokenizer: `tokens` (count,) uint16, BOS before each, and counts.
-
-    `docs_empty` gave no token and were skipped; `docs_lossy` decode to another text; `bytes` is what the scorer will
-    count: the UTF-8 length of the decoded documents, with CaseOps restored. `charges` (count,) uint16 says which
-    token is charged how many of them, where that does not follow from the tokens: for CaseOps' validation; else (0,).
-    """
-
-    tokens: np.ndarray
-    charges: np.ndarray
-    docs: int = 0
-    docs_empty: int = 0
-    docs_lossy: int = 0
-    bytes: int = 0
-
-
 class Encoder:
-    """Encodes documents with the serialized `model`, transformed if `caseops`, on `threads` threads of SentencePiece.
-    """
+    """Encodes documents with the serialized `model`. With `caseops` it transforms them first."""
 
-    def __init__(self, model: bytes, name: str, caseops: bool = False, threads: int = 1) -> None:
-        self.model, self.name, self.caseops, self.threads = model, name, caseops, threads
-        self.tokenizer = load_tokenizer(model, name, caseops)
+    def __init__(self, model: bytes, name: str, caseops: bool = False, threads: int = -1) -> None:
+        self.model, self.name, self.caseops = model, name, caseops
+        self.tokenizer = shards.load_tokenizer(model, name, threads)
         self.tables = piece_bytes(self.tokenizer)
+        if caseops and any(self.tokenizer.is_unknown(self.tokenizer.piece_to_id(marker)) for marker in MARKERS):
+            raise ValueError(f"{name}: expected the markers of CaseOps among its pieces, found not all of them")
 
     def counted_bytes(self, tokens: np.ndarray) -> int:
-        """Bytes the scorer will count for the document `tokens` (count,), BOS first, without CaseOps."""
+        """Return the bytes that the scorer will count for the `tokens` of a document, BOS first, without CaseOps."""
         size, space, boundary = self.tables
         return int(size[tokens[1:]].sum() + (space[tokens[1:]] & ~boundary[tokens[:-1]]).sum())
 
-    def encode(self, documents: list[str], split: str) -> tuple[list[list[int]], list[np.ndarray]]:
-        """Token ids of each of the `documents`, and what each id is charged where that does not follow from the ids."""
+    def split_texts(self, texts: list[str], split: str) -> list[tuple[list[int], np.ndarray]]:
+        """Return the token ids of each text, and the bytes that each id is charged if they do not follow from it."""
         if self.caseops and split == "val":
-            pairs = [token_bytes(self.tokenizer, text) for text in documents]
-            return [ids.tolist() for ids, _ in pairs], [charged for _, charged in pairs]
-        documents = [transform(text) for text in documents] if self.caseops else documents
-        return self.tokenizer.encode(documents, num_threads=self.threads), [np.zeros(0, np.uint16)] * len(documents)
+            return [(ids.tolist(), charged) for ids, charged in (token_bytes(self.tokenizer, text) for text in texts)]
+        texts = [transform(text) for text in texts] if self.caseops else texts
+        return [(ids, np.zeros(0, np.uint16)) for ids in self.tokenizer.encode(texts)]
 
-    def __call__(self, documents: list[tuple[str, str]], split: str) -> Encoded:
-        """Tokens of the (place, text) pairs. ValueError, naming the place, if the scorer would miscount the bytes."""
+    def __call__(self, documents: list[tuple[str, str]], split: str) -> tuple[np.ndarray, np.ndarray, Counter]:
+        """Return the tokens of (place, text) pairs, the bytes that each token is charged, and numbers.
+
+        The tokens are a uint16 array with BOS before each document. The charges are a uint16 array too. It is empty
+        unless this is the validation set of CaseOps, because elsewhere the charges follow from the tokens. The numbers
+        are those of the documents (`docs`), of those that gave no token and were skipped (`docs_empty`), of those that
+        decode to another text (`docs_lossy`), and the `bytes` of the decoded documents in UTF-8, as the scorer counts.
+
+        Raise ValueError, naming the place, if the scorer would count other bytes.
+        """
         nothing = np.zeros(0, np.uint16)
-        tokens, charges, result = [nothing], [nothing], Encoded(nothing, nothing)
-        encoded = zip(documents, *self.encode([text for _, text in documents], split))
-        kept = [(place, text, ids, charged) for (place, text), ids, charged in encoded if ids]
-        result.docs, result.docs_empty = len(kept), len(documents) - len(kept)
-        decoded = self.tokenizer.decode([ids for _, _, ids, _ in kept], num_threads=self.threads) if kept else []
-        for (place, text, ids, charged), back in zip(kept, decoded):
+        tokens, charges, numbers = [nothing], [nothing], Counter()
+        encoded = self.split_texts([text for _, text in documents], split)
+        decoded = self.tokenizer.decode([ids for ids, _ in encoded])
+        for (place, text), (ids, charged), back in zip(documents, encoded, decoded):
+            if not ids:
+                numbers["docs_empty"] += 1
+                continue
             tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
             back = restore(back, strict=False) if self.caseops else back
-            length = len(back.encode())
+            length = counted = len(back.encode())
             if not self.caseops:
                 counted = self.counted_bytes(tokens[-1])
-            else:
-                counted = int(charged.sum(dtype=np.int64)) if split == "val" else length
+            elif split == "val":
+                counted = int(charged.sum(dtype=np.int64))
+                charges += [np.zeros(1, np.uint16), charged]  # BOS is charged nothing
             if counted != length:
                 raise ValueError(f"{place}: {self.name} counts {counted} bytes for a document of {length}")
-            if len(charged):
-                charges += [np.zeros(1, np.uint16), charged]  # BOS is charged nothing
-            result.docs_lossy += back != text
-            result.bytes += length
-        result.tokens, result.charges = np.concatenate(tokens), np.concatenate(charges)
-        return result
-
-
-# ----- shards
-
-
-class ShardWriter:
-    """A stream of tokens, in files `folder`/fineweb_<split>_<6 digits>.bin of `shard_tokens` each, the last shorter.
-
-    Documents are cut where a shard is full, as in the published data. `shards` lists those that are complete.
-    """
-
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
-        self.folder, self.split, self.shard_tokens = folder, split, shard_tokens
-        self.shards: list[dict] = []
-        self.file: BinaryIO | None = None
-        self.filled = 0  # tokens of the current shard
-
-    def add(self, tokens: np.ndarray) -> None:
-        """Append `tokens` (count,) uint16 to the stream."""
-        while len(tokens):
-            if not self.file:
-                self.file = open(self.folder / shard_names(self.split, len(self.shards) + 1)[-1], "wb")
-                self.file.write(bytes(HEADER_BYTES))
-            taken = min(len(tokens), self.shard_tokens - self.filled)
-            self.file.write(tokens[:taken].astype("<u2").data)
-            self.filled, tokens = self.filled + taken, tokens[taken:]
-            if self.filled == self.shard_tokens:
-                self.close()
-
-    def close(self) -> None:
-        """Complete the current shard, if there is one."""
-        if not self.file:
-            return
-        self.file.seek(0)
-        self.file.write(shard_header(self.filled))
-        self.file.close()
-        path = Path(self.file.name)
-        self.shards.append({"name": path.name, "tokens": self.filled, "sha256": file_sha256(path)})
-        self.file, self.filled = None, 0
-
-
-class Dataset:
-    """One tokenizer's shards of both splits in `folder`, and their totals.
-
-    With `caseops` the charges of the validation tokens are a stream of their own, cut where the tokens are.
-    """
-
-    def __init__(self, folder: Path, shard_tokens: int, caseops: bool) -> None:
-        self.folder = folder
-        self.totals = {split: Counter() for split in ("train", "val")}
-        self.writers = {split: ShardWriter(folder, split, shard_tokens)
-                        for split in (*self.totals, *["val_bytes"] * caseops)}
-
-    def add(self, split: str, encoded: Encoded) -> None:
-        """Append some documents to `split`."""
-        self.writers[split].add(encoded.tokens)
-        if f"{split}_bytes" in self.writers:
-            self.writers[f"{split}_bytes"].add(encoded.charges)
-        for name in ("docs", "docs_empty", "docs_lossy", "bytes"):
-            self.totals[split][name] += getattr(encoded, name)
-
-    def close(self) -> None:
-        """Complete the last shards. ValueError if a split has no documents."""
-        for split, totals in self.totals.items():
-            if not totals["docs"]:
-                raise ValueError(f"no document with text for {split}")
-        for writer in self.writers.values():
-            writer.close()
-
-    def stats(self) -> dict:
-        """The manifest's numbers: files, tokens, docs (and those empty or lossy) and bytes of both splits."""
-        numbers = {}
-        for split, totals in self.totals.items():
-            shards = self.writers[split].shards
-            totals = totals | {"files": len(shards), "tokens": sum(shard["tokens"] for shard in shards)}
-            for name in ("files", "tokens", "docs", "docs_empty", "docs_lossy", "bytes"):
-                numbers[f"{name}_{split}"] = totals[name]
-        return numbers
-
-    def shard_files(self) -> list[dict]:
-        """Name, tokens and hash of every shard."""
-        return [shard for writer in self.writers.values() for shard in writer.shards]
-
-    def overlap(self, bos: int) -> int:
-        """Number of validation documents that begin like a training document, as records/audit.py finds them.
-
-        ValueError if they are more than that allows (a few stand twice in the published documents themselves), or if
-        a shard cannot be read.
-        """
-        paths = {split: [str(self.folder / shard["name"]) for shard in writer.shards]
-                 for split, writer in self.writers.items()}
-        val, docs = np.concatenate([read_shard(path) for path in paths["val"]]), self.totals["val"]["docs"]
-        which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
-        numbers = np.flatnonzero(find_overlap(val, paths["train"], which, bos)) + 1
-        if len(numbers) > ALLOWED * docs:
-            listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
-            raise ValueError(f"{self.folder.name}: {len(numbers)} of {docs} validation documents also stand in "
-                             f"training (numbers {listed}); remove them there")
-        return len(numbers)
+            numbers.update(docs=1, docs_lossy=back != text, bytes=length)
+        return np.concatenate(tokens), np.concatenate(charges), numbers
 
 
 # ----- data sets
 
 
+class ShardWriter:
+    """Writes a stream of tokens into shards of `shard_tokens`. The last one is shorter.
+
+    Documents are cut where a shard is full, as in the published data. `written` lists the shards for the manifest.
+    """
+
+    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
+        self.folder, self.split = folder, split
+        self.buffer, self.filled = np.empty(shard_tokens, np.uint16), 0
+        self.written: list[dict] = []
+
+    def add(self, tokens: np.ndarray) -> None:
+        """Append a uint16 array of tokens to the stream."""
+        while len(tokens):
+            taken = min(len(tokens), len(self.buffer) - self.filled)
+            self.buffer[self.filled : self.filled + taken] = tokens[:taken]
+            self.filled, tokens = self.filled + taken, tokens[taken:]
+            if self.filled == len(self.buffer):
+                self.flush()
+
+    def flush(self) -> None:
+        """Write what is not yet in a shard."""
+        if self.filled:
+            path = self.folder / shards.shard_names(self.split, len(self.written) + 1)[-1]
+            shards.write_shard(path, self.buffer[: self.filled])
+            self.written.append({"name": path.name, "tokens": self.filled, "sha256": shards.file_sha256(path)})
+            self.filled = 0
+
+
 @dataclass(frozen=True)
 class Spec:
-    """A data set to make: its `name` and its tokenizer, which is to be trained if there is no `model` yet."""
+    """A data set to make, and its tokenizer. The tokenizer is to be trained if there is no `model`."""
 
     name: str
     tokenizer_name: str
@@ -517,11 +345,11 @@ class Spec:
 
     @classmethod
     def make(cls, name: str | None, vocab_size: int | None, model: Path | None, caseops: bool) -> "Spec":
-        """From either `vocab_size` or the file `model`. ValueError or OSError if that is unusable."""
+        """Make a Spec from either `vocab_size` or the file `model`. Raise ValueError or OSError if that is unusable."""
+        suffix = "_caseops" if caseops else ""
         data = model.read_bytes() if model else None
         if model:
-            vocab_size = load_tokenizer(data, str(model), caseops).vocab_size()
-        suffix = "_caseops" if caseops else ""
+            vocab_size = Encoder(data, str(model), caseops).tokenizer.vocab_size()
         name = (name or f"local_sp{vocab_size}").removesuffix(suffix) + suffix
         if not re.fullmatch(r"[\w.+-]*\w", name):
             raise ValueError(f"--name: expected letters, digits and . _ + -, found {name!r}")
@@ -530,8 +358,66 @@ class Spec:
         return cls(name, tokenizer_name, vocab_size, data, caseops)
 
 
+class Dataset:
+    """A data set while it is made: its shards in `folder`, and the numbers of its documents."""
+
+    def __init__(self, name: str, encoder: Encoder, folder: Path, shard_tokens: int) -> None:
+        self.name, self.encoder, self.folder = name, encoder, folder
+        self.numbers = {split: Counter(docs=0, docs_empty=0, docs_lossy=0, bytes=0) for split in SPLITS}
+        self.writers = {split: ShardWriter(folder, split, shard_tokens)
+                        for split in (*SPLITS, *["val_bytes"] * encoder.caseops)}
+        folder.mkdir()
+
+    def add(self, split: str, documents: list[tuple[str, str]]) -> None:
+        """Append some documents to `split`."""
+        tokens, charges, numbers = self.encoder(documents, split)
+        self.writers[split].add(tokens)
+        if len(charges):
+            self.writers[f"{split}_bytes"].add(charges)
+        self.numbers[split].update(numbers)
+
+    def finish(self, docs_sha256: str | None) -> dict:
+        """Write the last shards, and return the entry for the manifest.
+
+        Raise ValueError if a split has no documents, or if validation documents are in the training set.
+        """
+        stats = {}
+        for split in SPLITS:
+            if not self.numbers[split]["docs"]:
+                raise ValueError(f"no document with text for {split}")
+        for split, writer in self.writers.items():
+            writer.flush()
+            if split in SPLITS:
+                stats[f"files_{split}"] = len(writer.written)
+                stats[f"tokens_{split}"] = sum(shard["tokens"] for shard in writer.written)
+                stats |= {f"{name}_{split}": number for name, number in self.numbers[split].items()}
+        entry = {"name": self.name, "tokenizer_name": self.encoder.name}
+        if self.encoder.caseops:
+            entry["caseops"] = True
+        if docs_sha256:
+            entry["docs_sha256"] = docs_sha256
+        entry["stats"] = stats | {"docs_val_overlapping": self.count_overlap()}
+        entry["shard_files"] = [shard for writer in self.writers.values() for shard in writer.written]
+        return entry
+
+    def count_overlap(self) -> int:
+        """Return the number of validation documents that begin like a training document.
+
+        Raise ValueError if they are more than records/audit.py allows. The published documents have a few such pairs.
+        """
+        paths = {split: [str(self.folder / shard["name"]) for shard in self.writers[split].written] for split in SPLITS}
+        val, docs = np.concatenate([shards.read_shard(path) for path in paths["val"]]), self.numbers["val"]["docs"]
+        which = tqdm(range(len(paths["train"])), "overlap", unit="shard", disable=None)
+        numbers = np.flatnonzero(find_overlap(val, paths["train"], which, self.encoder.tokenizer.bos_id())) + 1
+        if len(numbers) > ALLOWED * docs:
+            listed = ", ".join(map(str, numbers[:5])) + (", ..." if len(numbers) > 5 else "")
+            raise ValueError(f"{self.name}: {len(numbers)} of {docs} validation documents also stand in training "
+                             f"(numbers {listed}); remove them there")
+        return len(numbers)
+
+
 def read_specs(path: Path) -> list[Spec]:
-    """The data sets that the file `path` asks for; ValueError or OSError if it cannot be understood."""
+    """Return the data sets that the file `path` asks for. Raise ValueError or OSError if it cannot be understood."""
     try:
         listed = json.loads(path.read_bytes())
     except ValueError as error:
@@ -541,77 +427,49 @@ def read_specs(path: Path) -> list[Spec]:
     types = {"name": str, "vocab_size": int, "model": str, "caseops": bool}
     specs = []
     for number, item in enumerate(listed, 1):
-        if not isinstance(item, dict) or ("vocab_size" in item) == ("model" in item):
-            raise ValueError(f'{path}: item {number}: expected an object with either "vocab_size" or "model"')
-        for key, value in item.items():
-            if type(value) is not types.get(key):
-                raise ValueError(f"{path}: item {number}: {key}: not one of {', '.join(types)}, or not with the value "
-                                 f"{value!r}")
+        known = isinstance(item, dict) and all(type(value) is types.get(key) for key, value in item.items())
+        if not known or ("vocab_size" in item) == ("model" in item):
+            raise ValueError(f'{path}: item {number}: expected an object with "vocab_size", a number, or "model", a '
+                             f'file, and perhaps "name" and "caseops", true or false; found {item}')
         model = path.parent / item["model"] if "model" in item else None
         specs.append(Spec.make(item.get("name"), item.get("vocab_size"), model, item.get("caseops", False)))
     return specs
 
 
-def check_names(manifest: dict, specs: list[Spec]) -> None:
-    """ValueError if a data set or a tokenizer would take the place of another one, here or among the `specs`."""
+def check_names(out: Path, specs: list[Spec]) -> None:
+    """Raise ValueError if one of `specs` would replace another one, or what does not belong to it in `out`."""
+    known, names = shards.read_manifest(out / "manifest.json")["datasets"], [spec.name for spec in specs]
     models: dict[str, bytes | None] = {}
-    for index, spec in enumerate(specs):
-        if spec.name in (other.name for other in specs[:index]):
+    for spec in specs:
+        if names.count(spec.name) > 1:
             raise ValueError(f"{spec.name}: two data sets of this name")
         if models.setdefault(spec.tokenizer_name, spec.model) != spec.model:
             raise ValueError(f"{spec.tokenizer_name}: two tokenizers of this name")
-        if "repo" in (find_entry(manifest, "datasets", spec.name) or {}):
+        if any(entry["name"] == spec.name and "repo" in entry for entry in known):
             raise ValueError(f"{spec.name}: downloaded by data/cached_challenge_fineweb.py; change --name")
+        users = [entry["name"] for entry in known if entry.get("tokenizer_name") == spec.tokenizer_name]
+        users = [name for name in users if name not in names]
+        path = out / "tokenizers" / f"{spec.tokenizer_name}.model"
+        if users and path.exists() and path.read_bytes() != spec.model:
+            raise ValueError(f"{path}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
 
 
-def check_standing(out: Path, manifest: dict, specs: list[Spec], model: bytes, tokenizer_name: str) -> None:
-    """ValueError if a tokenizer of this name stands here, is another, and belongs to a data set that will stay."""
-    mine = {spec.name for spec in specs}
-    users = [entry["name"] for entry in manifest["datasets"]
-             if entry.get("tokenizer_name") == tokenizer_name and entry["name"] not in mine]
-    standing = out / "tokenizers" / f"{tokenizer_name}.model"
-    if users and standing.exists() and standing.read_bytes() != model:
-        raise ValueError(f"{standing}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
-
-
-def prepare_tokenizers(specs: list[Spec], sources: Sources, sample_bytes: int, workers: int) -> list[Encoder]:
-    """The tokenizer of each of `specs`; those to be trained are, on one sample of the documents."""
-    sample: list[str] | None = None
+def make_encoders(specs: list[Spec], sources: list[Source], sample_mb: float, threads: int) -> list[Encoder]:
+    """Return an encoder for each of `specs`. Tokenizers are trained, where needed, on one sample of the documents."""
+    sample = sample_texts(sources, sample_mb * 1e6) if any(not spec.model for spec in specs) else []
     encoders = []
     for spec in specs:
         model = spec.model
         if not model:
-            if sample is None:
-                sample = sample_texts(sources, sample_bytes)
             print(f"training {spec.tokenizer_name} on {len(sample):,} documents", flush=True)
-            if spec.caseops:
-                model = train_tokenizer(map(transform, sample), spec.vocab_size, MARKERS)
-            else:
-                model = train_tokenizer(sample, spec.vocab_size)
-            check_round_trip(Encoder(model, spec.tokenizer_name, spec.caseops), sample[:200])
-        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops, workers))
+            texts = [transform(text) for text in sample] if spec.caseops else sample
+            model = train_tokenizer(texts, spec.vocab_size, MARKERS if spec.caseops else ())
+        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops, threads))
     return encoders
 
 
-def encode_datasets(specs: list[Spec], encoders: list[Encoder], sources: Sources, shard_tokens: int,
-                    work: Path) -> list[Dataset]:
-    """Encode all documents into a data set for each of `specs`, in a folder of its name in `work`."""
-    datasets = [Dataset(work / spec.name, shard_tokens, spec.caseops) for spec in specs]
-    for dataset in datasets:
-        dataset.folder.mkdir()
-    with progress(sources, "encoding") as bar:
-        for batch in sources.batches():
-            documents = list(texts(batch))
-            for dataset, encoder in zip(datasets, encoders):
-                dataset.add(batch.split, encoder(documents, batch.split))
-            bar.update(batch.consumed)
-    for dataset in datasets:
-        dataset.close()
-    return datasets
-
-
 def place_folder(new: Path, final: Path, old: Path) -> None:
-    """Give the folder `new` the name `final`; one that stands there gets the name `old`."""
+    """Give the folder `new` the name `final`. A folder that has this name gets the name `old`."""
     if final.exists():
         final.rename(old)
     try:
@@ -622,124 +480,110 @@ def place_folder(new: Path, final: Path, old: Path) -> None:
         raise
 
 
-def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: Sources, manifest: dict, work: Path) -> None:
-    """Make the data sets and tokenizers of `specs` in `work` and put them, and the manifest, in place."""
-    encoders = prepare_tokenizers(specs, sources, int(args.tokenizer_sample_mb * 1e6), args.workers)
-    for encoder in encoders:
-        check_standing(args.out, manifest, specs, encoder.model, encoder.name)
-    datasets = encode_datasets(specs, encoders, sources, args.shard_tokens, work)
-    overlaps = [dataset.overlap(encoder.tokenizer.bos_id()) for encoder, dataset in zip(encoders, datasets)]
-
-    (args.out / "tokenizers").mkdir(exist_ok=True)
-    for spec, encoder, dataset, overlap in zip(specs, encoders, datasets, overlaps):
-        folder = args.out / "datasets" / spec.name
-        place_folder(dataset.folder, folder, work / f"old {spec.name}")
-        model_path = Path("tokenizers", f"{encoder.name}.model")
-        vocab_path = model_path.with_suffix(".vocab")
-        for path, content in ((model_path, encoder.model), (vocab_path, vocab_lines(encoder.tokenizer))):
-            with atomic_write(args.out / path) as file:
-                file.write(content)
-        entry = {"name": spec.name, "tokenizer_name": encoder.name}
-        if spec.caseops:
-            entry["caseops"] = True
-        if sources.docs:
-            entry["docs_sha256"] = sources.docs_sha256
-        entry["stats"] = dataset.stats() | {"docs_val_overlapping": overlap}
-        entry["shard_files"] = dataset.shard_files()
-        merge_manifest(manifest, "datasets", entry)
-        merge_manifest(manifest, "tokenizers", {
-            "name": encoder.name,
-            "vocab_size": encoder.tokenizer.vocab_size(),
-            "model_path": model_path.as_posix(),
-            "vocab_path": vocab_path.as_posix(),
-        })
-        report(entry, folder)
-    write_manifest(args.out / "manifest.json", manifest)
+def place_tokenizer(out: Path, encoder: Encoder) -> dict:
+    """Write the files of a tokenizer, and return its entry for the manifest."""
+    entry = {"name": encoder.name, "vocab_size": encoder.tokenizer.vocab_size(),
+             "model_path": f"tokenizers/{encoder.name}.model", "vocab_path": f"tokenizers/{encoder.name}.vocab"}
+    (out / "tokenizers").mkdir(exist_ok=True)
+    for key, content in (("model_path", encoder.model), ("vocab_path", vocab_lines(encoder.tokenizer))):
+        with shards.atomic_write(out / entry[key]) as file:
+            file.write(content)
+    return entry
 
 
 def report(entry: dict, folder: Path) -> None:
-    """Print what the manifest's `entry` of the data set in `folder` says."""
+    """Print the numbers of the data set in `folder` that has this `entry` in the manifest."""
     stats = entry["stats"]
     print(f"{entry['name']} with {entry['tokenizer_name']} -> {folder}")
-    for split in ("train", "val"):
-        names = ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty")
-        files, tokens, size, docs, lossy, empty = (stats[f"{name}_{split}"] for name in names)
+    for split in SPLITS:
+        files, tokens, size, docs, lossy, empty = (
+            stats[f"{name}_{split}"] for name in ("files", "tokens", "bytes", "docs", "docs_lossy", "docs_empty"))
         print(f"  {split}: {files} files, {tokens:,} tokens, {size:,} bytes, {docs:,} documents ({lossy:,} decode to "
               f"another text), {empty:,} empty ones skipped")
     print(f"  {stats['docs_val_overlapping']} validation documents begin like a training document")
 
 
-# ----- command line
+def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: list[Source], work: Path) -> None:
+    """Make the data sets of `specs` in the folder `work`. Then put them, their tokenizers and the manifest in place."""
+    docs_sha256 = check_documents(args.docs, args.val_docs) if args.docs else None
+    made = [Dataset(spec.name, encoder, work / spec.name, args.shard_tokens)
+            for spec, encoder in zip(specs, make_encoders(specs, sources, args.tokenizer_sample_mb, args.workers))]
+    for split, documents in read_batches(sources, "encoding"):
+        for dataset in made:
+            dataset.add(split, documents)
+    entries, tokenizers = [dataset.finish(docs_sha256) for dataset in made], []
+    for dataset, entry in zip(made, entries):
+        folder = args.out / "datasets" / dataset.name
+        place_folder(dataset.folder, folder, work / f"old {dataset.name}")
+        tokenizers.append(place_tokenizer(args.out, dataset.encoder))
+        report(entry, folder)
+    shards.update_manifest(args.out / "manifest.json", entries, tokenizers)
+
+
+# ----- the command line
 
 
 def tokenize(args: argparse.Namespace) -> None:
-    """Do what the command line asks; ValueError or OSError if it cannot be done."""
-    if args.shard_tokens < 1:
-        raise ValueError(f"--shard-tokens: expected at least 1, found {args.shard_tokens}")
+    """Do what the command line asks. Raise ValueError or OSError if it cannot be done."""
     if bool(args.docs) == bool(args.train or args.val) or bool(args.train) != bool(args.val):
         raise ValueError("expected either --docs, or both --train and --val")
-    if args.val_docs is not None and (args.val_docs < 1 or not args.docs):
-        raise ValueError(f"--val-docs: expected at least 1, and --docs, found {args.val_docs}")
+    if args.val_docs and not args.docs:
+        raise ValueError("--val-docs: expected together with --docs")
+    args.val_docs = args.val_docs or DEFAULT_VAL_DOCS
     if args.specs and (args.name or args.caseops):
         raise ValueError("--name, --caseops: expected in the file of --specs")
-    sources = Sources(args.train or [], args.val or [], args.docs, args.val_docs or DEFAULT_VAL_DOCS)
+    if args.docs:
+        sources = [Source(args.docs, args.val_docs)]
+    else:
+        sources = [Source(path, sys.maxsize) for path in args.val] + [Source(path, 0) for path in args.train]
+    for source in sources:
+        source.path.stat()  # a missing file is found before hours of work
     if args.specs:
         specs = read_specs(args.specs)
     else:
         specs = [Spec.make(args.name, args.vocab_size, args.tokenizer, args.caseops)]
     args.out.mkdir(parents=True, exist_ok=True)
-    with only_one(args.out):
-        manifest = read_manifest(args.out / "manifest.json")
-        check_names(manifest, specs)
+    with shards.only_one(args.out):
+        check_names(args.out, specs)
         work = args.out / "datasets" / ".tokenize"
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         try:
-            make_datasets(args, specs, sources, manifest, work)
+            make_datasets(args, specs, sources, work)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
 
-def worker_count(text: str) -> int:
-    """Number of threads for the command-line value `text`: "auto" is the number of cores this process may use."""
-    if text != "auto":
-        if int(text) < 1:
-            raise ValueError
-        return int(text)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status."""
-    parser = Parser(description="Turn documents into token shards in the published layout.")
+    """Run the command line and return the exit status."""
+    parser = shards.Parser(description="Turn documents into token shards in the published layout.")
     parser.add_argument("--docs", type=Path, metavar="FILE",
-                        help="all documents, those of validation first, as in the published docs_selected.jsonl")
-    parser.add_argument("--val-docs", type=int, metavar="N",
-                        help=f"how many of --docs are validation (default: {DEFAULT_VAL_DOCS})")
+                        help="read all documents from this file, those of validation first, as in the published "
+                             "docs_selected.jsonl")
+    parser.add_argument("--val-docs", type=shards.at_least(1), metavar="N",
+                        help=f"take the first N of --docs for validation (default: {DEFAULT_VAL_DOCS})")
     parser.add_argument("--train", type=Path, nargs="+", metavar="FILE",
-                        help='training documents: .jsonl, .jsonl.gz or .jsonl.xz, {"text": ...} a line')
-    parser.add_argument("--val", type=Path, nargs="+", metavar="FILE", help="validation documents")
+                        help='read the training documents from these files: .jsonl, .jsonl.gz or .jsonl.xz with one '
+                             '{"text": ...} a line')
+    parser.add_argument("--val", type=Path, nargs="+", metavar="FILE",
+                        help="read the validation documents from these files")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="folder of datasets/, tokenizers/ and manifest.json")
-    parser.add_argument("--name", help="dataset name (default: local_sp<vocabulary size>)")
+                        help="write datasets/, tokenizers/ and manifest.json into this folder")
+    parser.add_argument("--name", help="name the data set (default: local_sp<vocabulary size>)")
     choice = parser.add_mutually_exclusive_group(required=True)
     choice.add_argument("--vocab-size", type=int, metavar="N", help="train a BPE tokenizer of N pieces")
     choice.add_argument("--tokenizer", type=Path, metavar="FILE", help="use this SentencePiece model")
     choice.add_argument("--specs", type=Path, metavar="FILE", help="make the data sets that this JSON file lists")
-    parser.add_argument("--caseops", action="store_true", help="transform the documents (data/caseops.py)")
+    parser.add_argument("--caseops", action="store_true",
+                        help="mark capitals instead of spelling them (see data/caseops.py)")
     parser.add_argument("--tokenizer-sample-mb", type=float, default=20, metavar="MB",
                         help="train tokenizers on this many million bytes of training documents (default: 20)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
-                        help="tokens in a full shard (default: 100000000)")
-    parser.add_argument("--workers", type=worker_count, default="auto", metavar="N",
-                        help="threads that encode (default: auto, one a core)")
-    interrupt_on_sigterm()
-    try:
-        tokenize(parser.parse_args(argv))
-    except (OSError, ValueError, MemoryError, KeyboardInterrupt) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+    parser.add_argument("--shard-tokens", type=shards.at_least(1), default=100_000_000, metavar="N",
+                        help="put N tokens into a full shard (default: 100000000)")
+    parser.add_argument("--workers", type=shards.at_least(1), default=-1, metavar="N",
+                        help="encode with N threads (default: one a core)")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that unfinished files are removed
+    return shards.run_tool(tokenize, parser, argv)
 
 
 if __name__ == "__main__":

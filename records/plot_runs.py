@@ -88,12 +88,11 @@ def read_run(folder: Path) -> Run:
     return Run(folder.resolve().name, folder, steps, validations, result)
 
 
-def role_of(tensor: str) -> str:
-    """Key of ROLES for a tensor of an artifact, by its name: "q" for "q.codes", "bigram" for "bigram_table.row"."""
-    stem = tensor.split(".")[0]
-    if stem.split("_")[0] in ("bigram", "ve", "embed"):
-        stem = stem.split("_")[0].replace("embed", "emb")
-    return stem if stem in ROLES else ""
+def role_of(name: str) -> str:
+    """Key of ROLES for what an artifact stores under a name: "bigram" for "bigram_table"."""
+    if name.split("_")[0] in ("bigram", "ve", "embed"):
+        name = name.split("_")[0].replace("embed", "emb")
+    return name if name in ROLES else ""
 
 
 def artifact_bytes(run: Run) -> dict[str, float]:
@@ -104,11 +103,11 @@ def artifact_bytes(run: Run) -> dict[str, float]:
     """
     path = run.folder / "final_model.int6.ptz"
     data = path.read_bytes()
-    settings, tensors = tg.read_artifact(data, str(path))
+    settings, stored = tg.read_artifact(data, str(path))
     compressor = run.result["compressor"]
     parts: dict[str, dict] = {}
-    for name, tensor in tensors.items():
-        parts.setdefault(role_of(name), {})[name] = tensor
+    for name, item in stored.items():
+        parts.setdefault("lqer" if item.form == "low rank" else role_of(name), {})[name] = item
     empty, header = (len(tg.write_artifact(content, {}, compressor)) for content in ({}, settings))
     alone = {role: len(tg.write_artifact({}, part, compressor)) - empty
              for role, part in tqdm(parts.items(), f"packing {run.name} by role", disable=None)}

@@ -4,6 +4,7 @@ Faults are planted by replacing functions of the packed script once it is import
 packed script of several parts and of a faulty one, is tested apart.
 """
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -86,7 +87,8 @@ EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
     {}, {"eval_stride": 0}, {"varlen_enabled": 1}, {"ttt_mode": "chunk"}, {"ttt_mode": "chunk", "varlen_enabled": 1},
     {"ttt_mode": "lora"}, {"ttt_mode": "lora", "ttt_optimizer": "sgd", "ttt_doc_order": "sorted"},
     {"ttt_mode": "phased", "phased_ttt_num_phases": 3, "eval_budget_seconds": 0.001},
-    {"ttt_mode": "lora", "dtype": "bf16"}, {"varlen_enabled": 1, "eval_seq_len": 192}], ids=str)
+    {"ttt_mode": "lora", "dtype": "bf16"}, {"varlen_enabled": 1, "eval_seq_len": 192},
+    {"ngram_tilt_enabled": 1}, {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased"}], ids=str)
 def test_a_clean_run_passes(judged, changes):
     checks = judged(*EVALUATED, **changes)
     assert all(check.ok and check.detail for check in checks.values()), checks
@@ -98,17 +100,16 @@ def test_a_clean_run_passes(judged, changes):
 def charging(change):
     """Plant `change(scorer, positions, losses)` where the script charges losses."""
     def plant(script):
-        def wrap(function, place):
-            def planted(*inputs, **options):
-                inputs = list(inputs)
-                scorer = inputs[place]
-                inputs[place] = types.SimpleNamespace(add=lambda *given: change(scorer, *given),
-                                                      running=scorer.running)
-                return function(*inputs, **options)
+        def wrap(function):
+            def planted(self, *inputs):
+                scorer = self.scorer
+                self.scorer = types.SimpleNamespace(add=lambda *given: change(scorer, *given), running=scorer.running)
+                function(self, *inputs)
+                self.scorer = scorer
             return planted
 
-        script.score_windows = wrap(script.score_windows, 4)
-        script.score_documents = wrap(script.score_documents, 3)
+        script.Evaluator.score_windows = wrap(script.Evaluator.score_windows)
+        script.Evaluator.score_documents = wrap(script.Evaluator.score_documents)
     return plant
 
 
@@ -138,15 +139,18 @@ def smear_without_mask(script):
 
 
 def step_before_charge(script):
-    real = script.score_documents
+    real = script.Evaluator.score_documents
 
-    def planted(cfg, forward, tokens, scorer, batch, adapters):
+    def planted(self, batch, adapters):
         def learned(*inputs, **options):
-            adapters.learn(forward(*inputs, **options).sum() / cfg.ttt_chunk_size)
+            adapters.learn(forward(*inputs, **options).sum() / self.cfg.ttt_chunk_size)
             return forward(*inputs, **options)
-        real(cfg, learned, tokens, scorer, batch, adapters)
 
-    script.score_documents = planted
+        forward, self.forward = self.forward, learned
+        real(self, batch, adapters)
+        self.forward = forward
+
+    script.Evaluator.score_documents = planted
 
 
 def lasting_adapters(script):
@@ -166,7 +170,7 @@ def two_windows(script):
 
 
 def from_the_end(script):
-    real = script.score_documents
+    real = script.Evaluator.score_documents
 
     def planted(*inputs):
         with pytest.MonkeyPatch.context() as inside:
@@ -174,7 +178,7 @@ def from_the_end(script):
                            raising=False)
             real(*inputs)
 
-    script.score_documents = planted
+    script.Evaluator.score_documents = planted
 
 
 def spaces_counted_twice(script):
@@ -182,7 +186,7 @@ def spaces_counted_twice(script):
 
     def planted(*inputs):
         table = real(*inputs)
-        return table._replace(length=table.length + table.space)
+        return dataclasses.replace(table, length=table.length + table.space)
 
     script.read_tokenizer = planted
 
@@ -210,14 +214,14 @@ def losses_with(change):
 def train_first(name):
     """Plant a step on the first tokens of the text before test-time training scores any."""
     def plant(script):
-        real = getattr(script, name)
+        real = getattr(script.Evaluator, name)
 
-        def planted(cfg, rt, model, forward, val, scorer):
-            sgd = script.Sgd(cfg, rt, model, forward)
+        def planted(self):
+            sgd = script.Sgd(self.cfg, self.rt, self.model, self.forward)
             sgd.lr = 0.02
-            sgd.step(val.tokens[:300], val.bos, 1.0)
-            return real(cfg, rt, model, forward, val, scorer)
-        setattr(script, name, planted)
+            sgd.step(self.val.tokens[:300], self.val.bos, 1.0)
+            return real(self)
+        setattr(script.Evaluator, name, planted)
     return plant
 
 
@@ -248,8 +252,8 @@ def hints(script):
 def half_of_the_documents(script):
     """Only the first half is scored, and all of it is reported."""
     load = script.Validation.load.__func__
-    script.Validation.load = classmethod(lambda cls, *inputs: (val := load(cls, *inputs))._replace(
-        tokens=val.tokens[: len(val.tokens) // 2]))
+    script.Validation.load = classmethod(lambda cls, *inputs: dataclasses.replace(
+        val := load(cls, *inputs), tokens=val.tokens[: len(val.tokens) // 2]))
     without_checks(script)
 
 
@@ -274,7 +278,46 @@ def trains_on_validation(script):
     script.Windows.__init__ = planted
 
 
+def hints_with(change):
+    """Plant `change(hints, tokens, order)` where the script finds hints."""
+    def plant(script):
+        real = script.find_hints
+        script.find_hints = lambda tokens, order, threshold: change(real(tokens, order, threshold), tokens, order)
+    return plant
+
+
+def counted_too_early(hints, tokens, order):
+    """As if a token were in the table when its own hint is looked up: in a new context it is its own hint."""
+    known, hints = set(), hints.clone()
+    for t in range(order - 1, len(tokens)):
+        context = tuple(tokens[t - order + 1 : t].tolist())
+        if context not in known:
+            hints[t] = tokens[t]
+        known.add(context)
+    return hints
+
+
+def not_normalized(script):
+    """The hint is raised, and nothing is taken from the others."""
+    def apply(self, losses, hint_losses):
+        losses = losses.double()
+        losses[self.places] -= self.boosts[-1] * self.right
+        return losses
+    script.Tilt.apply = apply
+
+
+def hedge_that_knows_the_end(script):
+    """The boost that is best in all, from the start."""
+    real = script.Tilt.apply
+
+    def apply(self, losses, hint_losses):
+        each = [real(self._replace(boosts=[boost]), losses.clone(), hint_losses) for boost in self.boosts]
+        return min(each, key=lambda found: float(found.sum()))
+    script.Tilt.apply = apply
+
+
 LORA, VARLEN = {"ttt_mode": "lora", "eval_stride": 0}, {"varlen_enabled": 1, "eval_stride": 0}
+TILT = {"ngram_tilt_enabled": 1, "eval_stride": 0}
 FAULTS = {  # the check that names it, settings, what is planted
     "an attention mask off by one": ("causal", LORA, off_by_one),
     "the same inside documents": ("causal", VARLEN, off_by_one),
@@ -306,6 +349,14 @@ FAULTS = {  # the check that names it, settings, what is planted
     "another score than was computed": ("score", {}, finish_with(val_bpb=lambda v: 0.99 * v)),
     "another loss than was computed": ("score", LORA, finish_with(val_loss=lambda v: v - 1e-4)),
     "training on validation shards": ("training", {}, trains_on_validation),
+    "a tilt that reads its own target": ("causal", TILT, hints_with(
+        lambda hints, tokens, _: torch.where(hints >= 0, tokens.long(), hints))),
+    "the same where documents have adapters": ("causal", TILT | LORA, hints_with(
+        lambda hints, tokens, _: torch.where(hints >= 0, tokens.long(), hints))),
+    "a tilt that counts a token before it is scored": ("causal", TILT, hints_with(counted_too_early)),
+    "a tilt that looks ahead": ("causal", TILT, hints_with(lambda hints, tokens, _: hints.roll(-1))),
+    "a tilt that is not normalized": ("score", TILT, not_normalized),
+    "Hedge that knows the end": ("score", TILT | {"hedge_enabled": 1}, hedge_that_knows_the_end),
 }
 
 

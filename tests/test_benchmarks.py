@@ -486,7 +486,7 @@ def test_an_exchange_that_loses_a_number_is_told(monkeypatch):
 
     bench = object.__new__(gpu.Bench)
     bench.rt, bank = Other(), torch.nn.Parameter(torch.zeros(2, 3, 4))
-    bench.model = SimpleNamespace(parameters=lambda: [bank, torch.zeros(5)], banks=lambda: {"a_bank": bank})
+    bench.model = SimpleNamespace(parameters=lambda: [bank, torch.zeros(5)], params_of=lambda _: {"a_bank": bank})
     drawn = {shape: [torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(rank)).float()
                      for rank in (0, 1)] for shape in ((2, 3, 4), (5,))}
     other, whole = drawn[2, 3, 4][1], sum(drawn[2, 3, 4])

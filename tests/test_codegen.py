@@ -98,7 +98,7 @@ def no_evaluation(tg, patch) -> None:
 
 
 def no_test_time_training(tg, patch) -> None:
-    patch.setattr(tg, "warm_up_ttt", lambda *_: None)
+    patch.setattr(tg.Evaluator, "warm_up", lambda self: None)
 
 
 @pytest.mark.parametrize("fault, settings", [(no_evaluation, {}), (no_test_time_training, TOGETHER["chunk"])])

@@ -202,7 +202,7 @@ def test_frozen_weights_and_adapters_go_with_kernels(ops):
     for form in (tg.PLAIN, ops):
         model = random_model(cfg)
         model.ops = form
-        adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
+        adapters = tg.DocumentAdapters(cfg, model)
         adapters.reset()
         for leaf in adapters.leaves:
             leaf.data += 0.1 * random(*leaf.shape)
@@ -222,7 +222,7 @@ def test_fused_is_refused_where_nothing_can_run_it(monkeypatch):
     cfg = tg.Settings(fused=True)
     assert all(tg.pick_ops(cfg, torch.device("cpu")))
     assert tg.pick_ops(tg.Settings(), torch.device("cpu")) is tg.PLAIN
-    monkeypatch.setattr(tg, "read", triton.JITFunction(tg.read.fn))  # as without TRITON_INTERPRET=1
+    monkeypatch.setattr(tg, "load_fp32", triton.JITFunction(tg.load_fp32.fn))  # as without TRITON_INTERPRET=1
     with pytest.raises(tg.RunError, match="FUSED=1: needs a GPU and Triton; takes 0 here"):
         tg.pick_ops(cfg, torch.device("cpu"))
     monkeypatch.setattr(tg, "triton", None)

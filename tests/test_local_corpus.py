@@ -21,20 +21,16 @@ def prose(topic: str, sentences: int = 4) -> str:
     )
 
 
-def write_tree(root: Path, files: dict[str, str]) -> Path:
+def collected(folder: Path, files: dict[str, str]) -> dict[str, str]:
+    """Module -> all of its text, of a package called fake that has these files."""
     for name, source in files.items():
-        path = root / name
+        path = folder / "fake" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
-    return root
-
-
-def collected(root: Path) -> dict[str, str]:
-    """Module -> all of its text."""
-    found: dict[str, str] = {}
-    for document in local_corpus.collect({"fake": root}):
-        found[document.module] = found.get(document.module, "") + document.text
-    return found
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        documents = local_corpus.collect(local_corpus.source_files("fake"))
+    return {module: "".join(texts) for module, texts in documents.items()}
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -51,7 +47,7 @@ def test_takes_docstrings_and_long_literals_in_source_order(tmp_path):
         '    raise ValueError("the message is short")\n'
         f'x = f"""{prose("interpolated")} {{x}} {prose("more")}"""\n'
     )
-    text = collected(write_tree(tmp_path, {"a.py": source}))["fake/a.py"]
+    text = collected(tmp_path, {"a.py": source})["fake/a.py"]
     indented = "    " + prose("indented", 1)
     assert text == "\n\n".join([prose("module"), prose("literal"), prose("first"), indented, prose("flush")])
 
@@ -71,12 +67,12 @@ def test_leaves_out_what_is_not_prose(tmp_path):
         "tests/test_good.py": f'"""{prose("tested")}"""',
         "notes.txt": prose("notes"),
     }
-    assert list(collected(write_tree(tmp_path, sources))) == ["fake/good.py"]
+    assert list(collected(tmp_path, sources)) == ["fake/good.py"]
 
 
 def test_doctest_blocks_go_and_the_prose_around_them_stays(tmp_path):
     source = f'"""{prose("before")}\n\n>>> print(1)\n1\n\n{prose("after")}"""'
-    text = collected(write_tree(tmp_path, {"a.py": source}))["fake/a.py"]
+    text = collected(tmp_path, {"a.py": source})["fake/a.py"]
     assert text == prose("before") + "\n\n" + prose("after")
 
 
@@ -87,7 +83,7 @@ def test_duplicates_stay_once(tmp_path):
         "b.py": f'"""{prose("alone b")}\n\n{shared.replace(" is", chr(10) + "    is")}"""',  # other white space
         "c.py": f'"""{prose("alone a")}\n\n{shared}"""',  # the docstring of a.py
     }
-    texts = collected(write_tree(tmp_path, sources))
+    texts = collected(tmp_path, sources)
     assert texts == {"fake/a.py": prose("alone a") + "\n\n" + shared, "fake/b.py": prose("alone b")}
 
 
@@ -100,32 +96,32 @@ def test_documents_are_cut_at_paragraph_ends():
 
 
 def test_split_holds_out_whole_modules():
-    documents = [local_corpus.Document(f"m{i % 50}", f"{i} " + "text " * (20 + i % 7)) for i in range(400)]
-    train, val = local_corpus.split(documents, 10)
-    assert sorted(d.text for d in train + val) == sorted(d.text for d in documents)
-    assert not {d.module for d in train} & {d.module for d in val}
-    share = sum(len(d.text) for d in val) / sum(len(d.text) for d in documents)
-    assert 0.07 < share <= 0.10
-    assert local_corpus.split(documents[::-1], 10)[1] == val[::-1]  # the order does not matter
+    documents = {f"m{i}": [f"{i} " + "text " * (20 + (i + j) % 7) for j in range(8)] for i in range(50)}
+    train, val = local_corpus.split(documents)
+    assert sorted(train + val) == sorted(text for texts in documents.values() for text in texts)
+    assert all(set(texts) <= set(val) or set(texts) <= set(train) for texts in documents.values())
+    assert 0.03 < sum(map(len, val)) / sum(map(len, train + val)) <= 0.05
+    assert local_corpus.split(dict(reversed(documents.items()))) == (train, val)  # the order does not matter
 
 
 def test_packages_are_found_but_not_imported():
     code = (
-        "import sys, local_corpus; before = set(sys.modules); roots = local_corpus.find_roots(['numpy', 'sympy']);"
-        "assert set(roots) == {'numpy', 'sympy'}, roots; print(sorted(set(sys.modules) - before))"
+        "import sys, local_corpus; before = set(sys.modules); files = dict(local_corpus.source_files('sympy'));"
+        "assert files['sympy/core/add.py'].exists(); assert not [name for name in files if '/tests/' in name];"
+        "print(sorted(set(sys.modules) - before))"
     )
     environment = {**os.environ, "PYTHONPATH": str(TOOL.parent)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "sympy" not in done.stdout
     with pytest.raises(ValueError, match="package nowhere_ is not installed; requirements.txt has it"):
-        local_corpus.find_roots(["nowhere_"])
+        local_corpus.source_files("nowhere_")
 
 
 def test_what_a_build_writes_is_left_out_and_what_stands_in_f_strings(tmp_path):
     sources = {"version.py": f'"""{prose("version")}"""', "__config__.py": f'"""{prose("config")}"""',
                "good.py": f'"""{prose("good")}"""\nx = f"{{f(\'{prose("inner")}\')}}"'}
-    assert collected(write_tree(tmp_path, sources)) == {"fake/good.py": prose("good")}
+    assert collected(tmp_path, sources) == {"fake/good.py": prose("good")}
 
 
 def test_indentation_goes_as_far_as_all_lines_have_it():
@@ -134,7 +130,7 @@ def test_indentation_goes_as_far_as_all_lines_have_it():
 
 
 def test_corpus_of_a_package_is_deterministic_and_honest(tmp_path):
-    arguments = ("--packages", "networkx", "--min-mb", "1", "--val-percent", "5", "--out")
+    arguments = ("--packages", "networkx", "--out")
     for seed in ("1", "2"):
         done = run(*arguments, str(tmp_path / seed), PYTHONHASHSEED=seed)
         assert done.returncode == 0, done.stderr
@@ -142,7 +138,7 @@ def test_corpus_of_a_package_is_deterministic_and_honest(tmp_path):
         digest = hashlib.sha256()
         for name in ("docs_train.jsonl", "docs_val.jsonl"):
             digest.update((tmp_path / seed / name).read_bytes())
-        assert len(lines) == 4 and lines[-1] == f"sha256 of both files: {digest.hexdigest()}"
+        assert len(lines) == 3 and lines[-1] == f"sha256 of both files: {digest.hexdigest()}"
         assert done.stderr == ""  # no progress bar when it is not a terminal
     for name in ("docs_train.jsonl", "docs_val.jsonl"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
@@ -165,9 +161,9 @@ def test_corpus_of_a_package_is_deterministic_and_honest(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--packages", "networkx", "--min-mb", "1e6"), "expected at least 1000000.0 MB"),
+        (("--packages", "iniconfig"), "too little prose in iniconfig"),
         (("--packages", "nowhere_"), "package nowhere_ is not installed"),
-        (("--val-percent", "100"), "--val-percent: expected between 0 and 100, found 100.0"),
+        (("--size", "100"), "unrecognized arguments: --size 100"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(tmp_path, arguments, message):

@@ -215,12 +215,12 @@ def test_attention_alone_equals_the_reference(layer):
     seen = []
     original = model.attention_half
 
-    def spy(normed, own, *rest):
-        if torch.equal(own.mix, model.resid_mix[layer]):
+    def spy(normed, params, *rest):
+        if torch.equal(params.weights["resid_mix"], model.resid_mix[layer]):
             normed = n
-            seen.append(original(normed, own, *rest))
+            seen.append(original(normed, params, *rest))
             return seen[-1]
-        return original(normed, own, *rest)
+        return original(normed, params, *rest)
 
     model.attention_half = spy
     model(random_text(cfg, 1, 11)[0])
@@ -413,7 +413,7 @@ def test_fake_quant_replaces_the_weight():
     model, (ids, targets) = random_model(cfg), random_text(cfg, 1, 6)
     halved = copy.deepcopy(model)
     with torch.no_grad():
-        for bank in halved.banks().values():
+        for bank in halved.params_of("matrix").values():
             bank.mul_(0.5)
     hooks = tg.Hooks(fake_quant=lambda w, site: w * 0.5 if site.role in ROLES else w)
     assert torch.equal(model(ids, targets, hooks=hooks), halved(ids, targets))
@@ -490,7 +490,7 @@ def test_the_width_of_adapted_batches_makes_no_new_graph():
     """From the second width on, with adapters of all layers and without; each graph is that of one layer's kind."""
     cfg = tiny(num_layers=4, xsa_last_n=4, ttt_mode="lora", ttt_batch_size=3, ttt_lora_rank=2, ttt_chunk_size=4)
     model, graphs = random_model(cfg).requires_grad_(False), CompileCounter()
-    adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
+    adapters = tg.DocumentAdapters(cfg, model)
     adapters.reset()
     torch._dynamo.reset()
     _, parts = tg.compile_model(model, graphs)
@@ -573,6 +573,6 @@ def test_model_comes_from_the_seed(tmp_path):
 
 def test_banks_and_vectors_share_out_all_but_the_embedding():
     model = tg.GPT(tiny())
-    names = [*model.banks(), *model.vectors(), "tok_emb"]
+    names = [*model.params_of("matrix"), *model.params_of("scalar"), "tok_emb"]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    assert set(model.banks()) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}
+    assert set(model.params_of("matrix")) == {"qo_bank", "kv_bank", "mlp_up_bank", "mlp_down_bank"}

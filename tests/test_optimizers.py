@@ -149,7 +149,7 @@ def test_muon_equals_a_loop_over_matrices(rt, tmp_path):
     model = random_model(cfg)
     reference, optimizer = Reference(model, cfg), tg.Optimizer(model, cfg, rt)
     take_steps(model, optimizer, reference, [1.0, 0.3, 2.0])
-    assert_equal_weights(model, reference.weights, 5e-5, model.banks())
+    assert_equal_weights(model, reference.weights, 5e-5, model.params_of("matrix"))
 
 
 def test_adamw_equals_its_formula(rt, tmp_path):
@@ -157,7 +157,7 @@ def test_adamw_equals_its_formula(rt, tmp_path):
     model = random_model(cfg)
     reference, optimizer = Reference(model, cfg), tg.Optimizer(model, cfg, rt)
     take_steps(model, optimizer, reference, [1.0, 0.3, 2.0, 0.01])
-    assert_equal_weights(model, reference.weights, 3e-6, {"tok_emb", *model.vectors()})
+    assert_equal_weights(model, reference.weights, 3e-6, {"tok_emb", *model.params_of("scalar")})
 
 
 def test_clipping_is_by_one_norm_over_all_parameters(rt, tmp_path):

@@ -47,8 +47,8 @@ TOGETHER = {  # what runs are made of beside recipes
 
 def watch(tg, patch, gpu, found: dict) -> None:
     """Have `found` say what happens while a training step or the clock runs, beside what warm-up did before."""
-    def off_the_clock(name: str) -> None:
-        real = getattr(tg, name)
+    def off_the_clock(owner: object, name: str) -> None:
+        real = getattr(owner, name)
 
         def call(*args, **options):
             graphs = len(gpu.GRAPHS)
@@ -56,10 +56,10 @@ def watch(tg, patch, gpu, found: dict) -> None:
             del gpu.GRAPHS[graphs:]
             return out
 
-        patch.setattr(tg, name, call)
+        patch.setattr(owner, name, call)
 
-    for name in ("pick_attention", "warm_up", "warm_up_ttt"):
-        off_the_clock(name)
+    for owner, name in ((tg, "pick_attention"), (tg, "warm_up"), (tg.Evaluator, "warm_up")):
+        off_the_clock(owner, name)
     train, calibrate, used = tg.train, tg.calibrate, set()
 
     def watched_train(*args):

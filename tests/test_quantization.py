@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shifted
+from helpers import flat
 from test_scorer import FakeRuntime, on_ranks
 from torch.overrides import TorchFunctionMode
 
@@ -219,7 +220,7 @@ def test_groups_cover_every_matrix_once(tmp_path):
         assert view.ndim == 3
         view += 1
     for name, counts in state.items():
-        assert (counts == (name in model.banks() or name == "tok_emb")).all(), name
+        assert (counts == (name in model.params_of("matrix") or name == "tok_emb")).all(), name
 
 
 def test_groups_take_bits_and_sigmas_of_their_kind(tmp_path):
@@ -280,10 +281,12 @@ def test_stored_form_is_codes_and_halves(rt, tmp_path):
     cfg = tiny(tmp_path)
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
     stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
-    codes = {n: t for n, t in stored.items() if t.dtype == torch.int8}
+    codes = {n: t for n, t in flat(stored).items() if t.dtype == torch.int8}
     assert sum(t.numel() for t in codes.values()) == sum(
         w.numel() for n, w in state.items() if n.endswith("_bank") or n == "tok_emb")
-    assert all(t.dtype == torch.float16 for n, t in stored.items() if n not in codes)
+    assert all(t.dtype == torch.float16 for n, t in flat(stored).items() if n not in codes)
+    for form, sizes, parts in stored.values():
+        assert {part: (list(t.shape), t.dtype) for part, t in parts.items()} == tg.form_parts(form, sizes)
     for n, t in codes.items():
         assert t.int().abs().max() <= (127 if n.startswith("emb") else 31)
 
@@ -292,13 +295,13 @@ def test_small_matrices_stay_fp16(rt, tmp_path):
     cfg = tiny(tmp_path, quant_min_weights=1025)  # q, o: 1024 weights; k, v: 512; up, down: 2048; embedding: 1312
     state = {n: p.detach() for n, p in random_model(cfg).named_parameters()}
     stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
-    assert sum(t.numel() for t in stored.values() if t.dtype == torch.int8) == 3 * 2 * 2048 + 1312
+    assert sum(t.numel() for t in flat(stored).values() if t.dtype == torch.int8) == 3 * 2 * 2048 + 1312
     back = tg.dequantize(cfg, stored)
     for name in ("qo_bank", "kv_bank"):
         assert torch.equal(back[name], state[name].half().float())
     assert not torch.equal(back["mlp_up_bank"], state["mlp_up_bank"].half().float())
-    assert any(t.dtype == torch.int8 and t.numel() == 3 * 1024 for t in tg.quantize(
-        tiny(tmp_path, quant_min_weights=1024), rt, state, tg.factorize_all(diagonal_hessians(cfg))).values())
+    more = tg.quantize(tiny(tmp_path, quant_min_weights=1024), rt, state, tg.factorize_all(diagonal_hessians(cfg)))
+    assert any(t.dtype == torch.int8 and t.numel() == 3 * 1024 for t in flat(more).values())
 
 
 def test_quantizing_twice_gives_the_same(rt, tmp_path):
@@ -308,7 +311,7 @@ def test_quantizing_twice_gives_the_same(rt, tmp_path):
     ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(shifted(2)))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}
-    first, second = (tg.quantize(cfg, rt, state, tg.factorize_all(hessians)) for _ in range(2))
+    first, second = (flat(tg.quantize(cfg, rt, state, tg.factorize_all(hessians))) for _ in range(2))
     assert list(first) == list(second)
     assert all(torch.equal(first[n], second[n]) for n in first)
 
@@ -481,7 +484,8 @@ def test_steps_make_errors_cost_the_same_and_keep_codes_in_range(rt, tmp_path):
             cost = row[..., None] + col[:, None] + curvature.row[..., None] + curvature.col[:, None].float() / 4
             coarser = curvature.least[..., None] > finest - curvature.row[..., None] - 0.25  # codes stay int16
             assert ((cost - finest > -0.2501) & ((cost - finest < 0.2501) | coarser)).all(), name
-            assert stored[f"{name}.codes"].dtype == torch.int16 and stored[f"{name}.codes"].int().abs().max() < 32767
+            codes = stored[name].parts["codes"]
+            assert codes.dtype == torch.int16 and codes.int().abs().max() < 32767
     back = tg.dequantize(cfg, stored)
     assert set(back) == set(state) and all(back[n].shape == state[n].shape for n in state)
 
@@ -516,8 +520,9 @@ def test_rows_alike_do_not_err_alike(rt, tmp_path):
     error = tg.dequantize(cfg, stored)["tok_emb"] - table
     alone = (2 * table.mean(0)).round() / 2 - table.mean(0)  # what all rows would err by, rounded by themselves
     assert error.square().mean() < 0.006 and error.mean(0).square().mean() < 0.1 * alone.square().mean()
-    assert stored["emb.codes"].count_nonzero() < 0.02 * table.numel()
-    by_hand = (stored["emb.codes"][0].double() + stored["emb.left"].double().T @ stored["emb.right"].double() / 256) / 2
+    codes, left, right = (stored["emb"].parts[part].double() for part in ("codes", "left", "right"))
+    assert codes.count_nonzero() < 0.02 * table.numel()
+    by_hand = (codes[0] + left.T @ right / 256) / 2
     assert torch.allclose(by_hand, table.double() + error.double(), atol=1e-6)
 
 
@@ -642,16 +647,16 @@ def test_pruning_zeroes_the_ones_of_the_least_steps_until_it_fits(rt, tmp_path):
         data = tg.prune({}, stored, "brotli", room)
         assert 0.99 * room <= len(data) <= room
         kept, zeroed = 0.0, 0.0
-        back = tg.read_artifact(data, "x")[1]
+        back, before = flat(tg.read_artifact(data, "x")[1]), flat(stored)
         for name, codes in back.items():
-            changed = codes != stored[name]
+            changed = codes != before[name]
             if changed.any():
-                assert (stored[name][changed].abs() == 1).all() and not codes[changed].any()
-                steps = stored[name.replace("codes", "scales")].float()[..., None].expand(codes.shape)
+                assert (before[name][changed].abs() == 1).all() and not codes[changed].any()
+                steps = before[name.replace("codes", "scales")].float()[..., None].expand(codes.shape)
                 zeroed = max(zeroed, float(steps[changed].max()))
         for name, codes in back.items():
             if name.endswith(".codes"):
-                steps = stored[name.replace("codes", "scales")].float()[..., None].expand(codes.shape)
+                steps = before[name.replace("codes", "scales")].float()[..., None].expand(codes.shape)
                 assert (steps[codes.abs() == 1] > zeroed).all()
                 kept += float((codes.abs() == 1).sum())
         assert kept and zeroed
@@ -689,8 +694,7 @@ def test_lqer_repairs_the_matrices_with_the_largest_errors(rt, tmp_path, weighte
     errors = sorted(((float((w - q).norm()), g.name, i) for g in tg.quant_groups(cfg) for i, (w, q) in enumerate(zip(
         g.view(state[g.param]), g.view(plain[g.param])))), reverse=True)
     largest = {(name, i) for _, name, i in errors[:2]}
-    assert {n for n in stored if n.startswith("lqer.")} == {
-        f"lqer.{name}.{i}.{side}{what}" for name, i in largest for side in ("left", "right") for what in ("", ".grid")}
+    assert {n for n, item in stored.items() if item.form == "low rank"} == {f"{name}.{i}" for name, i in largest}
     for group in tg.quant_groups(cfg):
         for i, weight in enumerate(group.view(state[group.param])):
             before, after = group.view(plain[group.param])[i], group.view(back[group.param])[i]
@@ -710,7 +714,7 @@ def test_gates_take_a_byte_a_number(rt, tmp_path):
     state = {n: p.detach() for n, p in model.named_parameters()}
     state["attn_gate"][1, 2] = 0.0
     stored = tg.quantize(cfg, rt, state, tg.factorize_all(diagonal_hessians(cfg)))
-    assert stored["attn_gate.int8"].dtype == torch.int8 and stored["attn_gate.step"].dtype == torch.float16
+    assert stored["attn_gate"].form == "gate" and stored["attn_gate"].parts["levels"].dtype == torch.int8
     gate, back = state["attn_gate"], tg.dequantize(cfg, stored)["attn_gate"]
     step = gate.abs().amax(-1, keepdim=True) / 127
     assert ((back - gate).abs() <= 0.51 * step + 1e-6).all() and not back[1, 2].any()
@@ -725,6 +729,7 @@ def test_ranks_that_share_the_matrices_store_the_same(tmp_path, world):
     stats, _ = statistics(cfg, model)
     state = {n: p.detach() for n, p in model.named_parameters()}
     steps = weighted_steps(cfg, state, stats, -3.0)
-    alone = tg.quantize(cfg, FakeRuntime(), state, tg.factorize_all(stats.hessians), steps)
-    for stored in on_ranks(world, lambda rt: tg.quantize(cfg, rt, state, tg.factorize_all(stats.hessians), steps)):
+    alone = flat(tg.quantize(cfg, FakeRuntime(), state, tg.factorize_all(stats.hessians), steps))
+    for stored in on_ranks(world, lambda rt: flat(tg.quantize(
+            cfg, rt, state, tg.factorize_all(stats.hessians), steps))):
         assert list(stored) == list(alone) and all(torch.equal(stored[n], alone[n]) for n in alone)

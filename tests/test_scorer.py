@@ -69,8 +69,8 @@ def validation(n: int) -> tg.Validation:
     return tg.Validation(torch.arange(n, dtype=torch.int32), torch.arange(n, dtype=torch.int32) % 7, 1, None)
 
 
-def windows_score(cfg: tg.Settings, rt, forward, val: tg.Validation, stride: int, scorer=None) -> tg.Score:
-    return tg.evaluate(cfg, rt, forward, val, scorer or tg.Scorer(rt, val.bytes), stride, "test")
+def windows_score(cfg: tg.Settings, rt, forward, val: tg.Validation, stride: int) -> tg.Score:
+    return tg.Evaluator(cfg, rt, None, forward, val).by_windows(stride, "test")
 
 
 def known_loss(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -168,12 +168,12 @@ def test_windows_of_documents_score_as_documents_do_alone():
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     tokens[starts] = bos
     val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), len(sizes), None, bos)
-    scorer = tg.Scorer(FakeRuntime(), val.bytes)
-    windows_score(cfg, FakeRuntime(), model, val, 3, scorer)
+    evaluator = tg.Evaluator(cfg, FakeRuntime(), model, model, val)
+    evaluator.by_windows(3, "test")
     for start, size in zip(starts, sizes):
         whole = min(size, 8 - 3 + 1)  # further on windows may begin at another token
         part = tokens[start : start + whole + 1].long()[None]
-        got = scorer.losses[start + 1 : start + whole + 1]
+        got = evaluator.scorer.losses[start + 1 : start + whole + 1]
         assert (got - model(part[:, :-1], part[:, 1:])[0]).abs().max() < 1e-5
 
 
@@ -335,13 +335,13 @@ def test_sliding_equals_the_model_on_each_context(stride):
             p.copy_(0.3 + 0.5 * torch.randn(p.shape, generator=generator))
     tokens = torch.randint(0, 40, (n,), generator=generator, dtype=torch.int32)
     val = tg.Validation(tokens, torch.ones(n, dtype=torch.int32), 1, None)
-    scorer = tg.Scorer(FakeRuntime(), val.bytes)
-    score = windows_score(cfg, FakeRuntime(), model, val, stride, scorer)
+    evaluator = tg.Evaluator(cfg, FakeRuntime(), model, model, val)
+    score = evaluator.by_windows(stride, "test")
     expected = []
     for target, begin in sorted(windows_by_hand(n, length, stride).items()):
         logits = model(tokens[None, begin:target].long())[0, -1].detach().double()
         expected.append(float(logits.logsumexp(0) - logits[int(tokens[target])]))
-    assert scorer.losses[1:].tolist() == pytest.approx(expected, abs=1e-5)
+    assert evaluator.scorer.losses[1:].tolist() == pytest.approx(expected, abs=1e-5)
     assert score.val_loss == pytest.approx(sum(expected) / (n - 1), abs=1e-6)
     assert max(expected) - min(expected) > 0.1
 

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 from conftest import shifted
+from helpers import flat
 from test_scorer import FakeRuntime
 
 import train_gpt as tg
@@ -393,11 +394,13 @@ def test_encoder_and_decoder_of_the_looped_order():
     model, events = random_model(cfg), []
     run_layer = model.layer
 
-    def spy(x, lane, skip, last, own, *rest):
+    def spy(x, lane, skip, last, params, *rest):
+        own = params.weights
         if skip is not None:
-            events.append(("join", next(i for i, w in enumerate(model.skip_weight) if torch.equal(w, own.skip)), skip))
-        layer = next(i for i, q in enumerate(model.qo_bank) if torch.equal(q, own.weights["q"]))
-        events.append(("block", layer, run_layer(x, lane, skip, last, own, *rest)[0]))
+            joins = (i for i, w in enumerate(model.skip_weight) if torch.equal(w, own["skip_weight"]))
+            events.append(("join", next(joins), skip))
+        layer = next(i for i, q in enumerate(model.qo_bank) if torch.equal(q, own["q"]))
+        events.append(("block", layer, run_layer(x, lane, skip, last, params, *rest)[0]))
         return events[-1][2], None
 
     model.layer = spy
@@ -460,10 +463,10 @@ def stored_bytes(cfg: tg.Settings, model: tg.GPT) -> dict[str, int]:
     hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
     weights = {n: p.detach() for n, p in model.named_parameters()}
     stored = tg.quantize(cfg, FakeRuntime(), weights, tg.factorize_all(hessians))
-    return {name: t.numel() * t.element_size() for name, t in stored.items()}
+    return {name: t.numel() * t.element_size() for name, t in flat(stored).items()}
 
 
-GATE = {"attn_gate.int8", "attn_gate.step"}  # as stored
+GATE = {"attn_gate.levels", "attn_gate.scales"}  # as stored
 TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; parameters that adds; how they are stored
     "recurrence": ({"num_loops": 0, "loop_start": 0, "loop_end": 4, "recur_blend": "ab", "recur_alpha_init": 0.3,
                     "recur_a_init": 0.4, "recur_b_init": 0.5}, LOOPS | {"recur_blend": "ab"}, {"recur_blend"},

@@ -185,7 +185,7 @@ def test_muon_equals_singular_values_by_hand(rt, tmp_path, kind, rows, steps):
                grad_clip_norm=0.0, ve_enabled=True, ve_dim=20, ve_layers="1", embedding_dim=6)
     model = random_model(cfg)
     optimizer, generator = tg.Optimizer(model, cfg, rt), torch.Generator().manual_seed(shifted(3))
-    weights = {n: p.detach().double().clone() for n, p in model.banks().items()}
+    weights = {n: p.detach().double().clone() for n, p in model.params_of("matrix").items()}
     m = {n: torch.zeros_like(w) for n, w in weights.items()}
     triples = QUINTIC if kind == "quintic" else POLAR
     assert {tuple(w.shape[1:]) for w in weights.values()} == {(16, 16), (8, 16), (40, 16), (16, 40), (8, 20), (16, 6),
@@ -194,7 +194,7 @@ def test_muon_equals_singular_values_by_hand(rt, tmp_path, kind, rows, steps):
         for p in model.parameters():
             p.grad = torch.randn(p.shape, generator=generator) * (1 + torch.arange(p.size(-1) if p.ndim else 1).view(
                 (-1,) if p.ndim else ()))
-        gradients = {n: p.grad.double().clone() for n, p in model.banks().items()}
+        gradients = {n: p.grad.double().clone() for n, p in model.params_of("matrix").items()}
         optimizer.reduce_gradients()
         lr_scale, momentum = 1.0 - 0.3 * step, 0.5 + 0.2 * step
         optimizer.step(lr_scale, momentum)
@@ -212,7 +212,7 @@ def test_muon_equals_singular_values_by_hand(rt, tmp_path, kind, rows, steps):
                     s = a * s + b * s**3 + c * s**5
                 scale = math.sqrt(max(1, w.size(0) / w.size(1)))
                 bank[i] = (1 - lr * 0.4) * w - lr * scale * (left @ torch.diag(s) @ right)
-    for name, p in model.banks().items():
+    for name, p in model.params_of("matrix").items():
         assert (p - weights[name]).abs().max() < 2e-4, name
 
 
@@ -427,10 +427,10 @@ def test_late_qat_is_the_grid_of_the_artifact(rt, tmp_path, name):
     stored = tg.dequantize(cfg, tg.quantize(cfg, rt, state, tg.factorize_all(identity_hessians(cfg))))
     with torch.no_grad():
         for n, p in rounded.named_parameters():
-            if n in model.banks() or n in model.tables():
-                bits = 5 if n in model.tables() else 4
+            if n in model.params_of("matrix") or n in model.params_of("embedding", "head"):
+                bits = 5 if n in model.params_of("embedding", "head") else 4
                 sigmas = {"qo_bank": 2.0, "kv_bank": 2.0, "mlp_up_bank": 2.5, "mlp_down_bank": 2.5}.get(
-                    n, 2.2 if n in model.tables() else 3.0)
+                    n, 2.2 if n in model.params_of("embedding", "head") else 3.0)
                 by_hand = on_grid_by_hand(p.flatten(0, -2), bits, sigmas, stored[n].flatten(0, -2)).float()
                 assert torch.equal(stored[n], by_hand.view_as(p)), n
                 assert (stored[n] != p).float().mean() > 0.9
@@ -752,7 +752,7 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
         tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(shifted(0)), dtype=torch.int32)
         tokens[::11] = BOS
         val = tg.Validation(tokens, torch.ones(50, dtype=torch.int32), 5, None, BOS)
-        tg.evaluate(cfg, rt, compiled, val, tg.Scorer(rt, val.bytes), 4, "test")
+        tg.Evaluator(cfg, rt, model, compiled, val).by_windows(4, "test")
         counts.append((before, len(calls) - before))
     torch._dynamo.reset()
     logging.disable(logging.NOTSET)

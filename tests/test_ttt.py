@@ -70,8 +70,8 @@ class Rank(FakeRuntime):
 def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None, loaded=None):
     """(score, losses by position) of test-time training, or with TTT_MODE=none of the sliding window."""
     val, rt = validation(tokens), rt or Rank()
-    scorer = tg.Scorer(rt, val.bytes, loaded=loaded)
-    return tg.final_stage(cfg, rt, model, forward or model, val, scorer), scorer.losses[1:].clone()
+    evaluator = tg.Evaluator(cfg, rt, model, forward or model, val, loaded)
+    return evaluator.final(), evaluator.scorer.losses[1:].clone()
 
 
 def documents_by_hand(tokens: torch.Tensor) -> list[list[int]]:
@@ -209,20 +209,27 @@ class Adapted(Reference):
 
 
 def initial_adapters(cfg: tg.Settings, model: tg.GPT) -> dict:
-    adapters = tg.DocumentAdapters(cfg, model, torch.device("cpu"))
+    adapters = tg.DocumentAdapters(cfg, model)
     return {tuple(site): (pair.a[0], pair.b[0]) for site, pair in adapters.hooks.adapters.items()}
+
+
+def chunk_by_hand(cfg: tg.Settings, length: int) -> int:
+    """Tokens of the chunks of a document of this length."""
+    pairs = [pair.split(":") for pair in cfg.ttt_short_score_first_steps.split(",") if pair]
+    return min([int(chunk) for longest, chunk in pairs if length <= int(longest)], default=cfg.ttt_chunk_size)
 
 
 def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
     """Losses of targets 1..N-1: documents one by one, chunk by chunk, the optimizer written out."""
     losses, ids, initial = torch.full((len(tokens),), math.nan, dtype=torch.float64), tokens.tolist(), None
-    initial = initial_adapters(cfg, model)
+    initial, lr = initial_adapters(cfg, model), cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
     for targets in documents_by_hand(tokens):
         net, begin = Adapted(cfg, model, initial), targets[0] - 1
         leaves = [t for pair in net.pairs.values() for t in pair]
         squares, means, steps = [0.0] * len(leaves), [0.0] * len(leaves), 0
-        for low in range(0, len(targets), cfg.ttt_chunk_size):
-            high = low + cfg.ttt_chunk_size
+        size = chunk_by_hand(cfg, len(targets))
+        for low in range(0, len(targets), size):
+            high = low + size
             mine = targets[low:high]
             first = begin + max(0, min(high, len(targets)) - cfg.ttt_eval_seq_len)
             wanted = [ids[i + 1] if i + 1 in mine else tg.IGNORE for i in range(first, mine[-1])]
@@ -231,15 +238,15 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
             if high >= len(targets):
                 break  # the last chunk is only scored
             steps += 1
-            for i, g in enumerate(torch.autograd.grad(charged.sum() / cfg.ttt_chunk_size, leaves)):
+            for i, g in enumerate(torch.autograd.grad(charged.sum() / size, leaves)):
                 with torch.no_grad():
-                    leaves[i] *= 1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay
+                    leaves[i] *= 1 - lr * cfg.ttt_weight_decay
                     if cfg.ttt_optimizer == "adamw":
                         means[i] = cfg.ttt_beta1 * means[i] + (1 - cfg.ttt_beta1) * g
                         squares[i] = cfg.ttt_beta2 * squares[i] + (1 - cfg.ttt_beta2) * g * g
                         root = (squares[i] / (1 - cfg.ttt_beta2**steps)).sqrt() + 1e-8
                         g = means[i] / (1 - cfg.ttt_beta1**steps) / root
-                    leaves[i] -= cfg.ttt_lora_lr * g
+                    leaves[i] -= lr * g
     return losses[1:]
 
 
@@ -250,6 +257,8 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
     {"ttt_chunk_size": 10}, {"ttt_chunk_size": 1, "ttt_eval_seq_len": 6, "ttt_weight_decay": 0.0,
      "ttt_optimizer": "sgd"}, {"ttt_lora_o_input": "attention"},
     {f"ttt_{other}_lora": other == "o" for other in ROLES} | {"ttt_lora_o_input": "attention"},
+    {"ttt_local_lr_mult": 0.4}, {"ttt_short_score_first_steps": "5:2,20:3"},
+    {"ttt_short_score_first_steps": "22:3", "ttt_optimizer": "sgd", "ttt_batch_size": 4},
     *({f"ttt_{role}_lora": False} for role in ROLES),
     *({f"ttt_{other}_lora": other == role for other in ROLES} for role in ROLES),
 ], ids=str)
@@ -264,12 +273,24 @@ def test_adapters_equal_a_slow_reference(changes):
     on = {role for role in ROLES if getattr(cfg, f"ttt_{role}_lora")}
     if cfg.ttt_lora_o_input == "norm" and "o" in on:
         on = on - {"o"} | {"attn"}
-    assert {site.role for site in tg.DocumentAdapters(cfg, model, torch.device("cpu")).hooks.adapters} == on
+    assert {site.role for site in tg.DocumentAdapters(cfg, model).hooks.adapters} == on
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "5:0", "9:2,4:1", "4:1;9:2", "4:1,", "x"])
+def test_chunks_that_are_no_list_are_refused(text):
+    with pytest.raises(tg.RunError, match="TTT_SHORT_SCORE_FIRST_STEPS=.* takes ascending lengths"):
+        config(ttt_short_score_first_steps=text)
+
+
+def test_chunks_are_at_most_the_usual_ones():
+    assert config(ttt_chunk_size=4, ttt_short_score_first_steps="5:2,9:24").ttt_chunks() == [
+        (5, 2), (9, 4), (math.inf, 4)]
+    assert config(ttt_short_score_first_steps="0").ttt_chunks() == config().ttt_chunks() == [(math.inf, 4)]
 
 
 def test_adapters_start_as_specified():
     cfg = config(num_loops=2, ttt_lora_rank=40, embedding_dim=8)
-    made = tg.DocumentAdapters(cfg, random_model(cfg), torch.device("cpu"))
+    made = tg.DocumentAdapters(cfg, random_model(cfg))
     made.reset()
     roles = [(role, layer, visit) for layer, visit in [(0, 0), (1, 0), (1, 1), (1, 2), (2, 0)]
              for role in ("q", "k", "v", "attn", "mlp")]
@@ -290,7 +311,7 @@ def test_an_artifact_is_adapted_alike_whatever_the_seed_of_the_run():
     """EVAL_ONLY takes from the artifact all that its score depends on; the adapters' first values are such a thing."""
     trained = config(seed=5)
     loaded = tg.adopt_settings(SimpleNamespace(explicit={}), tg.artifact_settings(trained), "x")
-    a, b = (tg.DocumentAdapters(cfg, random_model(trained), torch.device("cpu")).leaves[0] for cfg in (trained, loaded))
+    a, b = (tg.DocumentAdapters(cfg, random_model(trained)).leaves[0] for cfg in (trained, loaded))
     assert torch.equal(a, b)
 
 
@@ -423,24 +444,25 @@ def test_earlier_tokens_teach(mode, reach):
 def test_learning_before_the_charge_is_caught_as_not_causal():
     """The planted fault: each chunk is learned from, then scored again and charged."""
     cfg, tokens = config(), stream(LENGTHS)
-    model, honest = random_model(cfg), tg.score_documents
+    model, honest = random_model(cfg), tg.Evaluator.score_documents
 
-    def cheat(cfg, forward, tokens, scorer, batch, adapters):
+    def cheat(self, batch, adapters):
         def peek(ids, targets, hooks, **options):
-            losses = forward(ids, targets, hooks=hooks, **options)
+            losses = self.model(ids, targets, hooks=hooks, **options)
             if losses.requires_grad:
                 adapters.learn(losses.sum())
-                losses = forward(ids, targets, hooks=hooks, **options)
+                losses = self.model(ids, targets, hooks=hooks, **options)
             return losses
 
-        honest(cfg, peek, tokens, scorer, batch, adapters)
+        self.forward = peek
+        honest(self, batch, adapters)
 
     changed, t = tokens.clone(), 12
     changed[t + 1 : 14] = 2 + (changed[t + 1 : 14] - 1) % 21
     assert not torch.equal(changed, tokens)
     assert first_difference(cfg, model, tokens, changed) > t
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tg, "score_documents", cheat)
+        patch.setattr(tg.Evaluator, "score_documents", cheat)
         assert first_difference(cfg, model, tokens, changed) <= t
 
 
@@ -699,7 +721,7 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
         return model(ids, targets, hooks=hooks, **options)
 
     val, before = validation(torch.full((60,), 22, dtype=torch.int32)), copy.deepcopy(model)
-    tg.warm_up_ttt(cfg, Rank(), model, forward, val)
+    tg.Evaluator(cfg, Rank(), model, forward, val).warm_up()
     assert read and all(int((ids == 22).sum()) < ids.numel() for ids in read)
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
     warm = seen.copy()
@@ -724,7 +746,8 @@ def test_every_rank_warms_up(mode):
             seen.add((hooks.adapters is not None, torch.is_grad_enabled()))
             return model(ids, targets, hooks=hooks, **options)
 
-        tg.warm_up_ttt(cfg, rank, model, forward, validation(torch.full((60,), 22, dtype=torch.int32)))
+        val = validation(torch.full((60,), 22, dtype=torch.int32))
+        tg.Evaluator(cfg, rank, model, forward, val).warm_up()
         return seen
 
     expected = {"chunk": {(False, False), (False, True)}, "phased": {(False, False), (False, True), (True, True)}}
