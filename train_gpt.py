@@ -2267,7 +2267,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
             ids, targets, bounds = random_batch(rows, length, length)
-            hints = {"hints": targets} if cfg.ngram_tilt_enabled else {}
+            hints = {"hints": targets.clone()} if cfg.ngram_tilt_enabled else {}  # not one tensor as two inputs
             trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops, **hints)
     reserve = cfg.gptq_reserve_seconds
     if cfg.gptq_calibration != "train" or not cfg.max_wallclock_seconds:
@@ -3579,9 +3579,9 @@ class Evaluator:
             self.scorer.add(at, losses.detach())
             return losses
         hints = torch.where(scored, self.val.hints[at], IGNORE)
-        losses, hint_losses = self.forward(ids, targets, loops=self.loops, hints=hints, **options)
-        self.scorer.add(at, losses.detach(), hint_losses.detach())
-        return losses
+        losses = self.forward(ids, targets, loops=self.loops, hints=hints, **options)
+        self.scorer.add(at, *losses.detach())
+        return losses[0]
 
     @torch.no_grad()
     def score_windows(self, windows: Tensor, what: str) -> None:
