@@ -3,8 +3,8 @@
     python records/check_submission.py FOLDER [--against FOLDER] [--data DATA_PATH [--tokenizer FILE]] [--json]
 
 Each line is `status  name  evidence`: `pass`; `FAIL`; `missing`, the folder does not say; `note`, outside a limit that
-binds the record track only; `not run`, this needs --against, --data or --tokenizer, or the version of train_gpt.py that
-wrote the artifact. The exit status is 0 without FAIL and missing.
+binds the record track only; `not run`, this needs --against, --data or --tokenizer, a validation in training
+(VAL_LOSS_EVERY), or the version of train_gpt.py that wrote the artifact. The exit status is 0 without FAIL and missing.
 Submissions of the field, with fields and logs of their own, are read as far as they go.
 
 Nothing of the folder is executed, unless --data is given: that runs its train_gpt.py, as this user, on its artifact,
@@ -12,7 +12,7 @@ and has records/audit.py judge it.
 """
 
 import argparse
-import hashlib
+import difflib
 import json
 import math
 import os
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,8 @@ class Submission:
         self.folder = folder.resolve()
         if not (self.folder / s.SUBMISSION).is_file():
             raise tg.RunError(f"{folder}: no {s.SUBMISSION} in it")
-        self.data, self.repeated = s.read_json(self.folder / s.SUBMISSION)
+        path = self.folder / s.SUBMISSION
+        self.data, self.repeated = s.parse_object(path.read_bytes(), path, Decimal)
         self.track = str(self.data.get("track") or self.folder.parent.name)
         self.record = "non_record" not in self.track and "non-record" not in self.track
         self.seed_results = self.read_seed_results()
@@ -85,11 +87,10 @@ class Submission:
             logs = {numbers[-1] if numbers else path.stem: path for path, numbers in named.items()}
         self.log_texts = {seed: path.read_text(errors="replace") for seed, path in logs.items()}
         self.logs = {seed: s.read_log(text) for seed, text in self.log_texts.items()}
-        paths = {seed: self.folder / f"result_seed{seed}.json" for seed in self.seeds}
-        self.results = {seed: s.plain(s.read_json(path)[0]) for seed, path in paths.items() if path.is_file()}
+        self.results = {seed: s.read_json(path) for seed, path in self.files("result_seed{}.json").items()}
         self.runs = list(self.results.values())
-        paths = {seed: self.folder / f"audit_seed{seed}.json" for seed in self.seeds}
-        self.verdicts = {seed: s.plain(s.read_json(path)[0]) for seed, path in paths.items() if path.is_file()}
+        self.verdicts = {seed: s.read_json(path) for seed, path in self.files("audit_seed{}.json").items()}
+        self.artifacts = self.files("final_model_seed{}.int6.ptz")
         self.score_digits = s.SCORE_DIGITS if self.results else s.FIELD_SCORE_DIGITS
         try:
             self.readme = (self.folder / s.README).read_text(encoding="utf-8")
@@ -114,15 +115,26 @@ class Submission:
         need(self.runs, "no result_seed<seed>.json, so the settings are not known")
         return self.runs[0]["config"]
 
-    def tokenizer(self) -> Path | None:
-        """The folder's own, else the one that --tokenizer or --data tells."""
-        path = self.folder / s.TOKENIZER
-        return path if path.is_file() else self.tokenizer_path
-
-    def artifacts(self) -> dict[str, Path]:
-        """Seed -> the artifact that lies in the folder."""
-        paths = {seed: self.folder / f"final_model_seed{seed}.int6.ptz" for seed in self.seeds}
+    def files(self, name: str) -> dict[str, Path]:
+        """Seed -> the file of this name, with the seed in it, where the folder has one."""
+        paths = {seed: self.folder / name.format(seed) for seed in self.seeds}
         return {seed: path for seed, path in paths.items() if path.is_file()}
+
+    def tokenizers(self) -> list[Path]:
+        """The folder's own, and --tokenizer's or else the one of the run's name beside the shards, where there is one.
+        """
+        places = [self.folder / s.TOKENIZER, self.tokenizer_path]
+        if self.data_path and not self.tokenizer_path:
+            places.append(self.data_path.parent.parent / "tokenizers" / Path(self.config()["tokenizer_path"]).name)
+        return [path.resolve() for path in places if path and path.is_file()]
+
+    def byte_table(self) -> tg.ByteTable:
+        """What the script makes of tokenizer and BOS_ID; ends the check if it refuses them."""
+        config, path = self.config(), self.tokenizers()[0]
+        try:
+            return tg.read_tokenizer(str(path), config["vocab_size"], config.get("bos_id"))
+        except tg.RunError as e:
+            raise Verdict("FAIL", str(e).replace(str(path), path.name)) from None
 
     def figures(self, key: str) -> list[float]:
         """Each seed's val_loss or val_bpb, to 8 digits: its result's, else submission.json's; without seeds there, the
@@ -184,22 +196,13 @@ def check_folder(sub: Submission) -> str:
 
 
 def check_schema(sub: Submission) -> str:
-    def nulls(value: Any, name: str) -> list[str]:
-        if isinstance(value, dict):
-            return [found for k, v in value.items() for found in nulls(v, f"{name}.{k}" if name else k)]
-        return [name] if value is None or value == "" else []
-
     rows = [(f"seed_results.{seed}.", row, s.SEED_FIELDS) for seed, row in sub.seed_results.items()]
     rows.append(("", sub.data, s.FIELDS))
     absent = [prefix + name for prefix, row, names in rows for name in names if name not in row]
-    text = ("author", "github_id", "name", "blurb", "date", "track", "hardware", "pytorch_version")
-    wrong = [f"{name} is no text" for name in text if not isinstance(sub.data.get(name, ""), (str, type(None)))]
-    wrong += [f"{name} is no number" for name in ("val_loss", "val_bpb", "val_loss_std", "val_bpb_std", "bytes_total")
-              if not s.is_number(sub.data.get(name) or 0)]
+    wrong = [f"{name} is no text" for name in s.TEXTS if not isinstance(sub.data.get(name, ""), (str, type(None)))]
+    wrong += [f"{name} is no number" for name in s.NUMBERS if not s.is_number(sub.data.get(name) or 0)]
     wrong += ["seeds is no list of numbers"] if not all(map(s.is_number, sub.data.get("seeds") or [])) else []
-    empty = nulls(sub.data, "")
-    fail(([f"null or empty: {', '.join(empty)}"] if empty else []) + wrong
-         + ([f"missing: {', '.join(absent)}"] if absent and (empty or wrong) else []))
+    fail([f"{name} is null or empty" for name, value in s.leaves(sub.data) if value in (None, "")] + wrong)
     if absent:
         raise Verdict("missing", ", ".join(absent))
     return f"{len(s.FIELDS)} fields, and {len(s.SEED_FIELDS)} for each seed"
@@ -243,30 +246,44 @@ def check_means(sub: Submission) -> str:
 
 def check_scores(sub: Submission) -> str:
     """Every figure of submission.json against the run's result and the log's text."""
-    names = {"val_loss": ("val_loss",), "val_bpb": ("val_bpb",), "steps": ("steps", "step_stop"),
-             "bytes": ("artifact_bytes", "bytes_total", "total_bytes"), "model_bytes": ("model_bytes",),
-             "train_s": ("train_time_s",), "eval_s": ("eval_time_s",), "step_ms": ("step_avg_ms",)}
     faults, count = [], 0
     for seed, row in need(sub.seed_results, "no seed_results").items():
-        sources = {"log": sub.logs.get(seed, {})}
-        if seed in sub.results:
-            run = sub.results[seed]
-            sources["result"] = {"bytes": run["bytes_total"], "train_s": run["train_seconds"],
-                                 "eval_s": run["eval_seconds"], "step_ms": s.step_ms(run),
-                                 **{key: run[key] for key in ("val_loss", "val_bpb", "steps", "model_bytes")}}
-        if sources["log"] and "val_bpb" not in sources["log"]:
+        log = sub.logs.get(seed, {})
+        if log and "val_bpb" not in log:
             faults.append(f"seed {seed}: no score in its log")
-        for what, source in sources.items():
-            for key, fields in names.items():
-                said = first(row, *fields)
-                if said is not None and key in source:
+        result = s.seed_row(sub.results[seed]) if seed in sub.results else {}
+        for name in s.SEED_FIELDS:
+            said = first(row, *s.OTHER_NAMES.get(name, [name]))
+            for what, source in (("log", log), ("result", result)):
+                if said is not None and name in source:
                     count += 1
-                    if not s.agrees(said, source[key], sub.score_digits if key in ("val_loss", "val_bpb") else 0):
-                        faults.append(f"seed {seed}: {fields[0]} is {said}, its {what} says {source[key]}")
+                    if not s.agrees(said, source[name], sub.score_digits if name in ("val_loss", "val_bpb") else 0):
+                        faults.append(f"seed {seed}: {name} is {said}, its {what} says {source[name]}")
     fail(faults)
     if not count:
         raise Verdict("missing", "no logs or results to compare with")
     return f"{count} figures of {len(sub.seed_results)} seeds as in logs{' and results' if sub.results else ''}"
+
+
+def check_at_step(sub: Submission) -> str:
+    """The scores at fixed steps, which are optional: submission.json against the metrics, those against the logs."""
+    scores = {seed: s.read_step_scores(sub.folder / f"metrics_seed{seed}.jsonl") for seed in sub.seeds}
+    said, means, faults = sub.data.get(s.AT_STEP) or {}, s.means_at_steps(list(scores.values())), []
+    if not said and not any(scores.values()):
+        raise Verdict("not run", "no seed was validated in training: VAL_LOSS_EVERY does it")
+    for seed, steps in scores.items():
+        logged = dict(re.findall(r"^stage:step(\d+) .*val_bpb:(\d+\.\d{6})", sub.log_texts.get(seed, ""), re.M))
+        for step, bpb in steps.items():
+            text = logged.get(str(step))
+            if text is None or not s.agrees(Decimal(text), bpb):
+                faults.append(f"seed {seed}: {bpb:.6f} at step {step}, its log says {text or 'nothing'}")
+    for step in sorted(said.keys() | means.keys(), key=int):
+        if step not in means:
+            faults.append(f"{s.AT_STEP} has step {step}, which not every seed's metrics have")
+        elif first(said, step) is None or not s.agrees(said[step], means[step], s.SCORE_DIGITS):
+            faults.append(f"{s.AT_STEP} is {said.get(step)} at step {step}, the mean of the seeds {means[step]:.8f}")
+    fail(faults)
+    return f"{', '.join(means)}: as metrics and logs of every seed say" if means else "none that every seed has"
 
 
 def check_bpb(sub: Submission) -> str:
@@ -298,39 +315,33 @@ def check_settings(sub: Submission) -> str:
         if log is not None:
             faults += [f"seed {seed}: {name} is {log.get(name)} in the log, {value} in the result"
                        for name, value in run["config"].items() if log.get(name) != value]
-    try:
-        if sub.data.get("settings") != s.environment(config):
-            faults.append(f"settings in {s.SUBMISSION} are not those of the runs")
-    except tg.RunError as e:
-        raise Verdict("missing", str(e)) from None
+    if sub.data.get("settings") != s.environment(config):
+        faults.append(f"settings in {s.SUBMISSION} are not those of the runs")
     fail(faults)
     return f"{len(config)} of {len(sub.results)} runs equal but for {', '.join(s.OF_A_RUN)}"
 
 
 def check_code(sub: Submission) -> str:
-    path, faults = sub.folder / s.CODE, []
+    path = sub.folder / s.CODE
     if not path.is_file():
         raise Verdict("missing", s.CODE)
     size, digest = path.stat().st_size, s.sha256(path)
-    counted = {s.SUBMISSION: first(sub.data, "code_bytes", "bytes_code")}
-    counted |= {f"the result of seed {seed}": run["code_bytes"] for seed, run in sub.results.items()}
-    counted |= {f"the log of seed {seed}": log.get("code_bytes") for seed, log in sub.logs.items()}
+    sources = {s.SUBMISSION: sub.data}
+    sources |= {f"the result of seed {seed}": run for seed, run in sub.results.items()}
+    sources |= {f"the log of seed {seed}": log for seed, log in sub.logs.items()}
+    counted = {what: first(source, "code_bytes", "bytes_code") for what, source in sources.items()}
     counted = {what: int(n) for what, n in counted.items() if n is not None}
-    faults += [f"{s.CODE} has {size:,} bytes, {what} counts {n:,}" for what, n in counted.items() if n != size]
-    hashes = {s.SUBMISSION: sub.data.get("code_sha256")}
-    hashes |= {f"the result of seed {seed}": run.get("code_sha256") for seed, run in sub.results.items()}
-    faults += [f"{s.CODE} is not the code of {what} (sha256)" for what, h in hashes.items() if h and h != digest]
-    fail(faults)
+    fail([f"{s.CODE} has {size:,} bytes, {what} counts {n:,}" for what, n in counted.items() if n != size]
+         + [f"{s.CODE} is not the code of {what} (sha256)" for what, source in sources.items()
+            if source.get("code_sha256", digest) != digest])
     need(counted, "nothing says how many bytes of code were counted")
     return f"{size:,} bytes, counted so {len(counted)} times; sha256 {digest[:16]}"
 
 
 def check_bytes(sub: Submission) -> str:
-    rows = {seed: first(row, "artifact_bytes", "bytes_total", "total_bytes") for seed, row in sub.seed_results.items()}
-    rows = {seed: int(n) for seed, n in rows.items() if n is not None}
-    rows = rows or {seed: int(log["bytes"]) for seed, log in sub.logs.items() if "bytes" in log}
-    total = first(sub.data, "bytes_total", "artifact_bytes_max", "artifact_bytes")
-    most = max(rows.values(), default=None)
+    sizes = [first(row, *s.OTHER_NAMES["artifact_bytes"]) for row in sub.seed_results.values()]
+    sizes = [int(n) for n in sizes or [log.get("artifact_bytes") for log in sub.logs.values()] if n is not None]
+    total, most = first(sub.data, "bytes_total", "artifact_bytes_max", "artifact_bytes"), max(sizes, default=None)
     largest = max((int(n) for n in (total, most) if n is not None), default=0)
     faults = [f"{largest:,} bytes, {largest - s.MOST_BYTES:,} over"] if largest > s.MOST_BYTES else []
     if total is not None and most is not None and total != most:
@@ -338,20 +349,15 @@ def check_bytes(sub: Submission) -> str:
     for seed, run in sub.results.items():
         if run["bytes_total"] != run["model_bytes"] + run["code_bytes"]:
             faults.append(f"seed {seed}: {run['bytes_total']:,} bytes are not those of model and code")
-    code = (sub.folder / s.CODE).stat().st_size if (sub.folder / s.CODE).is_file() else 0
-    for seed, path in sub.artifacts().items():
-        found = path.stat().st_size + code
-        if seed in rows and found != rows[seed]:
-            faults.append(f"seed {seed}: the files have {found:,} bytes, {rows[seed]:,} are said")
     fail(faults)
     need(total, "no bytes_total")
-    return f"the largest of {max(len(rows), 1)}: {total:,} of {s.MOST_BYTES:,}"
+    return f"the largest of {max(len(sizes), 1)}: {total:,} of {s.MOST_BYTES:,}"
 
 
 def check_artifact(sub: Submission) -> str:
     """The artifact is the run's to the byte, and whole; one of another version of train_gpt.py is left unread."""
     faults, told, unread = [], [], []
-    for seed, path in need(sub.artifacts(), "no final_model_seed<seed>.int6.ptz of one of the seeds").items():
+    for seed, path in need(sub.artifacts, "no final_model_seed<seed>.int6.ptz of one of the seeds").items():
         data, run = path.read_bytes(), sub.results.get(seed, {})
         digests = {sub.seed_results[seed].get("model_sha256"), run.get("model_sha256")} - {None}
         if digests - {s.sha256(path)}:
@@ -362,7 +368,8 @@ def check_artifact(sub: Submission) -> str:
             settings = tg.read_artifact(data, path.name)[0]
             told.append(f"{path.name} is whole and of its run")
         except tg.RunError as e:
-            if digests and another_version(data):
+            # a version is looked at after the checksum; the same is said of a compressor that is not known
+            if digests and "another version" in str(e) and data[20] != tg.ARTIFACT_VERSION:
                 unread.append(f"content not looked at: {e}; its checksum is right")
             else:
                 faults.append(str(e))
@@ -375,37 +382,25 @@ def check_artifact(sub: Submission) -> str:
     return "; ".join(told)
 
 
-def another_version(data: bytes) -> bool:
-    """Whether these are an artifact's magic, a checksum that is right and a version that train_gpt.py does not read."""
-    body = data[20:]
-    return (data[:4] == tg.ARTIFACT_MAGIC and hashlib.blake2b(body, digest_size=16).digest() == data[4:20]
-            and len(body) > 6 and body[0] != tg.ARTIFACT_VERSION)
-
-
-def seconds(sub: Submission, field: str, result: str, log: str) -> dict[str, float]:
-    """Seed -> the largest time that submission.json, result or log tell."""
-    found = {}
+def within_the_clock(sub: Submission, field: str) -> str:
+    """The largest time of each seed that submission.json, result or log tell, against the limit."""
+    found, rows = {}, {seed: s.seed_row(run) for seed, run in sub.results.items()}
     for seed in sub.seeds or sub.logs:
-        told = [first(sub.seed_results.get(seed, {}), field), sub.results.get(seed, {}).get(result),
-                sub.logs.get(seed, {}).get(log)]
-        found |= {seed: max(float(t) for t in told if t is not None)} if any(t is not None for t in told) else {}
-    return need(found, f"no {field}")
-
-
-def times(sub: Submission, found: dict[str, float]) -> str:
+        told = [first(source.get(seed, {}), field) for source in (sub.seed_results, rows, sub.logs)]
+        found[seed] = max((float(t) for t in told if t is not None), default=None)
     sub.limit([f"seed {seed}: {t:.1f} s, {s.MOST_SECONDS:.0f} s is the limit" for seed, t in found.items()
-               if t > s.MOST_SECONDS])
-    absent = [seed for seed in sub.seeds if seed not in found]
-    need(not absent or None, f"no time of seed {', '.join(absent)}")
+               if t is not None and t > s.MOST_SECONDS])
+    if not found or None in found.values():
+        raise Verdict("missing", f"no {field} of every seed")
     return f"at most {max(found.values()):.1f} s of {s.MOST_SECONDS:.0f} s"
 
 
 def check_train_time(sub: Submission) -> str:
-    return times(sub, seconds(sub, "train_time_s", "train_seconds", "train_s"))
+    return within_the_clock(sub, "train_time_s")
 
 
 def check_eval_time(sub: Submission) -> str:
-    return times(sub, seconds(sub, "eval_time_s", "eval_seconds", "eval_s"))
+    return within_the_clock(sub, "eval_time_s")
 
 
 def check_hardware(sub: Submission) -> str:
@@ -421,9 +416,8 @@ def check_calibration(sub: Submission) -> str:
     if source in ("self", "random"):
         return f"on {'text that the model draws itself' if source == 'self' else 'random tokens'}: free of the clock"
     fail([] if source == "train" else [f"on {source!r}, which is neither training text nor the model's own"])
-    sub.limit([f"seed {seed}: training with calibration took {run['train_seconds']:.1f} s, over the clock"
-               for seed, run in sub.results.items()
-               if run["train_seconds"] > s.MOST_SECONDS or sub.logs.get(seed, {}).get("over_clock")])
+    sub.limit([f"seed {seed}: training with calibration went over the clock" for seed, log in sub.logs.items()
+               if log["over_clock"]])
     return "on training text, its time within train_time_s"
 
 
@@ -465,33 +459,37 @@ def check_documents(sub: Submission) -> str:
 def check_audit(sub: Submission) -> str:
     names = [name for name in s.AUDIT if name not in ("no_overlap", "single_pass")]  # those have lines of their own
     faults = [fault for name in names for fault in sub.audit(name)]
-    for seed, verdict in sub.verdicts.items():
-        files = {"code_sha256": sub.folder / s.CODE, "model_sha256": sub.artifacts().get(seed)}
-        faults += [f"seed {seed}: audited was another {path.name}" for key, path in files.items()
-                   if path and path.is_file() and verdict.get(key) != s.sha256(path)]
-        if verdict.get("model_sha256") != sub.results.get(seed, {}).get("model_sha256"):
-            faults.append(f"seed {seed}: audited was another run's artifact")
-    again = audit_again(sub) if sub.data_path and sub.artifacts() else {}
+    for seed, run in sub.results.items():
+        faults += [f"seed {seed}: audited was another {what}" for what, key in (
+            ("script", "code_sha256"), ("artifact", "model_sha256")) if sub.verdicts[seed].get(key) != run[key]]
+    again = {}
+    if sub.data_path and sub.artifacts:
+        seed, artifact = next(iter(sub.artifacts.items()))
+        copies = {"train_gpt.packed.py": sub.folder / s.CODE, "final_model.int6.ptz": artifact,
+                  "result.json": sub.folder / f"result_seed{seed}.json"}
+        again = run_copies(sub, copies, [Path(__file__).resolve().with_name("audit.py"), "."], "audit.json")["checks"]
     fail(faults + [f"audited here, {name} failed: {check['detail']}" for name, check in again.items()
                    if check and not check["ok"]])
     return f"{', '.join(names)} proven in every seed{', and once more here' if again else ''}"
 
 
-def audit_again(sub: Submission) -> dict[str, Any]:
-    """The checks of records/audit.py, run here on the first artifact; ends the check if there is no verdict."""
-    seed, artifact = next(iter(sub.artifacts().items()))
-    tokenizer = sub.tokenizer()
-    env = os.environ | {"DATA_PATH": str(sub.data_path),
-                        "TOKENIZER_PATH": str(need(tokenizer, "no tokenizer; --tokenizer names one").resolve())}
+def run_copies(sub: Submission, copies: dict[str, Path], command: list[Any], output: str, **settings: str
+               ) -> dict[str, Any]:
+    """Run a Python command on the data, in a folder that holds these copies alone; returns the JSON object that it
+    writes there, and ends the check if there is none. Of the settings in the environment only DEVICE is kept.
+    """
+    tokenizer, *_ = need(sub.tokenizers(), "no tokenizer; --tokenizer names one")
+    ours = {name.upper() for name in tg.Settings.__dataclass_fields__} - {"DEVICE"}
+    env = {name: value for name, value in os.environ.items() if name not in ours} | settings
+    env |= {"DATA_PATH": str(sub.data_path), "TOKENIZER_PATH": str(tokenizer)}
     with tempfile.TemporaryDirectory() as folder:
-        for path, name in ((sub.folder / s.CODE, "train_gpt.packed.py"), (artifact, "final_model.int6.ptz"),
-                           (sub.folder / f"result_seed{seed}.json", "result.json")):
+        for name, path in copies.items():
             shutil.copyfile(path, Path(folder, name))
-        done = subprocess.run([sys.executable, Path(__file__).with_name("audit.py"), folder], env=env,
-                              capture_output=True, text=True)
-        if not Path(folder, "audit.json").is_file():
-            fail([f"records/audit.py ended with status {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"])
-        return json.loads(Path(folder, "audit.json").read_text())["checks"]
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)
+        if not Path(folder, output).is_file():
+            said = (done.stderr.splitlines() or ["nothing said"])[-1]
+            fail([f"{Path(command[0]).name} ended with status {done.returncode}: {said}"])
+        return s.read_json(Path(folder, output))
 
 
 def check_overlap(sub: Submission) -> str:
@@ -515,32 +513,22 @@ def check_order(sub: Submission) -> str:
 
 
 def check_tokenizer(sub: Submission) -> str:
-    config, path = sub.config(), sub.folder / s.TOKENIZER
-    paths = [p for p in (path, sub.tokenizer_path) if p and p.is_file()]
-    path, *_ = need(paths, f"no {s.TOKENIZER} in the folder; --tokenizer tells where one is")
+    config, paths = sub.config(), need(sub.tokenizers(), f"no {s.TOKENIZER} in the folder; --tokenizer tells of one")
     said = sub.data.get("tokenizer") or {}
-    fail([f"{p} is not that of the runs (sha256)" for p in paths if said.get("sha256") != s.sha256(p)])
-    try:
-        tg.read_tokenizer(str(path), config["vocab_size"])
-    except tg.RunError as e:
-        fail([str(e).replace(str(path), path.name)])
-    return f"{path.name}: {config['vocab_size']:,} pieces, a lone space among them"
+    fail([f"{path} is not that of the runs (sha256)" for path in paths if said.get("sha256") != s.sha256(path)])
+    sub.byte_table()
+    return f"{paths[0].name}: {config['vocab_size']:,} pieces, a lone space among them"
 
 
 def check_bos(sub: Submission) -> str:
-    config, path = sub.config(), sub.tokenizer()
-    if not path:
-        raise Verdict("not run", "no tokenizer in the folder; --data or --tokenizer tells where one is")
-    try:
-        bos = tg.read_tokenizer(str(path), config["vocab_size"]).bos
-    except tg.RunError:
-        raise Verdict("missing", "the tokenizer cannot be read") from None
-    faults = [] if bos >= 0 else ["the tokenizer has no BOS"]
-    if config["bos_id"] not in (None, bos):
-        faults.append(f"BOS_ID={config['bos_id']}, the tokenizer's is {bos}")
-    fail(faults)
+    config, faults = sub.config(), []
+    if not sub.tokenizers():
+        raise Verdict("not run", f"no {s.TOKENIZER} in the folder; --data or --tokenizer tells of one")
+    bos = sub.byte_table().bos
+    fail(["the tokenizer has no BOS, and no BOS_ID names another mark"] if bos < 0 else [])
+    source = "of the tokenizer" if config.get("bos_id") is None else "by BOS_ID"
     if not sub.data_path:
-        return f"id {bos}, of the tokenizer (validation shards not looked at: no --data)"
+        return f"id {bos}, {source} (validation shards not looked at: no --data)"
     shards = tg.find_shards(str(sub.data_path), "val")
     tokens = [tg.read_shard(shard, config["vocab_size"]) for shard in need(shards, f"no shards in {sub.data_path}")]
     docs = sum(int((t == bos).sum()) for t in tokens)
@@ -549,7 +537,7 @@ def check_bos(sub: Submission) -> str:
     if docs != sub.runs[0]["val_docs"]:
         faults.append(f"{docs} BOS in the shards, {sub.runs[0]['val_docs']} documents in the results")
     fail(faults)
-    return f"id {bos}, of the tokenizer; it starts the validation text and each of {docs:,} documents"
+    return f"id {bos}, {source}; it starts the validation text and each of {docs:,} documents"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -568,13 +556,10 @@ def compare_section(sub: Submission, title: str) -> list[str]:
     sections, _ = readme_parts(sub)
     if title not in sections:
         raise Verdict("missing", f"no section '{title}' in {s.README}")
-    try:
-        ours, theirs = s.SECTIONS[title](sub.runs).splitlines(), sections[title].splitlines()
-    except tg.RunError as e:
-        raise Verdict("missing", str(e)) from None
-    faults = [f"'{title}' says: {line.strip()[:90]}" for line in theirs if line not in ours]
-    faults += [f"'{title}' leaves out: {line.strip()[:90]}" for line in ours if line not in theirs]
-    return faults or ([] if ours == theirs else [f"'{title}' has its lines in another order"])
+    ours, theirs = s.SECTIONS[title](sub.runs).splitlines(), sections[title].splitlines()
+    changes = list(difflib.unified_diff(ours, theirs, n=0))[2:]  # without the names of the two
+    verbs = {"+": "says", "-": "leaves out"}
+    return [f"'{title}' {verbs[line[0]]}: {line[1:].strip()[:90]}" for line in changes if line[0] in verbs]
 
 
 def check_claims(sub: Submission) -> str:
@@ -602,7 +587,9 @@ def check_numbers(sub: Submission) -> str:
     for stage in sub.runs[0]["stages"]:
         for key in ("val_loss", "val_bpb"):
             scores += s.mean_std([run["stages"][stage][key] for run in sub.runs])
-    others = s.known_numbers(sources, sub.config(), sub.against.data if sub.against else [])
+    scores += map(float, (sub.data.get(s.AT_STEP) or {}).values())
+    sources += [sub.config(), sub.against.data if sub.against else {}]
+    others = [float(value) for _, value in s.leaves(sources) if s.is_number(value)]
     prose = f"{readme_parts(sub)[1]}\n{sub.data.get('blurb')}"
     faults += [f"says {text}, which is in no result" for text in s.unknown_numbers(prose, scores, others)]
     fail(faults)
@@ -622,31 +609,18 @@ def check_score(sub: Submission) -> str:
     if not sub.data_path:
         raise Verdict("not run", "no data: --data runs the folder's train_gpt.py on its artifact")
     sub.config()
-    seed, artifact = next(iter(need(sub.artifacts(), "no artifact").items()))
+    seed, artifact = next(iter(need(sub.artifacts, "no artifact").items()))
     run = sub.results[seed]
-    tokenizer = sub.tokenizer()
     dtype = re.search(r"^environment: .*, dtype (\w+)", sub.log_texts.get(seed, ""), re.M)
-    settings = {name.upper() for name in tg.Settings.__dataclass_fields__}
-    with tempfile.TemporaryDirectory() as folder:
-        for path in (sub.folder / s.CODE, artifact):
-            shutil.copy(path, folder)
-        env = {k: v for k, v in os.environ.items() if k not in settings} | {
-            "EVAL_ONLY": artifact.name, "DATA_PATH": str(sub.data_path), "ARTIFACT_DIR": "out",
-            "TOKENIZER_PATH": str(need(tokenizer, "no tokenizer; --tokenizer names one")),
-            "DTYPE": {"bfloat16": "bf16", "float32": "fp32"}.get(dtype[1] if dtype else "", "auto")}
-        done = subprocess.run([sys.executable, s.CODE], cwd=folder, env=env, capture_output=True, text=True)
-        path = Path(folder, "out/result.json")
-        if not path.is_file():
-            said = (done.stderr.splitlines() or ["nothing said"])[-1]
-            fail([f"{s.CODE} ended with status {done.returncode}: {said}"])
-        again = json.loads(path.read_text())
+    again = run_copies(
+        sub, {s.CODE: sub.folder / s.CODE, artifact.name: artifact}, [s.CODE], "out/result.json",
+        EVAL_ONLY=artifact.name, ARTIFACT_DIR="out",
+        DTYPE={"bfloat16": "bf16", "float32": "fp32"}.get(dtype[1] if dtype else "", "auto"))
     gap = abs(again["val_bpb"] - run["val_bpb"])
     names = ("val_docs", "val_tokens", "val_bytes")
     faults = [f"{name} is {again[name]:,}, the run had {run[name]:,}" for name in names if again[name] != run[name]]
     if not gap <= 2e-4:
         faults.append(f"seed {seed}: {again['val_bpb']:.8f}, its run says {run['val_bpb']:.8f}")
-    if done.returncode:
-        faults.append(f"ended with status {done.returncode}")
     fail(faults)
     return f"seed {seed}: {again['val_bpb']:.8f} from the artifact alone, {gap:.1e} from its run"
 
@@ -662,20 +636,20 @@ def check_significance(sub: Submission) -> str:
         how = " (its tokens are others, so its bits a byte are taken as nats on ours)"
     for what, values in (("this submission", losses), ("the standing record", theirs)):
         need(len(values) > 1 or None, f"{what} tells one seed; the test needs two")
-    found = s.welch(losses, theirs, s.MARGIN_NATS)
-    evidence = (f"{found.gain:.5f} nats better than {sub.against.folder.name}{how}; more than {s.MARGIN_NATS} at "
-                f"p = {found.p:.2g} (t = {found.t:.2f}, {found.dof:.1f} degrees of freedom)")
-    sub.limit([] if found.gain >= s.MARGIN_NATS and found.p < s.P_VALUE else
-              [f"{evidence}; p < {s.P_VALUE} is needed" if found.gain >= s.MARGIN_NATS else
-               f"{found.gain:.5f} nats better than {sub.against.folder.name}{how}, {s.MARGIN_NATS} are needed"])
+    gain, found = statistics.fmean(theirs) - statistics.fmean(losses), s.welch(losses, theirs, s.MARGIN_NATS)
+    better = f"{gain:.5f} nats better than {sub.against.folder.name}{how}"
+    evidence = (f"{better}; more than {s.MARGIN_NATS} at p = {found.pvalue:.2g} (t = {found.statistic:.2f}, "
+                f"{found.df:.1f} degrees of freedom)")
+    sub.limit([f"{better}, {s.MARGIN_NATS} are needed"] if gain < s.MARGIN_NATS else [])
+    sub.limit([f"{evidence}; p < {s.P_VALUE} is needed"] if not found.pvalue < s.P_VALUE else [])
     return evidence
 
 
 CHECKS: tuple[Callable[[Submission], str], ...] = (
-    check_files, check_folder, check_schema, check_seeds, check_means, check_scores, check_bpb, check_settings,
-    check_code, check_bytes, check_artifact, check_train_time, check_eval_time, check_hardware, check_calibration,
-    check_validation, check_documents, check_audit, check_overlap, check_order, check_tokenizer, check_bos,
-    check_claims, check_numbers, check_command, check_score, check_significance)
+    check_files, check_folder, check_schema, check_seeds, check_means, check_scores, check_at_step, check_bpb,
+    check_settings, check_code, check_bytes, check_artifact, check_train_time, check_eval_time, check_hardware,
+    check_calibration, check_validation, check_documents, check_audit, check_overlap, check_order, check_tokenizer,
+    check_bos, check_claims, check_numbers, check_command, check_score, check_significance)
 
 
 def check(sub: Submission) -> list[Line]:
@@ -711,17 +685,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     args = parser.parse_args(argv)
     try:
-        sub = Submission(args.folder)
+        sub, sub.tokenizer_path = Submission(args.folder), args.tokenizer
         sub.against = Submission(args.against) if args.against else None
-        if args.data:
-            sub.data_path = args.data.resolve()
-            if not sub.data_path.is_dir():
-                raise tg.RunError(f"{args.data}: no such folder")
-        sub.tokenizer_path = args.tokenizer
-        if args.data and not args.tokenizer and sub.runs:
-            name = Path(str(sub.config().get("tokenizer_path"))).name
-            guess = sub.data_path.parent.parent / "tokenizers" / name
-            sub.tokenizer_path = guess if guess.is_file() else None
+        sub.data_path = args.data.resolve() if args.data else None
+        if args.data and not sub.data_path.is_dir():
+            raise tg.RunError(f"{args.data}: no such folder")
         lines = check(sub)
     except (tg.RunError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

@@ -5,8 +5,12 @@
 
 A folder with a `submission.json` is a system measured here. A recipe has a `published.json`: what the authors of its
 pull request of openai/parameter-golf say they reached. Nobody's figure stands for another's: without a submission in
-its folder, a recipe says that there is none of ours. The last column says whether a folder counts as a measured result,
-and if not, the first line of records/check_submission.py that fails.
+its folder, a recipe says that there is none of ours.
+
+One column compares systems after the same number of training steps (STEP), however fast their machines are. It is the
+mean val_bpb over the seeds, of the weights in training, before they are averaged and compressed. Runs have it that
+were validated there (VAL_LOSS_EVERY). The last column says whether a folder counts as a measured result, and if not,
+the first line of records/check_submission.py that fails.
 """
 
 import argparse
@@ -20,7 +24,9 @@ from typing import Any, NamedTuple
 HERE = Path(__file__).resolve().parent
 START = "<!-- leaderboard: written by `python records/leaderboard.py --write` -->"
 END = "<!-- leaderboard ends -->"
-HEAD = "| val_bpb | system | whose figure | seeds | largest artifact, bytes | counts |\n|---|---|---|---|---|---|"
+STEP = 1000  # at which systems are compared
+HEAD = (f"| val_bpb | system | whose figure | seeds | largest artifact, bytes | val_bpb at step {STEP} | counts |\n"
+        "|---|---|---|---|---|---|---|")
 
 
 class Row(NamedTuple):
@@ -46,10 +52,11 @@ def read_fields(path: Path, *names: str) -> dict[str, Any]:
 
 
 def write_row(folder: Path, val_bpb: Decimal, score: str, system: str, whose: str, seeds: int | None,
-              artifact: int | None, counts: str) -> Row:
+              artifact: int | None, at_step: Decimal | None, counts: str) -> Row:
     """A row that links to `folder`; what is None is not known."""
     link, size = f"[{system}]({folder.parent.name}/{folder.name})", f"{artifact:,}" if artifact else "–"
-    return Row(val_bpb, f"| {score} | {link} | {whose} | {seeds or '–'} | {size} | {counts} |")
+    early = f"{at_step:.5f}" if at_step else "–"
+    return Row(val_bpb, f"| {score} | {link} | {whose} | {seeds or '–'} | {size} | {early} | {counts} |")
 
 
 def counts(folder: Path) -> str:
@@ -67,10 +74,14 @@ def counts(folder: Path) -> str:
 def measured(folder: Path) -> Row:
     """The row of a submission of ours."""
     s = read_fields(folder / "submission.json", "name", "val_bpb", "seeds", "bytes_total", "hardware", "date")
+    at_steps = s.get("val_bpb_at_step", {})
+    at_step = at_steps.get(str(STEP)) if isinstance(at_steps, dict) else at_steps
+    if not isinstance(at_step, Decimal | None):
+        raise ValueError(f"{folder}/submission.json: val_bpb_at_step has {at_step!r}, expected numbers by step")
     spread = f" ± {s['val_bpb_std']:.5f}" if s.get("val_bpb_std") is not None else ""
     return write_row(folder, s["val_bpb"], f"**{s['val_bpb']:.5f}**{spread}", s["name"],
                      f"**measured here**, {s['hardware']}, {s['date']}", len(s["seeds"]), s["bytes_total"],
-                     counts(folder))
+                     at_step, counts(folder))
 
 
 def published(folder: Path) -> Row:
@@ -78,7 +89,7 @@ def published(folder: Path) -> Row:
     p = read_fields(folder / "published.json", "system", "pull_request", "val_bpb", "hardware", "note")
     whose = f"published in PR {p['pull_request']}, {p['hardware']}, {p['note']}"
     return write_row(folder, p["val_bpb"], str(p["val_bpb"]), p["system"], whose, p.get("seeds"),
-                     p.get("largest_artifact_bytes"), "no: none of ours in this folder")
+                     p.get("largest_artifact_bytes"), None, "no: none of ours in this folder")
 
 
 def leaderboard(records: Path) -> str:

@@ -2,10 +2,12 @@
 
     python records/make_submission.py NAME --track track_10min_16mb --logs logs/RUN logs/RUN logs/RUN
 
-Writes records/<track>/<YYYY-MM-DD>_<NAME>/: train_gpt.py (the counted, packed script), logs and results of every seed,
-the first seed's artifact, the tokenizer, requirements.txt, submission.json and a README
-whose tables, features and command come from the runs alone. Then check_submission.py looks at it. The folder appears
-whole or, with one line that says why, not at all. Every run must have been audited (records/audit.py), on both tracks.
+Writes records/<track>/<YYYY-MM-DD>_<NAME>/: train_gpt.py (the counted, packed script), logs, metrics and results of
+every seed, the first seed's artifact, the tokenizer, requirements.txt, submission.json and a README whose tables,
+features and command come from the runs alone. Where every seed was validated in training (VAL_LOSS_EVERY),
+submission.json also has the mean val_bpb at each of these steps. Then check_submission.py looks at it. The folder
+appears whole or, with one line that says why, not at all. Every run must have been audited (records/audit.py), on both
+tracks.
 
 What you have to say goes into the README under its title or in sections of your own; the sections made here stay as
 they are. Check the folder again afterwards: features, settings and figures in your words must be those of the runs.
@@ -28,7 +30,7 @@ import submission as s
 import train_gpt as tg
 
 ARTIFACT, COUNTED, RESULT, LOG = "final_model.int6.ptz", "train_gpt.packed.py", "result.json", "train.log"
-VERDICT = "audit.json"
+VERDICT, METRICS = "audit.json", "metrics.jsonl"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def read_run(folder: Path) -> dict[str, Any]:
             raise tg.RunError(f"{folder}: no {name}: not the folder of a finished run")
     if not (folder / VERDICT).is_file():
         raise tg.RunError(f"{folder}: no {VERDICT}; python records/audit.py {folder} makes it")
-    run = s.plain(s.read_json(folder / RESULT)[0])
+    run = s.read_json(folder / RESULT)
     missing = [key for key in ("config", "seed", "steps", "stages", "model_bytes") if key not in run]
     if missing:
         raise tg.RunError(f"{folder}/{RESULT}: has no {missing[0]}: not the result of this train_gpt.py")
@@ -73,10 +75,9 @@ def check_runs(folders: list[Path], runs: list[dict[str, Any]]) -> None:
 
 def seed_result(artifact: Path, run: dict[str, Any]) -> dict[str, Any]:
     """The seed's entry in submission.json; scores as its log prints them."""
-    return {"val_loss": round(run["val_loss"], 8), "val_bpb": round(run["val_bpb"], 8),
-            "artifact_bytes": run["bytes_total"], "model_bytes": run["model_bytes"],
-            "model_sha256": s.sha256(artifact), "steps": run["steps"], "step_avg_ms": round(s.step_ms(run), 2),
-            "train_time_s": round(run["train_seconds"], 2), "eval_time_s": round(run["eval_seconds"], 2)}
+    figures = s.seed_row(run).items()
+    return {name: round(value, 8 if name in ("val_loss", "val_bpb") else 2) for name, value in figures} | {
+        "model_sha256": s.sha256(artifact)}
 
 
 def submission_json(args: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -84,6 +85,7 @@ def submission_json(args: argparse.Namespace, runs: list[dict[str, Any]]) -> dic
     run = runs[0]
     loss, loss_std = s.mean_std([row["val_loss"] for row in seeds.values()])
     bpb, bpb_std = s.mean_std([row["val_bpb"] for row in seeds.values()])
+    at_steps = s.means_at_steps([s.read_step_scores(folder / METRICS) for folder in args.logs])
     return {
         "author": args.author, "github_id": args.github_id, "name": args.name, "blurb": args.blurb, "date": args.date,
         "track": args.track, "val_loss": round(loss, 8), "val_bpb": round(bpb, 8), "val_loss_std": round(loss_std, 8),
@@ -93,7 +95,7 @@ def submission_json(args: argparse.Namespace, runs: list[dict[str, Any]]) -> dic
         "val_bytes": run["val_bytes"], "hardware": s.hardware(run), "pytorch_version": run["torch"],
         "attention": run["attention"], "settings": s.environment(run["config"]),
         "tokenizer": {"name": Path(run["config"]["tokenizer_path"]).name, "sha256": s.sha256(args.tokenizer)},
-    }
+    } | ({s.AT_STEP: at_steps} if at_steps else {})
 
 
 def default_blurb(runs: list[dict[str, Any]]) -> str:
@@ -114,6 +116,8 @@ def fill(folder: Path, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
         shutil.copyfile(place / LOG, folder / f"train_seed{run['seed']}.log")
         shutil.copyfile(place / RESULT, folder / f"result_seed{run['seed']}.json")
         shutil.copyfile(place / VERDICT, folder / f"audit_seed{run['seed']}.json")
+        if (place / METRICS).is_file():
+            shutil.copyfile(place / METRICS, folder / f"metrics_seed{run['seed']}.jsonl")
     for place, run in list(zip(args.logs, runs))[: None if args.artifacts else 1]:
         shutil.copyfile(place / ARTIFACT, folder / f"final_model_seed{run['seed']}.int6.ptz")
     shutil.copyfile(args.logs[0] / COUNTED, folder / s.CODE)

@@ -11,12 +11,11 @@ A "run" is the content of a result.json; `runs` is a list of them in the order o
 
 import hashlib
 import json
-import math
 import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,11 +39,13 @@ AUDIT = audit.CHECKS
 
 CODE, README, SUBMISSION, REQUIREMENTS, TOKENIZER = (
     "train_gpt.py", "README.md", "submission.json", "requirements.txt", "tokenizer.model")
-FIELDS = ("author github_id name blurb date track val_loss val_bpb val_loss_std val_bpb_std seeds seed_results "
-          "bytes_total code_bytes code_sha256 val_docs val_tokens val_bytes hardware pytorch_version attention "
-          "tokenizer settings").split()
+TEXTS = "author github_id name blurb date track code_sha256 hardware pytorch_version attention".split()
+NUMBERS = "val_loss val_bpb val_loss_std val_bpb_std bytes_total code_bytes val_docs val_tokens val_bytes".split()
+FIELDS = [*TEXTS, *NUMBERS, "seeds", "seed_results", "tokenizer", "settings"]
+AT_STEP = "val_bpb_at_step"  # may be absent: the mean over the seeds of each validation in training that all had
 SEED_FIELDS = ("val_loss val_bpb artifact_bytes model_bytes model_sha256 steps step_avg_ms train_time_s "
                "eval_time_s").split()
+OTHER_NAMES = {"artifact_bytes": ["artifact_bytes", "bytes_total", "total_bytes"], "steps": ["steps", "step_stop"]}
 # digits after the point to which scores are compared, whatever their rounding: where results stand beside them, and
 # where there are logs of the field alone
 SCORE_DIGITS, FIELD_SCORE_DIGITS = 6, 4
@@ -60,9 +61,10 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The object in a JSON file, numbers with a point as Decimal with the digits that stand there; and its keys that
-    stand there twice. RunError if it is none.
+def parse_object(text: bytes, where: Path | str, number: Callable = float) -> tuple[dict[str, Any], list[str]]:
+    """The object that a JSON text holds, and its keys that stand there twice. RunError, naming `where`, if it is none.
+
+    `number` reads what has a point: Decimal keeps the digits that stand there.
     """
     repeated = []
 
@@ -75,21 +77,47 @@ def read_json(path: Path) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"{word} is not a number")
 
     try:
-        value = json.loads(path.read_bytes(), parse_float=Decimal, parse_constant=refuse, object_pairs_hook=collect)
+        value = json.loads(text, parse_float=number, parse_constant=refuse, object_pairs_hook=collect)
     except (ValueError, RecursionError) as e:
-        raise tg.RunError(f"{path}: not JSON ({e})") from None
+        raise tg.RunError(f"{where}: not JSON ({e})") from None
     if not isinstance(value, dict):
-        raise tg.RunError(f"{path}: holds {type(value).__name__}, expected an object")
+        raise tg.RunError(f"{where}: holds {type(value).__name__}, expected an object")
     return value, repeated
 
 
-def plain(value: Any) -> Any:
-    """The same with floats for Decimals."""
-    if isinstance(value, dict):
-        return {k: plain(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    return float(value) if isinstance(value, Decimal) else value
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. RunError if it is none."""
+    return parse_object(path.read_bytes(), path)[0]
+
+
+def read_step_scores(path: Path) -> dict[int, float]:
+    """Step -> val_bpb of the validations in training that a run's metrics.jsonl tells; {} if there is no such file.
+
+    RunError, with the number of the line, where one is damaged.
+    """
+    scores: dict[int, float] = {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        entry, _ = parse_object(line, f"{path}, line {number}")
+        stage = re.fullmatch(r"step(\d+)", str(entry.get("stage")))
+        if stage and (int(stage[1]) in scores or not is_number(entry.get("val_bpb"))):
+            raise tg.RunError(f"{path}, line {number}: {stage[0]} stands twice, or has no number as val_bpb")
+        scores |= {int(stage[1]): float(entry["val_bpb"])} if stage else {}
+    return scores
+
+
+def means_at_steps(scores: list[dict[int, float]]) -> dict[str, float]:
+    """Step -> mean val_bpb over the seeds, each of which gives its own by step; only steps that every seed has."""
+    steps = set.intersection(*map(set, scores)) if scores else set()
+    return {str(step): round(statistics.fmean(seed[step] for seed in scores), 8) for step in sorted(steps)}
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested objects and lists hold, each with its dotted name."""
+    if not isinstance(value, (dict, list)):
+        yield name, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from leaves(inner, f"{name}.{key}" if name else str(key))
 
 
 def is_number(value: Any) -> bool:
@@ -112,11 +140,11 @@ def agrees(said: Decimal | int, found: Decimal | float | int, least: int = 0) ->
 
 
 LOG_PATTERNS = {  # of this project's logs, then of the field's; the last match in the file counts
-    "bytes": [r"bytes_total:(\d+)", r"Total submission size[^:\n]*: (\d+)"],
+    "artifact_bytes": [r"bytes_total:(\d+)", r"Total submission size[^:\n]*: (\d+)"],
     "code_bytes": [r"^artifact: model \d+ \+ code (\d+) =", r"Code size[^:\n]*: (\d+)"],
     "steps": [r"^trained (\d+) steps", r"stopping_early:.* step: ?(\d+)/", r"^step:(\d+)/"],
-    "train_s": [r"^trained .* tokens in ([\d.]+)s"],
-    "eval_s": [r"total_eval_time:([\d.]+)s"],
+    "train_time_s": [r"^trained .* tokens in ([\d.]+)s"],
+    "eval_time_s": [r"total_eval_time:([\d.]+)s"],
     "docs": [r"^validation: (\d+) documents", r"total_docs:(\d+)"],
 }
 
@@ -134,9 +162,9 @@ def read_log(text: str) -> dict[str, Any]:
         found = next((m for m in (re.findall(p, text, re.M) for p in patterns) if m), None)
         if found:
             said[name] = Decimal(found[-1])
-    if "train_s" not in said:
-        milliseconds = re.findall(r"train_time: ?(\d+)ms", text)
-        said |= {"train_s": Decimal(milliseconds[-1]) / 1000} if milliseconds else {}
+    milliseconds = re.findall(r"train_time: ?(\d+)ms", text)
+    if milliseconds:
+        said.setdefault("train_time_s", Decimal(milliseconds[-1]) / 1000)
     seeds = re.findall(r"^\s*seed[:=] ?(\d+)\s*$", text, re.M | re.I)
     if seeds:
         said["seed"] = int(seeds[-1])
@@ -265,12 +293,12 @@ def false_claims(prose: str, run: dict[str, Any]) -> list[str]:
 def environment(config: dict[str, Any]) -> dict[str, str]:
     """The fewest environment variables that give these settings, but for seed, names and places.
 
-    RunError if they are not settings of this version of train_gpt.py.
+    ValueError if they are not settings of this version of train_gpt.py.
     """
     try:
         cfg, fields = tg.Settings(**config), tg.Settings.__dataclass_fields__
     except (TypeError, tg.RunError) as e:
-        raise tg.RunError(f"settings of another version of train_gpt.py ({e})") from None
+        raise ValueError(f"settings of another version of train_gpt.py ({e})") from None
     fixed = {name: config[name] for name in OF_A_RUN + OF_A_MACHINE}
     chosen = {name: value for name, value in config.items() if name not in fixed and value != fields[name].default}
     for name in list(chosen):  # what follows from the others need not be said
@@ -294,13 +322,8 @@ def command(runs: list[dict[str, Any]]) -> str:
     config, processes = runs[0]["config"], runs[0]["world_size"]
     names = places(config) | environment(config)
     call = f"torchrun --standalone --nproc_per_node={processes} {CODE}" if processes > 1 else f"python {CODE}"
-    lines = ["SEED=$SEED"]
-    for word in [*(f"{name}={shlex.quote(value)}" for name, value in names.items()), call]:
-        if len(lines[-1] + word) > 108:
-            lines.append(word)
-        else:
-            lines[-1] += " " + word
-    body = " \\\n        ".join(lines)
+    words = ["SEED=$SEED", *(f"{name}={shlex.quote(value)}" for name, value in names.items()), call]
+    body = " \\\n        ".join(words)
     return f"for SEED in {' '.join(str(run['seed']) for run in runs)}; do\n    {body}\ndone"
 
 
@@ -316,6 +339,13 @@ def mean_std(values: list[float]) -> tuple[float, float]:
 def step_ms(run: dict[str, Any]) -> float:
     """Milliseconds of a training step, calibration left out."""
     return 1000 * run["tokens_seen"] / run["tok_per_s"] / max(run["steps"], 1)
+
+
+def seed_row(run: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a seed in submission.json, not rounded yet."""
+    return {name: run[name] for name in ("val_loss", "val_bpb", "model_bytes", "steps")} | {
+        "artifact_bytes": run["bytes_total"], "step_avg_ms": step_ms(run), "train_time_s": run["train_seconds"],
+        "eval_time_s": run["eval_seconds"]}
 
 
 def table(head: str, rows: list[str]) -> str:
@@ -391,20 +421,6 @@ def split_readme(text: str) -> tuple[dict[str, str], str]:
     return sections, "\n".join(rest)
 
 
-def known_numbers(*sources: Any) -> list[float]:
-    """Every number in nested results."""
-    found, work = [], list(sources)
-    while work:
-        value = work.pop()
-        if isinstance(value, dict):
-            work += value.values()
-        elif isinstance(value, (list, tuple)):
-            work += value
-        elif is_number(value):
-            found.append(float(value))
-    return found
-
-
 def unknown_numbers(prose: str, scores: list[float], others: list[float]) -> list[str]:
     """Figures of scores (four decimals or more) and of bytes (1,234) in the prose that are neither known nor the
     difference of two scores. A line that names a pull request (PR 1855, #1855) may give its figures.
@@ -423,17 +439,9 @@ def unknown_numbers(prose: str, scores: list[float], others: list[float]) -> lis
 # Significance
 
 
-class Comparison(NamedTuple):
-    gain: float  # of the means, in the unit of the samples
-    t: float
-    dof: float
-    p: float  # one-sided: of a gain like this if the true one were the margin
+def welch(ours: list[float], theirs: list[float], margin: float) -> Any:
+    """Welch's one-sided t-test of mean(theirs) - mean(ours) > margin; each sample has at least 2 values.
 
-
-def welch(ours: list[float], theirs: list[float], margin: float = 0.0) -> Comparison:
-    """Welch's one-sided t-test of mean(theirs) - mean(ours) > margin; each sample has at least 2 values."""
-    gain = statistics.fmean(theirs) - statistics.fmean(ours)
-    if statistics.variance(ours) + statistics.variance(theirs) == 0:
-        return Comparison(gain, math.copysign(math.inf, gain - margin), math.inf, 0.0 if gain > margin else 1.0)
-    found = ttest_ind([loss - margin for loss in theirs], ours, equal_var=False, alternative="greater")
-    return Comparison(gain, float(found.statistic), float(found.df), float(found.pvalue))
+    Returns `statistic`, `df`, and `pvalue`: how likely such a gain is if the true one were the margin.
+    """
+    return ttest_ind([loss - margin for loss in theirs], ours, equal_var=False, alternative="greater")

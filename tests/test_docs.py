@@ -1,5 +1,6 @@
 """What the pages say is what the code does: the table of settings, the messages, the links, the commands."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -36,7 +37,9 @@ def test_links_lead_somewhere(page):
 
 def test_messages_of_troubleshooting_are_the_scripts():
     """Each literal part of a quoted message stands in the source, f-string joints and line breaks aside."""
-    scripts = [ROOT / "train_gpt.py", ROOT / "records/audit.py", *sorted((ROOT / "data").glob("*.py"))]
+    names = ("audit", "gpu_check", "make_submission", "check_submission", "submission")
+    scripts = [ROOT / "train_gpt.py", *(ROOT / f"records/{name}.py" for name in names),
+               *sorted((ROOT / "data").glob("*.py"))]
     source = re.sub(r'"\s*\n\s*f?"', "", "".join(path.read_text() for path in scripts))
     source = re.sub(r"\{[^{}\n]*(\{[^{}\n]*\}[^{}\n]*)*\}", "§", source)
     quoted = [q for row in re.findall(r"^\| (`.*?) \| ", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
@@ -46,6 +49,19 @@ def test_messages_of_troubleshooting_are_the_scripts():
         parts = re.split(r"\.\.\.|\b[A-Z_]{4,}\b(?:=\w*)?|\b[NMK]\b|\b\d+\b|nan", message)
         parts = [part for p in parts if len(part := p.strip(" :,()?")) > 3]
         assert parts and all(part in source or known_value(part) for part in parts), (message, parts)
+
+
+def test_every_fault_of_a_gpus_machine_is_in_troubleshooting():
+    """All longer literal parts of what records/gpu_check.py can end with stand on the page."""
+    page, parts = (ROOT / "docs/troubleshooting.md").read_text(), []
+    for function in ast.parse((ROOT / "records/gpu_check.py").read_text()).body:
+        for node in ast.walk(function):
+            returned = isinstance(node, ast.Return) and function.name.endswith("_fault")
+            if returned or isinstance(node, ast.Raise):
+                texts = [c.value for c in ast.walk(node) if isinstance(c, ast.Constant) and isinstance(c.value, str)]
+                parts += [text.strip(" :;,()") for text in texts if len(text) > 12 and not text.startswith("usage")]
+    assert len(parts) > 8
+    assert [part for part in parts if part not in page] == []
 
 
 def known_value(part: str) -> bool:
@@ -86,8 +102,6 @@ def test_rules_name_what_is_there():
 
 def test_the_script_can_be_read():
     """Ruled sections of at most 400 lines that open with what comes in and goes out; functions of at most 60."""
-    import ast
-
     text = (ROOT / "train_gpt.py").read_text()
     _, *sections = re.split(r"^# -{118}\n", text, flags=re.M)
     assert len(sections) > 12

@@ -160,11 +160,22 @@ def test_rows_are_ranked_and_say_whose_they_are(records):
     scores = [row.split()[1].strip("*")[:6] for row in rows]
     assert scores == ["1.0565", "1.0575", "1.0610", "1.0700", "1.0774", "1.0924", "1.0996", "1.1600"]
     assert rows[3] == ("| **1.07001** ± 0.00040 | [Ours](track_10min_16mb/2027-01-01_Ours) | **measured here**, "
-                       "8 x cuda, 2027-01-01 | 3 | 15,999,000 | no: files: README.md, train_gpt.py, requirements.txt, "
-                       "logs of 3 seeds (0 here) |")
+                       "8 x cuda, 2027-01-01 | 3 | 15,999,000 | – | no: files: README.md, train_gpt.py, "
+                       "requirements.txt, logs of 3 seeds (0 here) |")
     for row in rows[:3] + rows[4:]:
         assert "published in PR " in row and "measured here" not in row
         assert row.endswith("| no: none of ours in this folder |")
+
+
+@pytest.mark.parametrize(("at_steps", "shown"), [
+    ({"1000": 1.2345678}, "1.23457"), ({"500": 1.4, "1000": 1.25, "2000": 1.1}, "1.25000"), ({"500": 1.4}, "–"),
+    ({}, "–")], ids=str)
+def test_the_score_at_the_fixed_step_has_its_column(records, at_steps, shown):
+    path = records / "track_10min_16mb/2027-01-01_Ours/submission.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"val_bpb_at_step": at_steps}))
+    head, _, *rows = (line.split(" | ") for line in leaderboard.leaderboard(records).splitlines())
+    column = head.index("val_bpb at step 1000")
+    assert [row[column] for row in rows] == ["–"] * 3 + [shown] + ["–"] * 4
 
 
 def test_write_puts_it_in_its_place_and_nothing_else(records):
@@ -183,6 +194,9 @@ def test_write_puts_it_in_its_place_and_nothing_else(records):
     ("track_10min_16mb/2027-01-01_Ours/submission.json", "{", "", "not a JSON object"),
     ("track_10min_16mb/2027-01-01_Ours/submission.json", '"hardware": "8 x cuda"', '"hardware": null', "no hardware"),
     ("track_10min_16mb/2027-01-01_Ours/submission.json", "1.0700123", '"best"', "val_bpb is 'best'"),
+    ("track_10min_16mb/2027-01-01_Ours/submission.json", "{", '{"val_bpb_at_step": {"1000": "best"}, ',
+     "val_bpb_at_step has 'best'"),
+    ("track_10min_16mb/2027-01-01_Ours/submission.json", "{", '{"val_bpb_at_step": [1.2], ', "val_bpb_at_step has ["),
     (f"{RECIPES[0].parent.name}/{RECIPES[0].name}/published.json", '"pull_request"', '"pr"', "no pull_request"),
     ("README.md", leaderboard.END, "", "expected the line"),
 ])

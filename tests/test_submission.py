@@ -55,7 +55,7 @@ def remembered():
 def runs(tiny, tmp_path_factory) -> Path:
     """Folder of three finished runs; in this process, to save time. The first is audited, for all."""
     folder = tmp_path_factory.mktemp("runs")
-    settings = tiny | {"ITERATIONS": "4", "NUM_LAYERS": "2", "EVAL_STRIDE": "0",
+    settings = tiny | {"ITERATIONS": "4", "NUM_LAYERS": "2", "EVAL_STRIDE": "0", "VAL_LOSS_EVERY": "2",
                        "SMEAR_GATE_ENABLED": "1", "EVAL_BATCH_TOKENS": "1024"}
     for seed in SEEDS:
         assert tg.start([], tg.Launch(), settings | {"SEED": seed, "ARTIFACT_DIR": str(folder / seed)}) == 0
@@ -169,11 +169,11 @@ def caught(folder: Path, against: Path | None = None) -> set[str]:
 def test_a_record_made_from_three_runs_passes(record, capsys):
     assert check_submission.main([str(record)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].endswith("25 pass, 0 FAIL, 0 missing, 0 note, 2 not run")
+    assert lines[-1].endswith("26 pass, 0 FAIL, 0 missing, 0 note, 2 not run")
     assert sorted(path.name for path in record.iterdir()) == sorted(
         [s.README, s.SUBMISSION, s.CODE, s.REQUIREMENTS, s.TOKENIZER, "final_model_seed1.int6.ptz"]
         + [name for seed in SEEDS for name in (f"train_seed{seed}.log", f"result_seed{seed}.json",
-                                                     f"audit_seed{seed}.json")])
+                                               f"audit_seed{seed}.json", f"metrics_seed{seed}.jsonl")])
 
 
 def test_the_leaderboard_says_what_fails_first(record, folder):
@@ -198,7 +198,7 @@ def test_a_laptop_gets_a_checked_folder_whose_limits_are_notes(runs, tmp_path, c
     told = json.loads(capsys.readouterr().out)
     assert told["clean"] and told["track"] == s.OTHER_TRACK
     assert {line["name"] for line in told["checks"] if line["status"] == "note"} == {
-        "hardware", "documents", "train_time", "calibration"}
+        "hardware", "documents", "train_time"}
 
 
 def test_the_score_is_that_of_the_artifact_run_from_the_folder(runs, tiny, tmp_path, capsys):
@@ -331,15 +331,16 @@ def better_bits(folder: Path) -> None:
     rewrite(folder)
 
 
-def no_bos(folder: Path) -> None:
-    """A tokenizer that has no BOS, counted as the run's."""
+def put_tokenizer(folder: Path, *user_defined: str) -> sentencepiece.SentencePieceProcessor:
+    """A tokenizer that has no BOS of its own, but these pieces, counted as the run's."""
     from pydoc_data.topics import topics
 
     with open(folder / s.TOKENIZER, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(list(topics.values())[:40]), model_writer=file, vocab_size=512, model_type="bpe",
-            bos_id=-1, byte_fallback=True, user_defined_symbols=["▁"], minloglevel=2)
+            bos_id=-1, byte_fallback=True, user_defined_symbols=["▁", *user_defined], minloglevel=2)
     edit(folder, lambda d: d["tokenizer"].update(sha256=s.sha256(folder / s.TOKENIZER)))
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / s.TOKENIZER))
 
 
 def without_seed(folder: Path, seed: str) -> None:
@@ -390,20 +391,20 @@ FAULTS = {
     "steps": (lambda f: in_row(f, "3", "steps", lambda v: v + 1), "scores"),
     "bits that do not follow from nats": (better_bits, "bpb"),
     "log of another seed": (lambda f: shutil.copy(f / "train_seed1.log", f / "train_seed2.log"),
-                            "seeds scores settings"),
+                            "seeds scores settings at_step"),
     "a seed twice": (lambda f: edit(f, seeds=[1, 1, 3]), "seeds"),
-    "one run under two seeds": (twin, "seeds audit"),
+    "one run under two seeds": (twin, "seeds audit at_step"),
     "seed list": (lambda f: edit(f, seeds=[1, 2, 4]), "seeds"),
-    "too few seeds": (lambda f: without_seed(f, "3"), "seeds means numbers command bytes?"),
+    "too few seeds": (lambda f: without_seed(f, "3"), "seeds means numbers command at_step bytes?"),
     "a key twice": (repeat_key, "seeds"),
     "null field": (lambda f: edit(f, github_id=None), "schema"),
     "null field of a seed": (lambda f: in_row(f, "1", "eval_time_s", lambda v: None), "schema"),
     "missing field": (lambda f: edit(f, lambda d: d.pop("attention")), "schema"),
     "no hardware": (lambda f: edit(f, lambda d: d.pop("hardware")), "schema hardware"),
     "other hardware": (lambda f: edit(f, hardware="8 x NVIDIA B200"), "hardware"),
-    "artifact of another run": (lambda f: swap_artifact(f), "artifact bytes audit"),
-    "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact bytes audit"),
-    "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact audit"),
+    "artifact of another run": (lambda f: swap_artifact(f), "artifact"),
+    "artifact cut": (lambda f: (f / MODEL).write_bytes((f / MODEL).read_bytes()[:-5]), "artifact"),
+    "artifact, a bit": (lambda f: flip(f / MODEL, 5000), "artifact"),
     "garbage with its hash": (lambda f: put_artifact(f, bytes(range(70)) * 10), "artifact audit"),
     "garbage after the magic": (lambda f: put_artifact(f, tg.ARTIFACT_MAGIC + b"x" * 700), "artifact audit"),
     "garbage with a right checksum": (lambda f: put_artifact(f, sealed(bytes([tg.ARTIFACT_VERSION]) + bytes(700))),
@@ -416,10 +417,10 @@ FAULTS = {
     "over the cap": (lambda f: edit(f, lambda d: d["seed_results"]["1"].update(artifact_bytes=16_000_001),
                                     bytes_total=16_000_001), "bytes scores"),
     "bytes_total not the largest": (lambda f: edit(f, bytes_total=smallest(f)), "bytes"),
-    "code longer than counted": (lambda f: append(f / s.CODE, b"\n"), "code bytes audit"),
-    "code changed, same size": (lambda f: flip(f / s.CODE, -20), "code audit"),
+    "code longer than counted": (lambda f: append(f / s.CODE, b"\n"), "code"),
+    "code changed, same size": (lambda f: flip(f / s.CODE, -20), "code"),
     "other code in one seed": (other_code_size, "code"),
-    "no log": (lambda f: (f / "train_seed2.log").unlink(), "files"),
+    "no log": (lambda f: (f / "train_seed2.log").unlink(), "files at_step"),
     "no README": (lambda f: (f / s.README).unlink(), "files claims numbers command"),
     "README of bytes": (lambda f: (f / s.README).write_bytes(b"\xff\x00\xfe"), "files claims numbers command"),
     "no requirements": (lambda f: (f / s.REQUIREMENTS).unlink(), "files"),
@@ -429,8 +430,8 @@ FAULTS = {
         configure(f, tokenizer_path="data/tokenizers/fineweb_512_bpe.model"), rewrite(f),
         (f / s.TOKENIZER).unlink()), "tokenizer"),
     "other tokenizer": (lambda f: append(f / s.TOKENIZER, b"\x22\x00"), "tokenizer"),
-    "no BOS": (no_bos, "bos"),
-    "hard-coded BOS": (lambda f: (configure(f, bos_id=7), rewrite(f)), "bos artifact"),
+    "no BOS": (put_tokenizer, "bos"),
+    "BOS_ID of a byte": (lambda f: (configure(f, bos_id=7), rewrite(f)), "tokenizer bos artifact"),
     "part of the validation set": (lambda f: edit_result(f, 2, val_complete=False), "validation"),
     "no manifest": (lambda f: edit_result(f, 2, val_complete=None), "validation"),
     "fewer tokens in a stage": (lambda f: edit_result(f, 3, lambda r: r["stages"]["quantized"].update(tokens=26_000)),
@@ -440,7 +441,9 @@ FAULTS = {
     "documents sorted": (lambda f: (configure(f, ttt_mode="lora", ttt_doc_order="sorted"), rewrite(f)),
                          "order artifact"),
     "scored out of order": (lambda f: audit(f, "single_pass"), "order"),
-    "training over 600 s": (lambda f: slow(f, train_seconds=600.4), "train_time calibration"),
+    "training over 600 s": (lambda f: slow(f, train_seconds=600.4), "train_time"),
+    "training over 600 s by a hair": (lambda f: (edit_result(f, 2, train_seconds=600.004), rewrite(f)),
+                                      "train_time scores"),
     "evaluation over 600 s": (lambda f: (edit_result(f, 2, eval_seconds=611.0), rewrite(f)), "eval_time"),
     "another training time in the result": (lambda f: (edit_result(f, 2, train_seconds=90.0), rewrite(f)), "scores"),
     "no audit": (lambda f: (f / "audit_seed2.json").unlink(), "files audit overlap order"),
@@ -468,9 +471,41 @@ FAULTS = {
     "prose, a figure": (lambda f: add_prose(f, "It reaches 1.0501 in 15,999,000 bytes."), "numbers"),
     "command": (lambda f: edit_readme(f, "EMA_DECAY=0.8 ", "EMA_DECAY=0.9 "), "command"),
     "command, seeds": (lambda f: edit_readme(f, "for SEED in 1 2 3;", "for SEED in 1 2 4;"), "command"),
+    "score at a step, a digit": (lambda f: at_step(f, {"2": 1e-6}), "at_step"),
+    "score at a step, rounded": (lambda f: edit(f, lambda d: d[s.AT_STEP].update({"2": round(d[s.AT_STEP]["2"], 2)})),
+                                 "at_step"),
+    "score at a step is text": (lambda f: edit(f, lambda d: d[s.AT_STEP].update({"2": str(d[s.AT_STEP]["2"])})),
+                                "at_step numbers?"),
+    "score at a step that was not validated": (lambda f: edit(f, lambda d: d[s.AT_STEP].update({"3": 1.5})), "at_step"),
+    "score at a step left out": (lambda f: edit(f, lambda d: d.pop(s.AT_STEP)), "at_step"),
+    "scores at steps, a list": (lambda f: edit(f, lambda d: d.update({s.AT_STEP: [d[s.AT_STEP]["2"]]})),
+                                "at_step numbers"),
+    "metrics altered": (lambda f: change_metrics(f, "2", 1e-4), "at_step"),
+    "metrics and mean altered": (lambda f: (change_metrics(f, "2", -0.3), at_step(f, {"2": -0.1})), "at_step"),
+    "metrics of another seed": (lambda f: shutil.copy(f / "metrics_seed1.jsonl", f / "metrics_seed2.jsonl"), "at_step"),
+    "no metrics of a seed": (lambda f: (f / "metrics_seed3.jsonl").unlink(), "at_step"),
+    "metrics, half a line": (lambda f: append(f / "metrics_seed3.jsonl", b'{"stage": "st'), "at_step"),
     "track": (lambda f: edit(f, track=s.OTHER_TRACK), "folder"),
     "date": (lambda f: edit(f, date="2026-04-30"), "folder"),
 }
+
+
+def at_step(folder: Path, change: dict[str, float]) -> None:
+    """Other scores at these steps in submission.json, by so much."""
+    edit(folder, lambda d: d[s.AT_STEP].update({step: d[s.AT_STEP][step] + more for step, more in change.items()}))
+
+
+def change_metrics(folder: Path, seed: str, more: float) -> None:
+    """Another score at step 2 in a seed's metrics, by so much."""
+    path = folder / f"metrics_seed{seed}.jsonl"
+    bpb = step_scores(path)[2]
+    replace(path, json.dumps(bpb), json.dumps(bpb + more))
+
+
+def step_scores(path: Path) -> dict[int, float]:
+    """Step -> val_bpb, read in another way: the first figure behind the name in the line of its stage."""
+    found = re.findall(r'"stage": "step(\d+)".*"val_bpb": ([\d.]+)', path.read_text())
+    return {int(step): float(bpb) for step, bpb in found}
 
 
 def edit_log_score(folder: Path) -> None:
@@ -590,6 +625,33 @@ def test_validation_shards_that_do_not_start_with_bos_are_caught(folder, tiny, t
             check_submission.check_bos(sub)
 
 
+def test_a_mark_of_documents_named_by_bos_id_is_checked_as_the_run_had_it(folder, tiny, tmp_path):
+    """The tokenizer has no BOS; documents start with a piece of the user's."""
+    sp = put_tokenizer(folder, "<doc>")
+    mark, word = sp.piece_to_id("<doc>"), sp.piece_to_id("e")
+    sub = check_submission.Submission(folder)
+    with pytest.raises(check_submission.Verdict, match="no BOS, and no BOS_ID names another mark"):
+        check_submission.check_bos(sub)
+    assert "512 pieces" in check_submission.check_tokenizer(sub)
+    sub.config()["bos_id"] = mark
+    assert "512 pieces" in check_submission.check_tokenizer(sub)
+    assert check_submission.check_bos(sub).startswith(f"id {mark}, by BOS_ID")
+    tokens = read_shard(Path(tiny["DATA_PATH"]) / "fineweb_val_000000.bin").copy()
+    tokens[tokens == mark] = word
+    (tmp_path / "data").mkdir()
+    sub.data_path, sub.runs[0]["val_docs"] = tmp_path / "data", int((tokens == 1).sum())
+    write_shard(tmp_path / "data/fineweb_val_000000.bin", tokens)
+    with pytest.raises(check_submission.Verdict, match=f"with token 1, not with BOS {mark}; 0 BOS in the shards"):
+        check_submission.check_bos(sub)
+    write_shard(tmp_path / "data/fineweb_val_000000.bin", np.where(tokens == 1, mark, tokens).astype(tokens.dtype))
+    assert "each of 6 documents" in check_submission.check_bos(sub)
+    for bos_id in (word, 512):
+        sub.config()["bos_id"] = bos_id
+        for check in (check_submission.check_tokenizer, check_submission.check_bos):
+            with pytest.raises(check_submission.Verdict, match=f"BOS_ID={bos_id}: takes a control or user-defined"):
+                check(sub)
+
+
 def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path, monkeypatch):
     """A forger who edits result, log, submission.json and README alike is caught by what running it gives."""
 
@@ -615,6 +677,81 @@ def test_a_score_that_the_artifact_does_not_give_is_caught(runs, tiny, tmp_path,
         check_submission.check_score(sub)
     right, told = map(float, re.search(r"seed 1: ([\d.]+), its run says ([\d.]+)", str(refused.value)).groups())
     assert told == pytest.approx(0.9 * right, rel=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scores at fixed steps
+
+
+def test_the_score_at_a_step_is_the_mean_of_what_every_seed_logged_there(record, runs):
+    for seed in SEEDS:
+        assert (record / f"metrics_seed{seed}.jsonl").read_bytes() == (runs / seed / "metrics.jsonl").read_bytes()
+    scores = [step_scores(record / f"metrics_seed{seed}.jsonl")[2] for seed in SEEDS]
+    logged = [float(re.search(r"^stage:step2 .*val_bpb:(\S+)", (record / f"train_seed{seed}.log").read_text(), re.M)[1])
+              for seed in SEEDS]
+    assert len(set(scores)) == 3 and scores == pytest.approx(logged, abs=6e-7)
+    told = json.loads((record / s.SUBMISSION).read_text())[s.AT_STEP]
+    assert told.keys() == {"2"} and told["2"] == pytest.approx(np.mean(scores), abs=6e-9)
+
+
+@pytest.mark.parametrize("drop", ["the file", "the line", "all files", "all lines"])
+def test_a_step_that_a_seed_lacks_is_not_told(relabelled, tmp_path, drop):
+    runs = shutil.copytree(relabelled, tmp_path / "runs")
+    for path in [runs / seed / "metrics.jsonl" for seed in (SEEDS if "all" in drop else SEEDS[1:2])]:
+        lines = path.read_text().splitlines(keepends=True)
+        path.unlink()
+        if "line" in drop:
+            path.write_text("".join(line for line in lines if "step2" not in line))
+    folder = make(runs, tmp_path / "out", s.RECORD_TRACK)
+    assert s.AT_STEP not in json.loads((folder / s.SUBMISSION).read_text())
+    assert [(folder / f"metrics_seed{seed}.jsonl").exists() for seed in SEEDS] == [
+        (runs / seed / "metrics.jsonl").exists() for seed in SEEDS]
+    line = next(x for x in check_submission.check(check_submission.Submission(folder)) if x.name == "at_step")
+    assert line.status == ("not run" if "all" in drop else "pass")
+    add_prose(folder, "At step 2 it has 9.8765.")
+    assert caught(folder) == {"numbers"}
+
+
+def test_the_prose_may_tell_the_score_at_a_step_and_what_was_gained_since(folder):
+    data = json.loads((folder / s.SUBMISSION).read_text())
+    early = data[s.AT_STEP]["2"]
+    add_prose(folder, f"At step 2 it has {early:.4f}, and gains {early - data['val_bpb']:.4f} from there.")
+    assert caught(folder) == set()
+
+
+@pytest.mark.parametrize(("scores", "means"), [
+    ([], {}), ([{}], {}), ([{1000: 1.5}, {}], {}), ([{1000: 1.5}, {2000: 1.4}], {}),
+    ([{1000: 1.5, 2000: 1.25}, {1000: 1.0, 3000: 1.0}], {"1000": 1.25}),
+    ([{2000: 3.0, 1000: 1.0}, {1000: 2.0, 2000: 4.5}, {1000: 6.0, 2000: 3.0}], {"1000": 3.0, "2000": 3.5})])
+def test_means_at_steps_are_of_steps_that_all_have(scores, means):
+    assert s.means_at_steps(scores) == means and list(s.means_at_steps(scores)) == list(means)
+
+
+DAMAGED = {
+    "half a line": (b'{"stage": "step4", "val_b', "not JSON"), "no object": (b"[4, 5.0]", "holds list"),
+    "not a number": (b'{"stage": "step4", "val_bpb": NaN}', "not JSON"),
+    "no score": (b'{"stage": "step4"}', "step4 stands twice, or has no number as val_bpb"),
+    "text": (b'{"stage": "step4", "val_bpb": "5.0"}', "step4 stands twice, or has no number as val_bpb"),
+    "a step twice": (b'{"stage": "step2", "val_bpb": 1.0}', "step2 stands twice"),
+    "other bytes": (b"\xff\x00", "not JSON"), "an empty line": (b"\n", "not JSON")}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_line_of_metrics_is_named(relabelled, folder, tmp_path, capsys, what):
+    """By make_submission.py as its one line, by check_submission.py as the evidence of at_step."""
+    line, words = DAMAGED[what]
+    runs = shutil.copytree(relabelled, tmp_path / "runs")
+    path = runs / "2/metrics.jsonl"
+    place = f"line {len(path.read_bytes().splitlines()) + 1}: {words}"
+    append(path, line)
+    shutil.copy(path, folder / "metrics_seed2.jsonl")
+    arguments = ["--logs", *(str(runs / seed) for seed in SEEDS), "--out", str(tmp_path / "out"), *AUTHOR]
+    assert make_submission.main(["Tiny", "--track", s.RECORD_TRACK, *arguments]) == 1
+    out, err = capsys.readouterr()
+    assert not out and err.startswith(f"error: {path}, {place}") and err.count("\n") == 1
+    assert not list(tmp_path.glob("out/*"))
+    failed = [x for x in check_submission.check(check_submission.Submission(folder)) if x.status in ("FAIL", "missing")]
+    assert [(x.status, x.name) for x in failed] == [("FAIL", "at_step")] and place in failed[0].evidence
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -665,17 +802,23 @@ def test_welch_agrees_with_formulas_made_otherwise():
     for shift in (-3.0, -0.4, 0.0, 0.2, 1.5, 9.0):
         for ours in ([0.0, 2.0], [0.0, 1.0, 2.0]):  # and as many others of the same variance
             found = s.welch(ours, [loss + shift for loss in ours], 0.05)
-            t, x = found.t, found.t / math.sqrt(4 + found.t**2)
+            t = found.statistic
+            x = t / math.sqrt(4 + t**2)
             dof, p = (2, 0.5 - t / (2 * math.sqrt(2 + t * t))) if len(ours) == 2 else (4, 0.5 - 0.25 * x * (3 - x * x))
-            assert found.dof == pytest.approx(dof) and found.p == pytest.approx(p, rel=1e-6, abs=1e-10)
+            assert found.df == pytest.approx(dof) and found.pvalue == pytest.approx(p, rel=1e-6, abs=1e-10)
     rng = np.random.default_rng(shifted(0))
     for _ in range(20):
         ours, theirs = rng.normal(2.32, 0.002, rng.integers(2, 6)), rng.normal(2.33, 0.001, rng.integers(2, 6))
         a, b = ours.var(ddof=1) / len(ours), theirs.var(ddof=1) / len(theirs)
         found = s.welch(list(ours), list(theirs), 0.005)
-        assert found.t == pytest.approx((theirs.mean() - ours.mean() - 0.005) / np.sqrt(a + b))
-        assert found.dof == pytest.approx((a + b) ** 2 / (a * a / (len(ours) - 1) + b * b / (len(theirs) - 1)))
-    assert s.welch([1.0, 1.0], [1.1, 1.1], 0.005).p == 0 and s.welch([1.0, 1.0], [1.0, 1.0], 0.005).p == 1
+        assert found.statistic == pytest.approx((theirs.mean() - ours.mean() - 0.005) / np.sqrt(a + b))
+        assert found.df == pytest.approx((a + b) ** 2 / (a * a / (len(ours) - 1) + b * b / (len(theirs) - 1)))
+
+
+@pytest.mark.filterwarnings("ignore:Precision loss")
+@pytest.mark.parametrize(("theirs", "p"), [(1.1, 0), (1.0, 1)])
+def test_welch_of_samples_without_spread(theirs, p):
+    assert s.welch([1.0, 1.0], [theirs, theirs], 0.005).pvalue == p
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -755,7 +898,7 @@ def test_figures_agree_to_the_digits_that_both_have_and_to_the_least(said, found
     {"seed_results": [3]}, {"seeds": "42"}, {"seeds": None}, {"date": 20260427}, {"track": 7},
     {"bytes_total": "15.9 MB"}, {"bytes_total": []},
     {"val_bpb": {"mean": 1.06}}, {"val_bpb": True}, {"hardware": None}, {"hardware": 8}, {"tokenizer": "sp8192"},
-    {"blurb": None}, {"blurb": 5}, {"name": []},
+    {"blurb": None}, {"blurb": 5}, {"name": []}, {s.AT_STEP: 5}, {s.AT_STEP: {"x": 1.0}}, {s.AT_STEP: {"2": None}},
 ], ids=str)
 def test_alien_fields_do_not_stop_the_check(field, folder, form):
     for target in (field, folder):
@@ -800,7 +943,7 @@ def test_other_unreadable_input_is_one_line(folder, tmp_path, capsys):
 def test_nothing_is_executed_without_data(folder, tmp_path):
     witness = tmp_path / "ran"
     (folder / s.CODE).write_text(f"open({str(witness)!r}, 'w')\n")
-    assert caught(folder) == {"code", "bytes", "audit"} and not witness.exists()
+    assert caught(folder) == {"code"} and not witness.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
