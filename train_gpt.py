@@ -1,24 +1,24 @@
 """Train a GPT in a fixed time, compress it into a fixed number of bytes, score it in bits per byte.
 
 One file that runs under `python` or `torchrun`, on CPU or GPU, configured by environment variables alone
-(`--help` lists them). It reads from top to bottom in the order the data flows:
+(`--help` lists them). It reads from top to bottom:
 
-  settings       one frozen dataclass: every environment variable, its default and its meaning
-  runtime        device, processes, log files, the training clock
-  data           token shards, the tokenizer's byte counts, shuffled windows or packed documents
-  kernels        causal attention, dense or inside documents, behind one signature with four backends; what lies between
-                 matrix products in plain forms, some of it as Triton kernels (FUSED=1)
-  projections    the one place where a weight meets activations, and what may ride on it
-  model          one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
-  optimizers     Muon on the banks (sharded over ranks), AdamW on the rest
-  training       schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
-  calibration    second moments of inputs and of gradients, from text
-  quantization   full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
-  coding         integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
-  artifact       the container (no pickle), filling the budget, the ZIP application that is counted
-  evaluation     windows, test-time training, and the scorer that turns losses into nats and bytes
-  reading        environment variables to settings: other names, misspelt ones, --help
-  main           the run from start to result.json; records/audit.py judges it from outside
+  settings         one frozen dataclass: every environment variable, its default and its meaning
+  building blocks  causal attention, norms, activations and losses in plain PyTorch
+  projections      the one place where a weight meets activations, and what may ride on it
+  model            one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
+  kernels          faster forms of the building blocks: attention backends, Triton kernels (FUSED=1)
+  runtime          device, processes, signals, log files, the training clock
+  data             token shards, the tokenizer's byte counts, shuffled windows or packed documents
+  optimizers       Muon on the banks (sharded over ranks), AdamW on the rest
+  training         schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
+  calibration      second moments of inputs and of gradients, from text
+  quantization     full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
+  coding           integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
+  artifact         the container (no pickle), filling the budget, the ZIP application that is counted
+  evaluation       windows, test-time training, and the scorer that turns losses into nats and bytes
+  reading          environment variables to settings: other names, misspelt ones, contradictions, --help
+  main             the run from start to result.json; records/audit.py judges it from outside
 
 The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, tied
 embedding. Off by default, each by its settings: depth recurrence, parallel residuals, attention inside documents,
