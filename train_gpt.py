@@ -142,10 +142,10 @@ class Settings:
     mlp_mult: float = setting(4.0, "model", "hidden width of the MLP as a multiple of MODEL_DIM", low=0.1)
     rope_dims: int = setting(16, "model", "dimensions of each head that get the rotary position embedding")
     rope_base: float = setting(10000.0, "model", "base of the rotary frequencies", low=1.0)
-    qk_gain_init: float = setting(5.0, "model", "initial value of the learned gain on each head's normalized queries")
+    qk_gain_init: float = setting(5.0, "model", "initial value of the learned gain on each head's normalised queries")
     xsa_last_n: int = setting(11, "model", "XSA in this many last layers: attention output minus its part along the "
                               "token's own value")
-    ln_scale: bool = setting(True, "model", "multiply layer n's normalized inputs by 1/sqrt(n+1), with n from 0")
+    ln_scale: bool = setting(True, "model", "multiply layer n's normalised inputs by 1/sqrt(n+1), with n from 0")
     skip_gates_enabled: bool = setting(True, "model", "blend each U-Net skip into the stream by a learned gate instead "
                                        "of adding it")
     loop_start: int = setting(3, "model", "first layer of the looped range, counted from 0",
@@ -195,7 +195,7 @@ class Settings:
                                "read", low=1)
     rope_yarn: bool = setting(False, "model", "raise ROPE_BASE where attention spans more than TRAIN_SEQ_LEN tokens")
     tie_embeddings: bool = setting(True, "model", "use the token embedding as the weight of the output head")
-    embedding_dim: int = setting(0, "model", "width of a factorized token embedding; 0: MODEL_DIM, not factorized")
+    embedding_dim: int = setting(0, "model", "width of a factorised token embedding; 0: MODEL_DIM, not factorised")
     logit_softcap: float = setting(30.0, "model", "c in logits = c tanh(z/c), which keeps the logits between -c and c",
                                    low=1e-3)
     tied_embed_init_std: float = setting(0.005, "model", "standard deviation of the initial token embedding")
@@ -331,7 +331,7 @@ class Settings:
     ttt_k_lora: bool = setting(True, "eval", "TTT adapters: adapt the key matrices")
     ttt_v_lora: bool = setting(True, "eval", "TTT adapters: adapt the value matrices")
     ttt_o_lora: bool = setting(True, "eval", "TTT adapters: adapt attention's output")
-    ttt_lora_o_input: str = setting("norm", "eval", "input of TTT_O_LORA's adapters; norm: the layer's normalized "
+    ttt_lora_o_input: str = setting("norm", "eval", "input of TTT_O_LORA's adapters; norm: the layer's normalised "
                                     "input; attention: the heads' output", choices="norm attention")
     ttt_mlp_lora: bool = setting(True, "eval", "TTT adapters: one beside each MLP")
     ttt_head_lora: bool = setting(True, "eval", "TTT adapters: adapt the output head")
