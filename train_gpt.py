@@ -16,7 +16,8 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   quantization     full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
   coding           integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
   artifact         the container (no pickle), filling the budget, the ZIP application that is counted
-  evaluation       windows, test-time training, and the scorer that turns losses into nats and bytes
+  scoring          the one place where losses become nats and bytes; the n-gram tilt
+  evaluation       windows and test-time training
   reading          environment variables to settings: other names, misspelt ones, contradictions, --help
   main             the run from start to result.json; records/audit.py judges it from outside
 
@@ -53,7 +54,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import cache
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -348,6 +349,15 @@ class Settings:
     global_ttt_momentum: float = setting(0.9, "eval", "TTT_MODE=phased: SGD momentum of the weights", high=1.0)
     global_ttt_chunk_tokens: int = setting(32768, "eval", "TTT_MODE=phased: tokens of one SGD step of the weights",
                                            low=1)
+    ngram_tilt_enabled: bool = setting(False, "eval", "n-gram tilt: raise the probability of the token that most often "
+                                       "followed the same tokens")
+    token_order: int = setting(16, "eval", "n-gram tilt: tokens of an n-gram, the predicted one included", low=2,
+                               high=64)
+    token_threshold: float = setting(0.8, "eval", "n-gram tilt: least share of a context's earlier occurrences that "
+                                     "the raised token followed", low=0.01, high=1.0)
+    token_boost: float = setting(2.625, "eval", "n-gram tilt: number added to the logit of the raised token", high=20.0)
+    hedge_enabled: bool = setting(False, "eval", "n-gram tilt: mix boosts from 0 to twice TOKEN_BOOST, weighted by "
+                                  "what each has cost so far")
     eval_stride: int = setting(64, "eval", "tokens between sliding evaluation windows; 0: no sliding evaluation")
     eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward pass in evaluation; auto: "
                                             "MICRO_BATCH_TOKENS", low=1)
@@ -770,8 +780,11 @@ class GPT(nn.Module):
             new("attn_gate", torch.zeros(cfg.num_layers, cfg.num_heads, cfg.gate_window), "scalar", "layer")
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
-                hooks: Hooks = NO_HOOKS, loops: int | None = None, parts: list[Callable] | None = None) -> Tensor:
+                hooks: Hooks = NO_HOOKS, loops: int | None = None, hints: Tensor | None = None,
+                parts: list[Callable] | None = None) -> Tensor:
         """Losses (B, T) fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
+
+        With `hints`, (B, T) other tokens, (2, B, T): the losses of the targets and those of the hints.
 
         ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
         looped layers run again; None: NUM_LOOPS. `parts`: compiled forms of embed, layer and predict.
@@ -793,7 +806,7 @@ class GPT(nn.Module):
                 outputs[layer] = x
             if n < half:  # one tensor as two inputs would be a graph of its own, so here and above it is another
                 skips.append(x.view_as(x))
-        return predict(x, lane, targets, hooks.at())
+        return predict(x, lane, targets, hooks.at(), hints)
 
     def slice_layer(self, stacks: dict[str, Any], layer: int, visit: int, step: int | None) -> Layer:
         """A virtual layer's slices of the parameters. `step`: of the decoder, where a skip ends; else None."""
@@ -829,7 +842,8 @@ class GPT(nn.Module):
         values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
         return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
 
-    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, hooks: Hooks) -> Tensor:
+    def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, hooks: Hooks,
+                hints: Tensor | None = None) -> Tensor:
         """Losses, or logits without targets, from the last residual stream x (B, T, d) and its other lane, if any."""
         if lane is not None and self.cfg.parallel_mode == "lanes":
             x = torch.lerp(lane, x, self.lane_mix.to(x.dtype))
@@ -842,9 +856,11 @@ class GPT(nn.Module):
             collect_hessian(x, "head", hooks)
             return x
         weight, cap = self.tok_emb if self.cfg.tie_embeddings else self.head, self.cfg.logit_softcap
-        if self.ops.head_losses and targets is not None and not any(hooks):
+        if self.ops.head_losses and targets is not None and hints is None and not any(hooks):
             return self.ops.head_losses(x, weight.to(x.dtype), targets, cap)
         logits = linear(x, weight, "head", hooks)
+        if hints is not None:
+            return torch.stack([cross_entropy(logits, tokens, cap) for tokens in (targets, hints)])
         return softcap(logits, cap) if targets is None else cross_entropy(logits, targets, cap)
 
     def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, params: Layer,
@@ -1816,6 +1832,7 @@ class Validation:
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
+    ngram: tuple[int, float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
 
     @classmethod
     def load(cls, cfg: Settings, table: ByteTable, device: str | torch.device = "cpu") -> "Validation":
@@ -1833,12 +1850,18 @@ class Validation:
         charged = charged_bytes(cfg, table, paths, tokens)
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
-        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos)
+        ngram = (cfg.token_order, cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram)
+
+    @cached_property
+    def hints(self) -> Tensor | None:
+        """find_hints() of these tokens, made when first asked for; None where no hints are wanted."""
+        return self.ngram and find_hints(self.tokens, *self.ngram)
 
     def over(self, tokens: Tensor, charged: Tensor | None = None) -> "Validation":
         """Another stream (N,) in place of this one, with the bytes `charged` to each token; None: one each."""
         charged = torch.ones(len(tokens), dtype=torch.int32) if charged is None else charged
-        return Validation(tokens, charged, int((tokens == self.bos).sum()), None, self.bos)
+        return Validation(tokens, charged, int((tokens == self.bos).sum()), None, self.bos, self.ngram)
 
 
 def manifest_stats(data_path: str) -> dict[str, int]:
@@ -2299,7 +2322,8 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
             ids, targets, bounds = random_batch(rows, length, length)
-            trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops)
+            hints = {"hints": targets} if cfg.ngram_tilt_enabled else {}
+            trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops, **hints)
     reserve = cfg.gptq_reserve_seconds
     if cfg.gptq_calibration != "train" or not cfg.max_wallclock_seconds:
         reserve = 0.0  # off the clock
@@ -3272,10 +3296,76 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Scoring
 #
-# In: the model as the artifact gives it, and the validation text. Out: the score in bits per byte, each target counted
-# once, by windows or with test-time training on what has been scored.
+# In: losses of the targets of a text, and the bytes that these stand for. Out: the score in bits per byte, each target
+# counted once; the n-gram tilt, which makes a token likelier that followed the same tokens before.
+
+
+def find_hints(tokens: Tensor, order: int, threshold: float) -> Tensor:
+    """For each token of a stream (N,) the one that most often followed the order - 1 tokens before it earlier in the
+    stream, (N,) int64; IGNORE where these never stood there before, or where that was in less than `threshold` of the
+    times (PR 1514). Of several as often, the one that was so first.
+
+    An entry follows from tokens before its position alone. Contexts are compared by a hash of 64 bits.
+    """
+    tokens, n = tokens.long(), len(tokens)
+    hints = torch.full_like(tokens, IGNORE)
+    if n <= order:
+        return hints
+    context, size = torch.zeros_like(tokens), order - 1  # of each token; the first `size` have none
+    for j in range(1, order):
+        odd = pow(0x9E3779B97F4A7C15, 2 * j + 1, 2**64)
+        context[size:] ^= tokens[size - j : n - j] * (odd - 2**64 if odd >= 2**63 else odd)
+    context, place = context[size:].sort(stable=True)  # equal ones stand together, in the order of the stream
+    twice = context[1:] == context[:-1]
+    keep = F.pad(twice, (1, 0)) | F.pad(twice, (0, 1))
+    context, place = context[keep], place[keep] + size
+    if not len(place):
+        return hints
+    follows, at = tokens[place], torch.arange(len(place), device=tokens.device)
+    first = F.pad(context[1:] != context[:-1], (1, 0), value=True)
+    group, visits = first.cumsum(0), at - torch.where(first, at, 0).cummax(0).values + 1
+    pair, order_of_pairs = (group * 65536 + follows).sort(stable=True)
+    new_pair = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)
+    count = torch.empty_like(at)  # how often this token has followed this context, this time included
+    count[order_of_pairs] = at - torch.where(new_pair, at, 0).cummax(0).values + 1
+    most = (group * n + count).cummax(0).values
+    leads = F.pad(most[1:] != most[:-1], (1, 0), value=True)  # from here on this token is the most frequent
+    leader = follows[torch.where(leads, at, 0).cummax(0).values]
+    sure = (most - group * n) / visits.double() >= threshold
+    hints[place[1:]] = torch.where(sure[:-1] & ~first[1:], leader[:-1], IGNORE)  # what was known before this visit
+    return hints
+
+
+class Tilt(NamedTuple):
+    """The n-gram tilt of a text: where hints are, which of them are right, and by how much they are raised."""
+
+    places: Tensor  # (h,) int64, ascending: targets that have a hint
+    right: Tensor  # (h,) bool: the hint is the target
+    boosts: list[float]  # of the hint's logit
+
+    @classmethod
+    def of(cls, cfg: Settings, val: Validation) -> "Tilt | None":
+        if val.hints is None:
+            return None
+        places = (val.hints != IGNORE).nonzero().flatten()
+        steps = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0) if cfg.hedge_enabled else (1.0,)
+        return cls(places.cpu(), (val.hints == val.tokens)[places].cpu(), [cfg.token_boost * step for step in steps])
+
+    def apply(self, losses: Tensor, hint_losses: Tensor) -> Tensor:
+        """Losses (N,) float64 of all targets, in nats, given those of the targets and of their hints without a tilt.
+
+        By a boost b, p'(x) = p(x) e^(b [x is the hint]) / (1 + p(hint) (e^b - 1)), which adds up to 1 whatever p is
+        (PR 1514). Several boosts are mixed, in the order of the stream, by weights in proportion to exp(-what each has
+        cost so far) (Hedge, PR 2050).
+        """
+        losses, hint_losses = losses.double(), hint_losses.double()[self.places]
+        b = torch.tensor(self.boosts, dtype=torch.float64)[:, None]
+        each = losses[self.places] - b * self.right + torch.log1p(torch.exp(-hint_losses) * torch.expm1(b))
+        so_far = F.pad(each.cumsum(1), (1, 0))  # (boosts, h + 1)
+        losses[self.places] = -torch.logsumexp(-so_far, 0).diff()
+        return losses
 
 
 class Score(NamedTuple):
@@ -3295,19 +3385,24 @@ class Scorer:
     kept by position and added in float64 in stream order, so the score does not depend on batches or ranks.
     """
 
-    def __init__(self, rt: Runtime, target_bytes: Tensor, loaded: float | None = None):
+    def __init__(self, rt: Runtime, target_bytes: Tensor, loaded: float | None = None, tilt: Tilt | None = None):
         """target_bytes (N,) int32: bytes charged to each token. `loaded`: when the artifact was loaded, from where
         EVAL_BUDGET_SECONDS counts; None: now.
         """
-        self.rt, self.target_bytes, self.began = rt, target_bytes, time.perf_counter()
+        self.rt, self.target_bytes, self.tilt, self.began = rt, target_bytes, tilt, time.perf_counter()
         self.loaded = self.began if loaded is None else loaded
         self.losses = torch.zeros(len(target_bytes), dtype=torch.float32, device=rt.device)
+        self.hint_losses = torch.zeros_like(self.losses) if tilt else None
         self.times = torch.zeros(len(target_bytes), dtype=torch.int32, device=rt.device)
 
-    def add(self, positions: Tensor, losses: Tensor) -> None:
-        """Losses in nats of the targets at these positions of the stream, both of any one shape; 0 for padding."""
+    def add(self, positions: Tensor, losses: Tensor, hint_losses: Tensor | None = None) -> None:
+        """Losses in nats of the targets at these positions of the stream, and with a tilt those of their hints, all of
+        one shape; 0 for padding.
+        """
         positions = positions.flatten()
         self.losses.index_add_(0, positions, losses.flatten().float())
+        if hint_losses is not None:
+            self.hint_losses.index_add_(0, positions, hint_losses.flatten().float())
         self.times.index_add_(0, positions, torch.ones_like(positions, dtype=torch.int32))
 
     def running(self) -> str:
@@ -3317,11 +3412,14 @@ class Scorer:
 
     def finish(self) -> Score:
         """The score over all ranks. RunError when a target was scored twice or never."""
-        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone())[1:].cpu()
+        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone()).cpu()
         wrong = (times != 1).nonzero().flatten()
         if len(wrong):
             raise RunError(f"score refused: {int((times == 0).sum())} targets never scored, {int((times > 1).sum())} "
                            f"more than once (first: token {int(wrong[0]) + 1})")
+        if self.tilt:
+            losses = self.tilt.apply(losses, self.rt.sum_(self.hint_losses.clone()).cpu())
+        losses = losses[1:]
         nats, n_bytes = float(losses.double().sum()), int(self.target_bytes[1:].sum(dtype=torch.int64))
         if not math.isfinite(nats):
             raise RunError("score refused: a loss is not finite")
@@ -3329,6 +3427,13 @@ class Scorer:
             raise RunError("score refused: the validation tokens stand for no text")
         return Score(nats / len(losses), nats / (math.log(2) * n_bytes), len(losses), n_bytes,
                      time.perf_counter() - self.began)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+#
+# In: the model as the artifact gives it, and the validation text. Out: losses of all its targets for the scorer, by
+# windows or with test-time training on what has been scored.
 
 
 def gather(tokens: Tensor, place: Tensor, scored: Tensor, bos: int) -> tuple[Tensor, Tensor]:
@@ -3514,7 +3619,20 @@ class Evaluator:
                  loaded: float | None = None, loops: int | None = None):
         """`forward`: the model, or a compiled form of it. `loaded` as in Scorer; `loops` None: NUM_LOOPS."""
         self.cfg, self.rt, self.model, self.forward, self.val = cfg, rt, model, forward, val
-        self.scorer, self.loops = Scorer(rt, val.bytes, loaded), cfg.num_loops if loops is None else loops
+        self.scorer = Scorer(rt, val.bytes, loaded, Tilt.of(cfg, val))
+        self.loops = cfg.num_loops if loops is None else loops
+
+    def charge(self, ids: Tensor, targets: Tensor, place: Tensor, scored: Tensor, **options: Any) -> Tensor:
+        """Losses (rows, length) of a forward pass over inputs at `place` of the stream, charged where `scored`."""
+        at = torch.where(scored, place + 1, 0)
+        if self.val.hints is None:
+            losses = self.forward(ids, targets, loops=self.loops, **options)
+            self.scorer.add(at, losses.detach())
+            return losses
+        hints = torch.where(scored, self.val.hints[at], IGNORE)
+        losses, hint_losses = self.forward(ids, targets, loops=self.loops, hints=hints, **options)
+        self.scorer.add(at, losses.detach(), hint_losses.detach())
+        return losses
 
     @torch.no_grad()
     def score_windows(self, windows: Tensor, what: str) -> None:
@@ -3529,8 +3647,7 @@ class Evaluator:
             scored = (place >= fresh) & (place < n - 1)
             ids, targets = gather(tokens, place, scored, bos)
             bounds = Bounds.find(ids, bos, length) if cfg.varlen_enabled else None
-            losses = self.forward(ids, targets, bounds=bounds, loops=self.loops)
-            self.scorer.add(torch.where(scored, place + 1, 0), losses)
+            self.charge(ids, targets, place, scored, bounds=bounds)
 
     def by_windows(self, stride: int, what: str) -> Score:
         """The score by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
@@ -3627,9 +3744,8 @@ class Evaluator:
             ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
             goes_on = (starts + high < ends).float()  # (size, 1)
             with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
-                losses = self.forward(ids, targets, hooks=adapters.hooks if adapters else NO_HOOKS, loops=self.loops)
-            self.scorer.add(torch.where(scored, place + 1, 0), losses.detach())  # charged; only then is it learned from
-            if adapters and high < longest:
+                losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
+            if adapters and high < longest:  # charged; only then is it learned from
                 adapters.learn((losses * goes_on).sum() / chunk)
 
     def warm_up(self) -> None:
@@ -3667,14 +3783,13 @@ AGREE_ADD_BOOST=0 ASYM_LOGIT_RESCALE=0 ATTN_GATE_ENABLED=0 ATTN_OUT_GATE_SRC=pro
 ETLB_CLIP=3 ETLB_ENABLED=0 ETLB_LR=0.05 ETLB_STEPS=5 EVAL_INCLUDE_TAIL=1 FUSED_CE_ENABLED=0 G1_GATING=0
 GATED_ATTN_INIT_STD=0.01 GATED_ATTN_QUANT_GATE=* GLOBAL_TTT_BATCH_SEQS=32 GLOBAL_TTT_EPOCHS=1 GLOBAL_TTT_GRAD_CLIP=1
 GLOBAL_TTT_MUON_NESTEROV=1 GLOBAL_TTT_MUON_NS_STEPS=5 GLOBAL_TTT_OPTIMIZER=sgd GLOBAL_TTT_RESPECT_DOC_BOUNDARIES=1
-GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 HEDGE_ENABLED=0
-LAWA_ENABLED=0 LAWA_FREQ=50 LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0
-MUON_BETA2=0.95 MUON_EQR_EPS=1e-7 MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0
-NGRAM_TILT_ENABLED=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0 QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS
-QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk
-ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005
-SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0 TARGET_MB=0 TOKEN_BOOST=0 TOKEN_ORDER=0
-TOKEN_THRESHOLD=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
+GLOBAL_TTT_WARMUP_CHUNKS=0 GLOBAL_TTT_WARMUP_START_LR=0 GPTQ_BLOCK_SIZE=* GPTQ_ENABLED=1 LAWA_ENABLED=0 LAWA_FREQ=50
+LAWA_K=5 LAYER_SCALE_INIT=1 LQER_ASYM_ENABLED=1 MTP_LOSS_WEIGHT=0 MTP_NUM_HEADS=0 MUON_BETA2=0.95 MUON_EQR_EPS=1e-7
+MUON_HUBER_DELTA=0.1 MUON_HUBER_WD=0 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 OPTROT_ENABLED=0 PREQUANT_TTT_ENABLED=0
+QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS QK_GAIN_SCHEDULE=[] QAT_LITE_TARGETS=qk QRES_ENABLED=0
+QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0
+SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0
+TARGET_MB=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
 TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
 TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
 TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
@@ -4065,6 +4180,10 @@ class Run:
             stages = stages[-1:]
         self.loaded = time.perf_counter()
         self.load(artifact, name)
+        self.val = dataclasses.replace(self.val)  # hints are made anew: on the evaluation's clock
+        if self.val.hints is not None:
+            self.rt.log(f"hints for {int((self.val.hints != IGNORE).sum())} targets in "
+                        f"{time.perf_counter() - self.loaded:.1f}s with loading")
         for stage in stages:
             if stage == "ttt":
                 if self.forward is not self.model:

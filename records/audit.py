@@ -50,6 +50,7 @@ CODE, ARTIFACT, RESULT, VERDICT = "train_gpt.packed.py", "final_model.int6.ptz",
 CHECKS = ("bytes", "single_pass", "normalized", "causal", "no_overlap", "score", "training")
 CAUSAL_TOLERANCE, NORMAL_TOLERANCE = 1e-5, 1e-4  # of losses in nats and of probabilities
 SUM_TOLERANCE, SCORE_TOLERANCE = 1e-6, 2e-4  # of one run's sums, relative; of bits per byte on two machines
+HEDGE_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # boosts that HEDGE_ENABLED mixes, in units of TOKEN_BOOST
 
 
 class AuditError(Exception):
@@ -161,7 +162,8 @@ def lone_bytes(sp: sentencepiece.SentencePieceProcessor, ids: list[int]) -> int:
 class Seen(NamedTuple):
     """What one evaluation of a text charged, over all processes; arrays are (n,), by place in the text."""
 
-    losses: Tensor  # float32, nats; index 0 is no target
+    losses: Tensor  # float64, nats, after the n-gram tilt if there is one; index 0 is no target
+    hints: Tensor  # int64: one more than the token that the tilt made likelier; 0 for none
     times: Tensor  # int64: how often each was charged
     row: Tensor  # int64: a number for the row of the forward pass that gave it
     other: int  # losses that were charged to a place where the text has another token than the model was asked for
@@ -171,7 +173,7 @@ class Seen(NamedTuple):
 
     @property
     def nats(self) -> float:
-        return float(self.losses[1:].double().sum())
+        return float(self.losses[1:].sum())
 
     def faults(self) -> list[str]:
         """What is wrong with which targets were charged and when."""
@@ -187,8 +189,9 @@ class Seen(NamedTuple):
 class Witness:
     """Stands before the model: knows what it is asked and can ask it again, in the state in which it is."""
 
-    def __init__(self, text: Text, forward, watched: list[int], verify: bool):
-        self.text, self.forward, self.watched, self.verify = text, forward, watched, verify
+    def __init__(self, text: Text, forward, watched: list[int], verify: bool, boosts: list[float]):
+        """`boosts`: of the logits of hints, by the n-gram tilt; none without one."""
+        self.text, self.forward, self.watched, self.verify, self.boosts = text, forward, watched, verify, boosts
         self.stream, self.chance = torch.from_numpy(text.tokens), torch.Generator().manual_seed(0)
         self.call = self.model = None
 
@@ -198,11 +201,13 @@ class Witness:
         return self.forward(model, ids, targets, *rest, **options)
 
     @torch.no_grad()
-    def ask(self, positions: Tensor, losses: Tensor, predictions: Tensor) -> Tensor:
+    def ask(self, positions: Tensor, losses: Tensor, hint_losses: Tensor | None, predictions: Tensor) -> Tensor:
         """Keep the distributions of the watched tokens that are charged here. Returns how far the losses are from
-        -log p: those charged, and those of other tokens that might have stood there. If none is, p adds up to 1.
+        -log p: those charged, those of hints, and those of other tokens that might have stood there. If none is, p adds
+        up to 1.
         """
         ids, targets, rest, options = self.call
+        hints, options = options.get("hints"), {name: v for name, v in options.items() if name != "hints"}
         watched = torch.tensor(self.watched, device=positions.device)
         which, row, column = (watched[:, None, None] == positions).nonzero(as_tuple=True)
         if not self.verify and not len(which):
@@ -211,6 +216,9 @@ class Witness:
         predictions[which.cpu()] = log_p[row, column].exp().cpu()
         place = positions.clamp(max=len(self.stream) - 1).cpu()
         gaps, tokens = [], self.stream[place].to(targets)  # what stands there, whatever was asked for
+        if hint_losses is not None and self.verify:
+            hinted = scored & (hints >= 0)
+            gaps.append(hint_losses[hinted].float() + log_p[hinted].gather(-1, hints[hinted][:, None])[:, 0])
         for n in range(4 if self.verify else 0):
             if n:
                 random = torch.randint(log_p.size(-1), targets.shape, generator=self.chance).to(targets)
@@ -227,15 +235,17 @@ class Recorder:
         """`asked`: the witness sees the model, which a compiled one would not let it."""
         self.script, self.witness, self.asked, self.inner, self.calls, self.rows = script, witness, asked, inner, 0, 0
         n, self.other, self.seen = len(witness.stream), 0, None
-        self.losses = torch.zeros(n)
-        self.times, self.turn, self.row = (torch.zeros(n, dtype=torch.int64) for _ in range(3))
+        self.losses, self.hint_losses = torch.zeros(2, n)
+        self.times, self.turn, self.row, self.hints = (torch.zeros(n, dtype=torch.int64) for _ in range(4))
         self.predictions, self.gaps = torch.zeros(len(witness.watched), witness.text.sp.vocab_size()), []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def add(self, positions: Tensor, losses: Tensor) -> None:
-        """Note what is charged: losses in nats to places in the text, 0 for none, of one shape (rows, length)."""
+    def add(self, positions: Tensor, losses: Tensor, *hint_losses: Tensor) -> None:
+        """Note what is charged: losses in nats to places in the text, 0 for none, of one shape (rows, length); with a
+        tilt also those of the hints.
+        """
         place, charged = positions.detach().flatten().cpu(), losses.detach().flatten().float().cpu()
         row = self.rows + torch.arange(len(place)) // positions.size(-1) + 1
         real = (place > 0) & (place < len(self.losses))
@@ -244,14 +254,19 @@ class Recorder:
         self.losses.index_add_(0, place, charged[real])
         self.times.index_add_(0, place, torch.ones_like(place))
         self.turn[place], self.row[place] = self.calls, row[real]
+        for charged in hint_losses:
+            self.hint_losses.index_add_(0, place, charged.detach().flatten().float().cpu()[real])
         if self.asked:
             asked = self.witness.call[1] if self.witness.call else positions.new_zeros(0)
             if asked.shape != positions.shape:
                 self.other += len(place)
             else:
                 self.other += int((asked.flatten().cpu()[real] != self.witness.stream[place]).sum())
-                self.gaps.append(self.witness.ask(positions, losses.detach(), self.predictions).cpu())
-        self.inner.add(positions, losses)
+                for hints in self.witness.call[3].get("hints", ())[None] if hint_losses else ():
+                    self.hints.index_add_(0, place, (hints + 1).clamp(min=0).flatten().cpu()[real])
+                hint = hint_losses[0].detach() if hint_losses else None
+                self.gaps.append(self.witness.ask(positions, losses.detach(), hint, self.predictions).cpu())
+        self.inner.add(positions, losses, *hint_losses)
 
     def finish(self) -> Any:
         """What the script's own makes of it. If that refuses, the auditor's own sums, so that the rest is seen too."""
@@ -262,14 +277,40 @@ class Recorder:
         counts = total(torch.tensor([self.other, int(back.sum())]))
         sums = total(torch.stack((gaps.sum(), torch.tensor(float(len(gaps))).double(), gaps.abs().sum())))
         most = total(gaps.abs().max() if len(gaps) else torch.zeros((), dtype=torch.float64), dist.ReduceOp.MAX)
-        self.seen = Seen(total(self.losses), total(self.times), total(self.row + (self.row > 0) * (rank << 40)),
-                         *counts.tolist(), total(self.predictions), torch.cat((sums, most[None])))
+        losses, hints, predictions = total(self.losses).double(), total(self.hints), total(self.predictions)
+        if self.witness.boosts:
+            tilt(self.witness, losses, total(self.hint_losses).double(), hints, predictions)
+        self.seen = Seen(losses, hints, total(self.times), total(self.row + (self.row > 0) * (rank << 40)),
+                         *counts.tolist(), predictions, torch.cat((sums, most[None])))
         try:
             return self.inner.finish()
         except self.script.RunError:
             nats, tokens = self.seen.nats, len(self.losses) - 1
             n_bytes = self.witness.text.count_bytes(self.witness.text.documents())
             return self.script.Score(nats / tokens, nats / (math.log(2) * n_bytes), tokens, n_bytes, 0.0)
+
+
+def tilt(witness: Witness, losses: Tensor, hint_losses: Tensor, hints: Tensor, predictions: Tensor) -> None:
+    """The n-gram tilt, in place: losses (n,) float64 and the watched distributions (watched, V), target by target.
+
+    A boost b makes of p the distribution p(x) e^(b [x is the hint]) / (1 + p(hint) (e^b - 1)). Boosts are mixed by
+    weights in proportion to exp(-what each has cost on the targets before). Where the model was not asked which token a
+    hint is, it is right if it costs what the target costs.
+    """
+    boosts = np.array(witness.boosts)
+    costs, watched = np.zeros(len(boosts)), {t: i for i, t in enumerate(witness.watched)}
+    for t in (hint_losses != 0).nonzero().flatten().tolist():
+        weights = np.exp(costs.min() - costs)
+        share = weights / weights.sum() / (1 + math.exp(-hint_losses[t]) * np.expm1(boosts))  # of what is no hint
+        if t in watched:
+            p, hint = predictions[watched[t]], int(hints[t]) - 1
+            p_hint = float(p[hint])
+            p *= share.sum()
+            p[hint] = p_hint * float((share * np.exp(boosts)).sum())
+        right = hints[t] == witness.stream[t] + 1 if hints[t] else abs(float(hint_losses[t] - losses[t])) < 1e-6
+        chances = math.exp(-losses[t]) * np.exp(boosts * bool(right)) * share * weights.sum() / weights
+        losses[t] = -math.log((chances * weights).sum() / weights.sum())
+        costs -= np.log(chances)
 
 
 def total(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -343,7 +384,9 @@ class Subject:
                  **changes: Any) -> Evaluation:
         """The script's whole evaluation of the artifact, all stages; on this text, or on what stands in `data_path`."""
         script, recorders, asked = self.script.fresh(), [], not data_path
-        witness = Witness(text, script.GPT.forward, list(watched), verify)
+        steps = HEDGE_STEPS if self.config.get("hedge_enabled") else (1.0,)
+        boosts = [self.config["token_boost"] * step for step in steps] if self.config.get("ngram_tilt_enabled") else []
+        witness = Witness(text, script.GPT.forward, list(watched), verify, boosts)
         kept = script.Scorer, script.GPT.forward, dist.init_process_group, dist.destroy_process_group
 
         def scorer(*arguments: Any, **options: Any) -> Recorder:
@@ -465,6 +508,7 @@ def draw_sample(subject: Subject) -> Sample:
     starts = [a for a, _ in short.documents()]
     half, long = starts[len(starts) // 2], starts[(len(starts) - 1) // 6 * 6]
     watched = {1, 2, half, half + 1, len(tokens) - 1}
+    hints = {"token_order": min(c["token_order"], 2), "token_threshold": 0.2} if c.get("ngram_tilt_enabled") else {}
     if not windowed:
         watched |= {chunk, long + chunk, long + chunk + 1}
     return Sample(short, starts, sorted(t for t in watched if 1 <= t < len(tokens)), {
@@ -473,7 +517,7 @@ def draw_sample(subject: Subject) -> Sample:
         "ttt_chunk_tokens": min(c["ttt_chunk_tokens"], 2 * stride),  # two windows
         "phased_ttt_prefix_docs": max(1, len(starts) // 2),
         "phased_ttt_num_phases": min(c["phased_ttt_num_phases"], 2),
-        "global_ttt_chunk_tokens": min(c["global_ttt_chunk_tokens"], half // 3 + 1)}, windowed)
+        "global_ttt_chunk_tokens": min(c["global_ttt_chunk_tokens"], half // 3 + 1)} | hints, windowed)
 
 
 def whole_end(text: Text, a: int, b: int) -> int:
@@ -487,6 +531,12 @@ def edges(seen: Seen) -> list[int]:
     """Targets on both sides of the first four edges between rows of forward passes."""
     first = (seen.row[2:] != seen.row[1:-1]).nonzero().flatten()[:4] + 2
     return sorted({*(first - 1).tolist(), *first.tolist()})
+
+
+def hinted(seen: Seen) -> list[int]:
+    """A few targets that have a hint."""
+    places = seen.hints.nonzero().flatten().tolist()
+    return places[:: max(1, len(places) // 4)][:5]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -660,7 +710,8 @@ def judge(subject: Subject, full: bool = False, names: tuple[str, ...] = CHECKS)
     plain = subject.evaluate(sample.text, **sample.changes)
     if not plain.stages:
         return {"single_pass": Check(False, "nothing was scored")}
-    watched = sorted({*sample.watched, *(edges(plain.stages[-1]) if sample.windowed else [])})
+    watched = sorted({*sample.watched, *hinted(plain.stages[-1]),
+                      *(edges(plain.stages[-1]) if sample.windowed else [])})
     base = subject.evaluate(sample.text, watched, verify=True, **sample.changes)
     checks = {"bytes": lambda: check_bytes(subject, sample, plain, n_bytes),
               "single_pass": lambda: check_order(subject, plain),

@@ -89,11 +89,10 @@ def read_run(folder: Path) -> Run:
 
 
 def role_of(name: str) -> str:
-    """Key of ROLES for what an artifact stores under a name: "bigram" for "bigram_table", "q" for "q" and "q.0"."""
-    stem = name.split(".")[0]
-    if stem.split("_")[0] in ("bigram", "ve", "embed"):
-        stem = stem.split("_")[0].replace("embed", "emb")
-    return stem if stem in ROLES else ""
+    """Key of ROLES for what an artifact stores under a name: "bigram" for "bigram_table"."""
+    if name.split("_")[0] in ("bigram", "ve", "embed"):
+        name = name.split("_")[0].replace("embed", "emb")
+    return name if name in ROLES else ""
 
 
 def artifact_bytes(run: Run) -> dict[str, float]:
@@ -108,7 +107,7 @@ def artifact_bytes(run: Run) -> dict[str, float]:
     compressor = run.result["compressor"]
     parts: dict[str, dict] = {}
     for name, item in stored.items():
-        parts.setdefault(role_of(name), {})[name] = item
+        parts.setdefault("lqer" if item.form == "low rank" else role_of(name), {})[name] = item
     empty, header = (len(tg.write_artifact(content, {}, compressor)) for content in ({}, settings))
     alone = {role: len(tg.write_artifact({}, part, compressor)) - empty
              for role, part in tqdm(parts.items(), f"packing {run.name} by role", disable=None)}

@@ -87,7 +87,8 @@ EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
     {}, {"eval_stride": 0}, {"varlen_enabled": 1}, {"ttt_mode": "chunk"}, {"ttt_mode": "chunk", "varlen_enabled": 1},
     {"ttt_mode": "lora"}, {"ttt_mode": "lora", "ttt_optimizer": "sgd", "ttt_doc_order": "sorted"},
     {"ttt_mode": "phased", "phased_ttt_num_phases": 3, "eval_budget_seconds": 0.001},
-    {"ttt_mode": "lora", "dtype": "bf16"}, {"varlen_enabled": 1, "eval_seq_len": 192}], ids=str)
+    {"ttt_mode": "lora", "dtype": "bf16"}, {"varlen_enabled": 1, "eval_seq_len": 192},
+    {"ngram_tilt_enabled": 1}, {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased"}], ids=str)
 def test_a_clean_run_passes(judged, changes):
     checks = judged(*EVALUATED, **changes)
     assert all(check.ok and check.detail for check in checks.values()), checks
@@ -277,7 +278,46 @@ def trains_on_validation(script):
     script.Windows.__init__ = planted
 
 
+def hints_with(change):
+    """Plant `change(hints, tokens, order)` where the script finds hints."""
+    def plant(script):
+        real = script.find_hints
+        script.find_hints = lambda tokens, order, threshold: change(real(tokens, order, threshold), tokens, order)
+    return plant
+
+
+def counted_too_early(hints, tokens, order):
+    """As if a token were in the table when its own hint is looked up: in a new context it is its own hint."""
+    known, hints = set(), hints.clone()
+    for t in range(order - 1, len(tokens)):
+        context = tuple(tokens[t - order + 1 : t].tolist())
+        if context not in known:
+            hints[t] = tokens[t]
+        known.add(context)
+    return hints
+
+
+def not_normalized(script):
+    """The hint is raised, and nothing is taken from the others."""
+    def apply(self, losses, hint_losses):
+        losses = losses.double()
+        losses[self.places] -= self.boosts[-1] * self.right
+        return losses
+    script.Tilt.apply = apply
+
+
+def hedge_that_knows_the_end(script):
+    """The boost that is best in all, from the start."""
+    real = script.Tilt.apply
+
+    def apply(self, losses, hint_losses):
+        each = [real(self._replace(boosts=[boost]), losses.clone(), hint_losses) for boost in self.boosts]
+        return min(each, key=lambda found: float(found.sum()))
+    script.Tilt.apply = apply
+
+
 LORA, VARLEN = {"ttt_mode": "lora", "eval_stride": 0}, {"varlen_enabled": 1, "eval_stride": 0}
+TILT = {"ngram_tilt_enabled": 1, "eval_stride": 0}
 FAULTS = {  # the check that names it, settings, what is planted
     "an attention mask off by one": ("causal", LORA, off_by_one),
     "the same inside documents": ("causal", VARLEN, off_by_one),
@@ -309,6 +349,14 @@ FAULTS = {  # the check that names it, settings, what is planted
     "another score than was computed": ("score", {}, finish_with(val_bpb=lambda v: 0.99 * v)),
     "another loss than was computed": ("score", LORA, finish_with(val_loss=lambda v: v - 1e-4)),
     "training on validation shards": ("training", {}, trains_on_validation),
+    "a tilt that reads its own target": ("causal", TILT, hints_with(
+        lambda hints, tokens, _: torch.where(hints >= 0, tokens.long(), hints))),
+    "the same where documents have adapters": ("causal", TILT | LORA, hints_with(
+        lambda hints, tokens, _: torch.where(hints >= 0, tokens.long(), hints))),
+    "a tilt that counts a token before it is scored": ("causal", TILT, hints_with(counted_too_early)),
+    "a tilt that looks ahead": ("causal", TILT, hints_with(lambda hints, tokens, _: hints.roll(-1))),
+    "a tilt that is not normalized": ("score", TILT, not_normalized),
+    "Hedge that knows the end": ("score", TILT | {"hedge_enabled": 1}, hedge_that_knows_the_end),
 }
 
 

@@ -225,7 +225,8 @@ def test_bad_values_of_aliases_are_refused_under_their_name(environ, words):
 
 
 @pytest.mark.parametrize("given", [
-    "NGRAM_TILT_ENABLED=1", "ASYM_LOGIT_RESCALE=True", "TOKEN_BOOST=2.625", "LAYER_SCALE_INIT=0.1", "SLOT_ENABLED=1",
+    "NGRAM_HINT_PRECOMPUTE_OUTSIDE=1", "ASYM_LOGIT_RESCALE=True", "WITHIN_BOOST=0.75", "LAYER_SCALE_INIT=0.1",
+    "SLOT_ENABLED=1",
     "TARGET_MB=15.9", "QRES_ENABLED=1", "ETLB_ENABLED=1", "LAWA_ENABLED=true", "MTP_NUM_HEADS=2", "OPTROT_ENABLED=1",
     "PREQUANT_TTT_ENABLED=1", "SLIDING_WINDOW_ENABLED=0", "TTT_WARM_START_A=1", "GPTQ_ENABLED=0", "WORD_BOOST=0.5",
     "GLOBAL_TTT_OPTIMIZER=muon", "QK_BITS=5", "ROPE_TRAIN_SEQ_LEN=1024", "TRAIN_SEQ_SCHEDULE=1024@0.1,2048@1",
@@ -236,7 +237,7 @@ def test_what_this_script_has_not_is_told_by_a_line_of_its_own(given):
 
 
 @pytest.mark.parametrize("given", [
-    "NGRAM_TILT_ENABLED=0", "ASYM_LOGIT_RESCALE=False", "AGREE_ADD_BOOST=0.0", "LAYER_SCALE_INIT=1.0",
+    "NGRAM_HINT_PRECOMPUTE_OUTSIDE=0", "ASYM_LOGIT_RESCALE=False", "AGREE_ADD_BOOST=0.0", "LAYER_SCALE_INIT=1.0",
     "WITHIN_TAU=99.0", "QK_BITS=6", "QK_BITS=5 MATRIX_BITS=5", "ROPE_TRAIN_SEQ_LEN=1024 TRAIN_SEQ_LEN=1024",
     "GPTQ_ENABLED=True", "QK_GAIN_SCHEDULE=[]", "VAL_BATCH_TOKENS=524288", "VAL_BATCH_SIZE=1", "TTT_OUTPUT_DIR=",
     "EMBED_LR=0.6", "LQER_ASYM_ENABLED=1", "GATED_ATTN_QUANT_GATE=1", "GATED_ATTN_QUANT_GATE=False",
@@ -256,8 +257,8 @@ def test_names_of_elsewhere_are_no_settings_of_ours():
 
 
 def test_config_and_log_tell_what_is_not_here(tiny, tmp_path):
-    given = {"NGRAM_TILT_ENABLED": "1", "TOKEN_BOOST": "2.625", "WORD_BOOST": "0"}
-    lines = ["NGRAM_TILT_ENABLED=1: not in this script", "TOKEN_BOOST=2.625: not in this script"]
+    given = {"ASYM_LOGIT_RESCALE": "1", "WITHIN_BOOST": "0.75", "WORD_BOOST": "0"}
+    lines = ["ASYM_LOGIT_RESCALE=1: not in this script", "WITHIN_BOOST=0.75: not in this script"]
     done = run_script(given, "--config")
     assert done.returncode == 0 and json.loads(done.stdout)["not_here"] == lines
     assert done.stderr.splitlines() == [f"note: {line}" for line in lines]

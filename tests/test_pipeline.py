@@ -324,7 +324,8 @@ def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, setti
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     run = SimpleNamespace(cfg=tg.Settings(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
-                          window_stage=stage, load=lambda *_: advance(3), rt=SimpleNamespace(largest=float))
+                          window_stage=stage, load=lambda *_: advance(3), rt=SimpleNamespace(largest=float),
+                          val=tg.Validation(torch.zeros(2), torch.ones(2), 1, None))
     assert tg.Run.score(run, b"", "x") == seconds
     assert list(run.stages) == stages
     assert run.loaded == clock.now - seconds and began[-1] == run.loaded  # from where the budget counts
