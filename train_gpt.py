@@ -323,6 +323,9 @@ class Settings:
     ttt_lora_alpha: float = setting(144.0, "eval", "TTT adapters: their output is scaled by "
                                     "TTT_LORA_ALPHA/TTT_LORA_RANK")
     ttt_lora_lr: float = setting(1e-4, "eval", "TTT adapters: learning rate")
+    ttt_local_lr_mult: float = setting(1.0, "eval", "TTT adapters: factor on TTT_LORA_LR")
+    ttt_short_score_first_steps: str = setting("", "eval", "TTT adapters: chunks of short documents; 256:8,2000:24: 8 "
+                                               "tokens up to 256, 24 up to 2000")
     ttt_optimizer: str = setting("adamw", "eval", "TTT adapters: optimizer", choices="adamw sgd",
                                  aliases={"TTT_OPTIMIZER": {"adam": "adamw"}})
     ttt_beta1: float = setting(0.0, "eval", "TTT adapters: AdamW beta 1", high=0.999999)
@@ -402,6 +405,16 @@ class Settings:
         whole = text == ",".join(f"{at}:{loops}" for at, loops in found)
         fits = whole and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
         return stages if fits and self.num_loops else []
+
+    def ttt_chunks(self) -> list[tuple[float, int]]:
+        """(longest document, tokens of its chunks) in ascending order, of TTT_SHORT_SCORE_FIRST_STEPS but at most
+        TTT_CHUNK_SIZE, then of all others; empty if it is not such a list.
+        """
+        text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
+        found = [(int(longest), int(chunk)) for longest, chunk in re.findall(r"(\d+):(\d+)", text)]
+        fits = text == ",".join(f"{longest}:{chunk}" for longest, chunk in found) and found == sorted(found)
+        usual, fits = self.ttt_chunk_size, fits and all(chunk for _, chunk in found)
+        return [*((longest, min(chunk, usual)) for longest, chunk in found), (math.inf, usual)] if fits else []
 
     @property
     def row_tokens(self) -> int:
@@ -1283,7 +1296,7 @@ def atomic_write(path: str) -> Iterator[Any]:
 
 
 def save_tensors(path: str, content: dict[str, Any]) -> None:
-    """torch.save, atomically; by way of memory, because its own writer hides what the disk says."""
+    """torch.save, atomically. It goes through memory, because torch's writer hides errors of the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     with atomic_write(path) as file:
@@ -2500,7 +2513,7 @@ def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
         before = [p.requires_grad for p in tables]
         for p in tables:
             p.requires_grad_(True)
-        with torch.enable_grad():  # all that the tables' gradients pass is felt
+        with torch.enable_grad():  # gradients of the tables pass through every layer, and so through every hook
             for ids, targets in zip(batch.ids.split(rows), batch.targets.split(rows)):
                 bounds = batch.bounds and Bounds.find(ids, model.bos, batch.bounds.max_len)
                 torch.autograd.grad(model(ids, targets, bounds, hooks).sum(), tables, allow_unused=True)
@@ -2662,7 +2675,7 @@ def octaves(exponents: Tensor) -> Tensor:
 
 
 class Curvature(NamedTuple):
-    """What the loss feels of errors in a group's weights: E_ij costs about ½ (2^row_i 2^(col_j/4) E_ij)² a token."""
+    """How sensitive the loss is to a group's weights: an error E_ij costs ½ (2^row_i 2^(col_j/4) E_ij)² nats."""
 
     row: Tensor  # (n, rows) fp32, log2
     col: Tensor  # (n, cols) int8, quarters of an octave
@@ -2672,12 +2685,13 @@ class Curvature(NamedTuple):
 @torch.no_grad()
 def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
                factors: dict[str, Factors]) -> dict[str, Curvature]:
-    """The Kronecker-factored Fisher of every group that is quantized: F_i = E[g_i²] by row, and by column what GPTQ
-    makes of H = E[xxᵀ], d_j² = 1/U_jj². Our own derivation; it needs no other than the calibration pass.
+    """The Kronecker-factored Fisher information of every group that is quantized. Its factors are F_i = E[g_i²] for a
+    row, g being the gradient of its output, and for a column d_j² = 1/U_jj², U being GPTQ's factor of H = E[xxᵀ]. We
+    derived it ourselves. It needs nothing but the calibration pass.
 
-    Tables are felt by how often and how much each row is read, a tied embedding as input and as head. Each of their
-    rows counts as read half a time more often than calibration saw it (Krichevsky and Trofimov's estimate), for the
-    text to be scored reads others; rows of other matrices count 1 % of the average more.
+    A table's row has the squared gradients of all its lookups. A tied embedding has those and its part as the head.
+    The text to be scored looks up rows that calibration did not: each row of a table counts as looked up half a time
+    more (Krichevsky and Trofimov's estimate). Rows of other matrices get 1 % of the average on top.
     """
     visits = Counter(layer for layer, _ in virtual_layers(cfg, cfg.num_loops))
     found = {}
@@ -2706,10 +2720,12 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
 
 
 def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]:
-    """Steps for equal costs: exponents by row and column, int8, of 2^((row + col)/4), for c = 2^finest.
+    """Steps at which every weight's error costs the same: exponents by row and column, int8, of 2^((row + col)/4), for
+    c = 2^finest.
 
-    Rows are rounded up or down by turns (golden section), so that rows felt alike, as those of tokens that calibration
-    never met, do not all take their next step at one c: the artifact's size would jump there.
+    Rows of tokens that calibration never met are all equally sensitive. If they were rounded alike, they would all take
+    their next step at one c, and the artifact's size would jump there. So each row is rounded with another offset (the
+    golden section times its number).
     """
     rows = torch.arange(curvature.row.size(1), device=curvature.row.device)
     row = (4 * (finest - curvature.row) + rows * 0.6180339887 % 1).floor()
@@ -2723,9 +2739,9 @@ def common_part(table: Tensor) -> tuple[Tensor, Tensor]:
     """Factors, int8 (rank, rows) within ±15 and int16 (rank, cols), of the largest singular parts of a table (rows,
     cols) in units of its steps; zeros where they would not pay for themselves.
 
-    Rows that training seldom reaches stay alike. Rounded by themselves they would all err alike, and the logits of all
-    rare tokens move together, which the loss feels much more than F says; coded by themselves they would repeat what
-    they have in common.
+    Rows of rare tokens are nearly the same. If each was rounded by itself, they would all have the same error, and the
+    logits of all rare tokens would move together, which costs much more than F says. If each was coded by itself, they
+    would repeat what they have in common.
     """
     table, size = table.float(), table.float().norm(dim=1, keepdim=True)
     short = table * (2 * size.median() / size.clamp(min=1e-9)).clamp(max=1)  # rows with fine steps must not lead
@@ -2904,7 +2920,7 @@ LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
 
 
 def compress(data: bytes, compressor: str) -> bytes:
-    """Bytes of which nothing is known; beside codes coded by `ans` these go by LZMA."""
+    """A general compressor's form of any bytes. With COMPRESSOR=ans it is LZMA, for all but the codes."""
     if compressor == "brotli":
         return import_packer("brotli").compress(data, quality=11, lgwin=24)
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
@@ -3511,7 +3527,7 @@ def half_cosine(i: int, last: int) -> float:
 
 
 class Budget:
-    """Whether there is time to adapt: while the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
+    """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, work: int, share: float):
         """`work`: what this rank has to do, in any unit; `share`: how much of its time scoring alone would take."""
@@ -3539,7 +3555,7 @@ def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
 
 
 def padded_tokens(batch: list[tuple[int, int]]) -> int:
-    """What a batch of documents costs: every one is as long as the longest."""
+    """The cost of a batch of documents: each is padded to the length of the longest."""
     return len(batch) * max(b - a for a, b in batch)
 
 
@@ -3565,15 +3581,16 @@ def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int
 
 
 class DocumentAdapters:
-    """LoRA adapters for a batch of documents, one set per virtual layer, and their optimizer (PR 1530, 1536, 1619).
+    """LoRA adapters for a batch of documents, one set a virtual layer, and their optimizer (PR 1530, 1536, 1619).
 
-    They are leaves of the autograd graph; the model's own weights require no gradient any more.
+    The adapters are leaves of the autograd graph. The model's weights no longer require gradients.
     """
 
     def __init__(self, cfg: Settings, model: GPT):
-        """A uniform in ±1/sqrt(in), the same for every document, so that no batch or order changes it; B zero."""
+        """A is uniform in ±1/sqrt(in) and the same for every document, whatever its batch. B is zero."""
         device = model.requires_grad_(False).tok_emb.device
-        self.cfg, generator = cfg, torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
+        self.cfg, self.lr = cfg, cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
+        generator = torch.Generator().manual_seed(0)  # not SEED: the score is the artifact's
         d, kv, rank = cfg.model_dim, model.kv_bank.size(1), cfg.ttt_lora_rank
         shapes = {"q": (d, d), "k": (d, kv), "v": (d, kv), "o": (d, d), "mlp": (d, d)}  # role -> (in, out)
         beside = {"o": "attn"} if cfg.ttt_lora_o_input == "norm" else {}
@@ -3596,15 +3613,15 @@ class DocumentAdapters:
         for leaf, value in zip(self.leaves, self.initial):
             leaf.copy_(value.expand_as(leaf))
         if self.cfg.ttt_optimizer == "adamw":
-            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.cfg.ttt_lora_lr, eps=1e-8, foreach=True,
+            self.optimizer = torch.optim.AdamW(self.leaves, lr=self.lr, eps=1e-8, foreach=True,
                                                betas=(self.cfg.ttt_beta1, self.cfg.ttt_beta2),
                                                weight_decay=self.cfg.ttt_weight_decay)
         else:
-            self.optimizer = torch.optim.SGD(self.leaves, lr=self.cfg.ttt_lora_lr, foreach=True,
+            self.optimizer = torch.optim.SGD(self.leaves, lr=self.lr, foreach=True,
                                              weight_decay=self.cfg.ttt_weight_decay)
 
     def learn(self, loss: Tensor) -> None:
-        """One step on a loss that is a sum over documents, so that each one's adapters see only its own text."""
+        """One step. The loss is a sum over documents, so a document's adapters get gradients from its text alone."""
         for leaf, grad in zip(self.leaves, torch.autograd.grad(loss, self.leaves)):
             leaf.grad = grad
         self.optimizer.step()
@@ -3727,26 +3744,31 @@ class Evaluator:
         widths. A document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of
         that length.
         """
-        cfg, tokens = self.cfg, self.val.tokens
-        longest, size = max(b - a for a, b in batch), cfg.ttt_batch_size
-        chunk = cfg.ttt_chunk_size if adapters else max(1, cfg.ttt_eval_seq_len // 4)
-        starts, ends = torch.tensor(batch + [(0, 0)] * (size - len(batch)), device=tokens.device).mT[:, :, None]
+        cfg, tokens, usual = self.cfg, self.val.tokens, max(1, self.cfg.ttt_eval_seq_len // 4)
+        sizes = [usual] * len(batch)  # of each document's chunks
         if adapters:
             adapters.reset()
-        for low in range(0, longest, chunk):
-            high, width = low + chunk, chunk
-            while width < min(high, cfg.ttt_eval_seq_len):
+            usual = cfg.ttt_chunk_size
+            sizes = [next(chunk for most, chunk in cfg.ttt_chunks() if b - a <= most) for a, b in batch]
+        spare = cfg.ttt_batch_size - len(batch)
+        starts, ends = torch.tensor(batch + [(0, 0)] * spare, device=tokens.device).mT[:, :, None]
+        chunk = torch.tensor(sizes + [usual] * spare, device=tokens.device)[:, None]
+        lengths = [(b - a, size) for (a, b), size in zip(batch, sizes)]
+        for i in range(max(-(-length // size) for length, size in lengths)):
+            low, high, width = i * chunk, (i + 1) * chunk, usual
+            reach = max((i + 1) * size for length, size in lengths if i * size < length)
+            while width < min(reach, cfg.ttt_eval_seq_len):
                 width *= 2
             width = min(width, cfg.ttt_eval_seq_len)
             first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
             place = first + torch.arange(width, device=tokens.device)
             scored = (place >= starts + low) & (place < starts + high) & (place < ends)
             ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
-            goes_on = (starts + high < ends).float()  # (size, 1)
+            goes_on = (starts + high < ends) * (usual / chunk)  # (size, 1), with the loss a mean over the chunk
             with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
                 losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
-            if adapters and high < longest:  # charged; only then is it learned from
-                adapters.learn((losses * goes_on).sum() / chunk)
+            if adapters and any((i + 1) * size < length for length, size in lengths):  # charged; only now learned from
+                adapters.learn((losses * goes_on).sum() / usual)
 
     def warm_up(self) -> None:
         """Compile the graphs of test-time training: on one long random document, and by a step that changes nothing."""
@@ -3790,10 +3812,10 @@ QK_BITS=MATRIX_BITS QK_CLIP_SIGMAS=MATRIX_CLIP_SIGMAS QK_GAIN_SCHEDULE=[] QAT_LI
 QRES_LAYER_START=7 QRES_RANK=1 QRES_TARGETS=qk ROPE_TRAIN_SEQ_LEN=TRAIN_SEQ_LEN SEQ_CHANGE_WARMUP_STEPS=0
 SLIDING_WINDOW_ENABLED=1 SLOT_ENABLED=0 SLOT_LR=0.005 SLOT_STEPS=8 SMEAR_GATE_BOS_FIX=1 SPARSE_ATTN_GATE_INIT_STD=0
 TARGET_MB=0 TRAIN_SEQ_SCHEDULE=0 TTT_ADAPTIVE_LR=0 TTT_BATCH_SEQS=32 TTT_EVAL_BATCHES=0 TTT_FREEZE_BLOCKS=0
-TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LOCAL_LR_MULT=1 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1
-TTT_OUTPUT_DIR=0 TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_SHORT_SCORE_FIRST_STEPS=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1
-TTT_WARM_START_A=0 VAL_BATCH_SIZE=* VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0
-WITHIN_TAU=99 WORD_BOOST=0 WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
+TTT_GRAD_CLIP=1 TTT_GRAD_STEPS=1 TTT_GRAD_STEPS_CLEAN=0 TTT_LORA_EMA_DECAY=0 TTT_LR_DECAY=1 TTT_OUTPUT_DIR=0
+TTT_PHASES=1 TTT_POLYAK_DECAY=0 TTT_TARGET_LAYERS=0 TTT_UPDATE_EVERY=1 TTT_WARM_START_A=0 VAL_BATCH_SIZE=*
+VAL_BATCH_TOKENS=* VAL_DOC_FRACTION=1 WARMDOWN_ITERS=0 WITHIN_BOOST=0 WITHIN_TAU=99 WORD_BOOST=0
+WORD_NORMALIZE=strip_punct_lower WORD_ORDER=4 WORD_TAU=99
 """.split())
 
 
@@ -3861,6 +3883,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.ttt_mode in ("lora", "phased") and cfg.ttt_chunk_size > cfg.ttt_eval_seq_len,
          "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
          f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
+        (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
         (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",
          "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
         (cfg.max_wallclock_seconds and (cfg.gptq_reserve_seconds or 0) >= cfg.max_wallclock_seconds,

@@ -213,16 +213,23 @@ def initial_adapters(cfg: tg.Settings, model: tg.GPT) -> dict:
     return {tuple(site): (pair.a[0], pair.b[0]) for site, pair in adapters.hooks.adapters.items()}
 
 
+def chunk_by_hand(cfg: tg.Settings, length: int) -> int:
+    """Tokens of the chunks of a document of this length."""
+    pairs = [pair.split(":") for pair in cfg.ttt_short_score_first_steps.split(",") if pair]
+    return min([int(chunk) for longest, chunk in pairs if length <= int(longest)], default=cfg.ttt_chunk_size)
+
+
 def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
     """Losses of targets 1..N-1: documents one by one, chunk by chunk, the optimizer written out."""
     losses, ids, initial = torch.full((len(tokens),), math.nan, dtype=torch.float64), tokens.tolist(), None
-    initial = initial_adapters(cfg, model)
+    initial, lr = initial_adapters(cfg, model), cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
     for targets in documents_by_hand(tokens):
         net, begin = Adapted(cfg, model, initial), targets[0] - 1
         leaves = [t for pair in net.pairs.values() for t in pair]
         squares, means, steps = [0.0] * len(leaves), [0.0] * len(leaves), 0
-        for low in range(0, len(targets), cfg.ttt_chunk_size):
-            high = low + cfg.ttt_chunk_size
+        size = chunk_by_hand(cfg, len(targets))
+        for low in range(0, len(targets), size):
+            high = low + size
             mine = targets[low:high]
             first = begin + max(0, min(high, len(targets)) - cfg.ttt_eval_seq_len)
             wanted = [ids[i + 1] if i + 1 in mine else tg.IGNORE for i in range(first, mine[-1])]
@@ -231,15 +238,15 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
             if high >= len(targets):
                 break  # the last chunk is only scored
             steps += 1
-            for i, g in enumerate(torch.autograd.grad(charged.sum() / cfg.ttt_chunk_size, leaves)):
+            for i, g in enumerate(torch.autograd.grad(charged.sum() / size, leaves)):
                 with torch.no_grad():
-                    leaves[i] *= 1 - cfg.ttt_lora_lr * cfg.ttt_weight_decay
+                    leaves[i] *= 1 - lr * cfg.ttt_weight_decay
                     if cfg.ttt_optimizer == "adamw":
                         means[i] = cfg.ttt_beta1 * means[i] + (1 - cfg.ttt_beta1) * g
                         squares[i] = cfg.ttt_beta2 * squares[i] + (1 - cfg.ttt_beta2) * g * g
                         root = (squares[i] / (1 - cfg.ttt_beta2**steps)).sqrt() + 1e-8
                         g = means[i] / (1 - cfg.ttt_beta1**steps) / root
-                    leaves[i] -= cfg.ttt_lora_lr * g
+                    leaves[i] -= lr * g
     return losses[1:]
 
 
@@ -250,6 +257,8 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
     {"ttt_chunk_size": 10}, {"ttt_chunk_size": 1, "ttt_eval_seq_len": 6, "ttt_weight_decay": 0.0,
      "ttt_optimizer": "sgd"}, {"ttt_lora_o_input": "attention"},
     {f"ttt_{other}_lora": other == "o" for other in ROLES} | {"ttt_lora_o_input": "attention"},
+    {"ttt_local_lr_mult": 0.4}, {"ttt_short_score_first_steps": "5:2,20:3"},
+    {"ttt_short_score_first_steps": "22:3", "ttt_optimizer": "sgd", "ttt_batch_size": 4},
     *({f"ttt_{role}_lora": False} for role in ROLES),
     *({f"ttt_{other}_lora": other == role for other in ROLES} for role in ROLES),
 ], ids=str)
@@ -265,6 +274,18 @@ def test_adapters_equal_a_slow_reference(changes):
     if cfg.ttt_lora_o_input == "norm" and "o" in on:
         on = on - {"o"} | {"attn"}
     assert {site.role for site in tg.DocumentAdapters(cfg, model).hooks.adapters} == on
+
+
+@pytest.mark.parametrize("text", ["5", "5:", "5:0", "9:2,4:1", "4:1;9:2", "4:1,", "x"])
+def test_chunks_that_are_no_list_are_refused(text):
+    with pytest.raises(tg.RunError, match="TTT_SHORT_SCORE_FIRST_STEPS=.* takes ascending lengths"):
+        config(ttt_short_score_first_steps=text)
+
+
+def test_chunks_are_at_most_the_usual_ones():
+    assert config(ttt_chunk_size=4, ttt_short_score_first_steps="5:2,9:24").ttt_chunks() == [
+        (5, 2), (9, 4), (math.inf, 4)]
+    assert config(ttt_short_score_first_steps="0").ttt_chunks() == config().ttt_chunks() == [(math.inf, 4)]
 
 
 def test_adapters_start_as_specified():
