@@ -66,7 +66,7 @@ def test_every_fault_of_a_gpus_machine_is_in_troubleshooting():
 
 def known_value(part: str) -> bool:
     """Parts that the script fills in: a system's message, a split's name, a kind of number."""
-    return part in ("No space left on device", "no fineweb_train_*.bin there", "takes an integer", "OVER by",
+    return part in ("No space left on device", "no fineweb_train_*.bin there", "takes a whole number", "OVER by",
                     "has fineweb_val_bytes_*.bin", "has no pieces for CaseOps")
 
 
