@@ -1920,7 +1920,7 @@ class Windows:
     """Rows of the training shards in one global order that no number of ranks changes.
 
     Row g of the run is row g mod n of epoch g // n, an epoch being a permutation of all rows drawn from (SEED, epoch).
-    A row is a window of TRAIN_SEQ_LEN, or with VARLEN one or several windows of documents side by side. It holds one
+    A row is a window of TRAIN_SEQ_LEN, or with VARLEN one or several windows of documents in a row. It holds one
     token more than its length, the next one starts at that token. The position in the run is the one number g.
     """
 
@@ -3234,7 +3234,7 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     count = sum(views[name].numel() for name in curved)
     octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
                              .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
-    bits = octaves_wide + math.log2(4.133)  # of a Gaussian weight under steps from c = 2^0 on (techniques.md)
+    bits = octaves_wide + math.log2(4.133)  # entropy of a Gaussian weight over steps from c = 2^0 on: √(2πe) = 4.133
     finest, tried, best = bits - FINEST_BITS, [], b""
     at = max(finest, bits - 8 * room / max(count, 1))
     for _ in range(12):
@@ -3667,7 +3667,7 @@ class Evaluator:
             self.charge(ids, targets, place, scored, bounds=bounds)
 
     def by_windows(self, stride: int, what: str) -> Score:
-        """The score by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
+        """The score by windows `stride` apart, which do not overlap if that is EVAL_SEQ_LEN, without any adaptation."""
         self.score_windows(find_windows(self.cfg, self.val, stride), what)
         return self.scorer.finish()
 

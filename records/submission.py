@@ -254,7 +254,7 @@ FEATURES = (
     Feature(r"self-?generated|calibrat\w* on its own", lambda c: c["gptq_calibration"] == "self",
             "calibrated on its own samples (self-generated text)"),
     Feature(r"weighted steps", lambda c: c["quant_allocation"] == "auto",
-            "weighted steps: as fine as the budget allows, by what the loss feels"),
+            "weighted steps: from the loss's sensitivity, as fine as the budget allows"),
     Feature(r"sd-?clip", lambda c: c["quant_allocation"] == "sdclip",
             "SDClip's grid: matrices {matrix_bits} bits, embedding {embed_bits} bits"),
     Feature(r"\bLQER\b", lambda c: c["lqer_enabled"], "LQER: rank {lqer_rank} on {lqer_top_k} matrices"),
@@ -262,6 +262,9 @@ FEATURES = (
     Feature(r"\blzma", lambda c: c["compressor"] == "lzma", "LZMA"),
     Feature(r"\bANS\b|asymmetric numeral|entropy.?cod", lambda c: c["compressor"] == "ans",
             "ANS under tables of expected size"),
+    Feature(r"n-?gram|\btilt", lambda c: c["ngram_tilt_enabled"], "n-gram tilt of order {token_order}, boost "
+            "{token_boost:g}"),
+    Feature(r"\bhedge", lambda c: c["ngram_tilt_enabled"] and c["hedge_enabled"], "Hedge over boosts"),
     Feature(r"sliding", lambda c: c["eval_stride"] > 0,
             "sliding window of {eval_seq_len} tokens, stride {eval_stride}"),
     Feature(r"\bTTT\b|test-?time train", lambda c: c["ttt_mode"] != "none",
