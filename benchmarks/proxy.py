@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
-from shards import Parser, atomic_write, file_sha256, find_shards, interrupt_on_sigterm, one_line
+from shards import Parser, at_least, atomic_write, file_sha256, find_shards, run_tool
 
 import train_gpt as tg
 
@@ -95,7 +96,10 @@ class Run(NamedTuple):
 
 def read_settings(words: list[str]) -> dict[str, str]:
     """NAME=value words as the script has them: by its own name for each, 1 for true. ValueError for others."""
-    chosen = tg.read_environment(given := dict(word.partition("=")[::2] for word in words)).explicit
+    try:
+        chosen = tg.read_environment(given := dict(word.partition("=")[::2] for word in words)).explicit
+    except tg.RunError as error:
+        raise ValueError(error) from error
     if wrong := [word for word in words if "=" not in word] + sorted(set(given) - (NAMES - OWN)):
         raise ValueError(f"{wrong[0]}: takes NAME=value with a setting of train_gpt.py that this command leaves free")
     return {name.upper(): "auto" if value is None else str(tg.shown(value)) for name, value in chosen.items()}
@@ -276,16 +280,42 @@ def print_table(table: list[dict[str, Any]], args: argparse.Namespace, source: b
 def local_data(vocab_size: str) -> tuple[Path, Path]:
     """The shards and the tokenizer of the smoke run, made where they are not there yet."""
     data, name = ROOT / "data", f"local_sp{vocab_size}"
-    texts = [data / "local" / f"docs_{split}.jsonl" for split in ("train", "val")]
-    if not texts[1].exists():
-        subprocess.run([sys.executable, data / "local_corpus.py", "--out", data / "local"], check=True)
-    if not (data / "datasets" / name).exists():
-        subprocess.run([sys.executable, data / "tokenize_docs.py", "--train", texts[0], "--val", texts[1],
-                        "--out", data, "--name", name, "--vocab-size", vocab_size], check=True)
+    train, val = (data / "local" / f"docs_{split}.jsonl" for split in ("train", "val"))
+    for made, tool, *options in (
+            (val, "local_corpus.py", "--out", data / "local"),
+            (data / "datasets" / name, "tokenize_docs.py", "--train", train, "--val", val, "--out", data,
+             "--name", name, "--vocab-size", vocab_size)):
+        if not made.exists() and subprocess.run([sys.executable, data / tool, *options]).returncode:
+            raise ValueError(f"{made}: could not be made")
     return data / "datasets" / name, data / "tokenizers" / f"local_{vocab_size}_bpe.model"
 
 
-def read_arguments(argv: list[str] | None) -> argparse.Namespace:
+def measure(args: argparse.Namespace) -> None:
+    """Run what is missing, print the table, write it as JSON. ValueError for a mistake, and last for failed runs."""
+    device, source = args.device or ("cuda" if args.size == "L" else "cpu"), SCRIPT.read_bytes()
+    if args.size == "L" and device == "cpu":
+        raise ValueError("L needs a GPU")
+    if (args.data is None) != (args.tokenizer is None) or (args.size != "S" and args.data is None):
+        raise ValueError(f"{args.size} takes --data and --tokenizer")
+    base = SIZES[args.size] | FIXED | {"DEVICE": device} | read_settings(shlex.split(args.set))
+    rows = read_rows(args.rows, base)
+    data, tokenizer = (args.data, args.tokenizer) if args.data else local_data(base["VOCAB_SIZE"])
+    here = {"DATA_PATH": str(data.resolve()), "TOKENIZER_PATH": str(tokenizer.resolve())}
+    runs = [plan_run(name, here | row, seed, args.out.resolve() / args.size, source)
+            for seed in args.seeds for name, row in rows.items()]  # a seed of every row before the next seed
+    failed = run_all(runs, args.jobs, source, args.stage)
+    table = summarise(runs, args.stage)
+    print_table(table, args, source)
+    with atomic_write(args.json or args.out / f"{args.size}.json") as file:
+        file.write(json.dumps({"size": args.size, "stage": args.stage, "seeds": args.seeds, "failed": failed,
+                               "script_sha256": hashlib.sha256(source).hexdigest(), "torch": version("torch"),
+                               "data": data_identity(*here.values()), "rows": table}, indent=1).encode())
+    if failed:
+        raise ValueError(f"failed: {'; '.join(failed)}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, so that the runs under way end too
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("size", choices=SIZES)
     parser.add_argument("rows", nargs="+", metavar="ROW", help='"name: SETTING=value ..."; the first is the baseline')
@@ -295,44 +325,10 @@ def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="shards; S makes its own")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda for L, cpu for the others")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs side by side; one thread each on a CPU")
+    parser.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="runs side by side; a CPU thread each")
     parser.add_argument("--out", type=Path, default=ROOT / "logs/proxy", metavar="FOLDER", help="where runs are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="default: <FOLDER>/<size>.json")
-    args = parser.parse_args(argv)
-    args.device = args.device or ("cuda" if args.size == "L" else "cpu")
-    if args.size == "L" and args.device == "cpu":
-        raise ValueError("L needs a GPU")
-    if (args.data is None) != (args.tokenizer is None) or (args.size != "S" and args.data is None):
-        raise ValueError(f"{args.size} takes --data and --tokenizer")
-    if args.jobs < 1 or len(set(args.seeds)) < len(args.seeds):
-        raise ValueError("--jobs is at least 1, and --seeds are different ones")
-    return args
-
-
-def main(argv: list[str] | None = None) -> int:
-    interrupt_on_sigterm()
-    try:
-        args, source = read_arguments(argv), SCRIPT.read_bytes()
-        base = SIZES[args.size] | FIXED | {"DEVICE": args.device} | read_settings(shlex.split(args.set))
-        rows = read_rows(args.rows, base)
-        data, tokenizer = (args.data, args.tokenizer) if args.data else local_data(base["VOCAB_SIZE"])
-        here = {"DATA_PATH": str(data.resolve()), "TOKENIZER_PATH": str(tokenizer.resolve())}
-        runs = [plan_run(name, here | row, seed, args.out.resolve() / args.size, source)
-                for seed in args.seeds for name, row in rows.items()]  # a seed of every row before the next seed
-        failed = run_all(runs, args.jobs, source, args.stage)
-        table = summarise(runs, args.stage)
-        print_table(table, args, source)
-        path = args.json or args.out / f"{args.size}.json"
-        with atomic_write(path) as file:
-            file.write(json.dumps({"size": args.size, "stage": args.stage, "seeds": args.seeds, "failed": failed,
-                                   "script_sha256": hashlib.sha256(source).hexdigest(), "torch": version("torch"),
-                                   "data": data_identity(*here.values()), "rows": table}, indent=1).encode())
-    except (ValueError, OSError, tg.RunError, subprocess.CalledProcessError, KeyboardInterrupt) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return 1
-    for line in failed:
-        print(f"error: {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return run_tool(measure, parser, argv)
 
 
 if __name__ == "__main__":

@@ -217,12 +217,13 @@ def test_failed_runs_are_named_and_the_others_go_on(pretend, capsys):
     status, runs = pretend(*arguments)
     out, err = capsys.readouterr()
     assert status == 1 and len(runs) == 8
-    assert "\nerror: bad, seed 1: error: no weight decay like that (" in err and "Traceback" not in err
-    assert "\nerror: large, seed 2: artifact: 1000 bytes, budget 100: OVER by 1; lower NUM_LAYERS (" in err
+    *_, last = err.splitlines()
+    assert last.startswith("error: failed: bad, seed 1: error: no weight decay like that (") and "Traceback" not in err
+    assert "; large, seed 2: artifact: 1000 bytes, budget 100: OVER by 1; lower NUM_LAYERS (" in last
     table = rows(out)
     assert table["bad"] == table["large"] == ["0", *[""] * 11] and table["decay"][4] == "+0.0575 ± 0.0035"
     assert pretend(*arguments)[0] == 1  # again, and of those only
-    assert "error: large, seed 1" in capsys.readouterr().err
+    assert "error: failed: bad, seed 1" in capsys.readouterr().err
     assert pretend("bad: MUON_WD=9", "decay: MUON_WD=0.5", "--seeds", "1")[0] == 1  # nothing to compare with
     assert rows(capsys.readouterr().out)["decay"][:5] == ["1", "1.0550", "1.0650", "0.9000", ""]
 
@@ -253,7 +254,7 @@ def test_the_callers_settings_do_not_count(pretend, tmp_path, monkeypatch):
     (["plain", "x: NUM_HEADS=7"], "row x: NUM_HEADS=7: takes a divisor of"),
     (["plain", "plain: BETA2=0.99"], "row plain: a row takes a name of its own"),
     (["plain", "--set", "BETA2=2"], "BETA2=2"),
-    (["plain", "--jobs", "0"], "--jobs"), (["plain", "--seeds", "1", "1"], "--seeds"),
+    (["plain", "--jobs", "0"], "--jobs"),
     (["plain", "--device", "abacus"], "--device"),
 ])
 def test_mistakes_end_before_anything_runs(pretend, capsys, arguments, says):
@@ -288,16 +289,21 @@ def test_an_interrupt_ends_the_run_under_way(pretend, tmp_path, monkeypatch, cap
 def test_local_text_is_made_once(tmp_path, monkeypatch):
     made = []
     monkeypatch.setattr(proxy, "ROOT", tmp_path)
-    monkeypatch.setattr(proxy.subprocess, "run", lambda command, check: made.append([os.path.basename(command[1])]))
+    done = [SimpleNamespace(returncode=0)] * 2 + [SimpleNamespace(returncode=1)]
+    monkeypatch.setattr(proxy, "subprocess", SimpleNamespace(
+        run=lambda command: made.append(os.path.basename(command[1])) or done[len(made) - 1]))
     paths = proxy.local_data("1024")
     smoke = (ROOT / "run_smoke_1gpu.sh").read_text()
     for path, template in zip(paths, ("data/datasets/$name", "data/tokenizers/local_${VOCAB_SIZE}_bpe.model")):
         template = template.replace("$name", "local_sp1024")
         assert path == tmp_path / template.replace("${VOCAB_SIZE}", "1024")
-    assert 'name="local_sp$VOCAB_SIZE"' in smoke and made == [["local_corpus.py"], ["tokenize_docs.py"]]
+    assert 'name="local_sp$VOCAB_SIZE"' in smoke and made == ["local_corpus.py", "tokenize_docs.py"]
     (tmp_path / "data/local").mkdir(parents=True), paths[0].mkdir(parents=True)
     (tmp_path / "data/local/docs_val.jsonl").touch()
     assert proxy.local_data("1024") == paths and len(made) == 2
+    paths[0].rmdir()
+    with pytest.raises(ValueError, match="local_sp1024: could not be made"):
+        proxy.local_data("1024")
 
 
 def test_the_real_script(tiny, tmp_path, monkeypatch, capsys):
