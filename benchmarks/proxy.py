@@ -9,9 +9,9 @@ compared with, seed by seed. The table has bits per byte as mean ± standard dev
 and two-sided p, and the seeds that it would take to see 0.002. Settings of the caller's environment do not count.
 
 Sizes: S is the smoke run on a CPU, of the local corpus where --data is not given. M takes 25 to 50 minutes of a core.
-Its text is 150 MB of public-domain books, cut into documents as long as web pages, and 400 validation documents of other
-authors, in the pieces of a published FineWeb tokenizer. L is the whole model for a shorter time and needs a GPU. M and L
-take shards that data/tokenize_docs.py or data/cached_challenge_fineweb.py made.
+Its text is 150 MB of public-domain books, cut into documents as long as web pages, and 400 validation documents of
+other authors, in the pieces of a published FineWeb tokenizer. L is the whole model for a shorter time and needs a GPU.
+M and L take shards that data/tokenize_docs.py or data/cached_challenge_fineweb.py made.
 
 Each run has a folder named by a hash of the script, its settings and its data: a command given again runs what is
 missing. A run that fails is told in a line, the others go on, and the command ends with status 1.
