@@ -102,200 +102,268 @@ def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases
 class Settings:
     """Every setting of a run. A field's environment name is its name in capitals. An instance is always valid."""
 
-    run_id: str | None = setting(None, "run", "name of the run; auto: time, seed and a random number")
-    artifact_dir: str | None = setting(None, "run", "folder for everything a run writes; auto: logs/<RUN_ID>")
-    seed: int = setting(1337, "run", "seed of initial weights and of the data order", high=2**63 - 1)
-    device: str = setting("auto", "run", "where to run", choices="auto cpu cuda")
-    dtype: str = setting("auto", "run", "of matrix products; auto: bf16 where it is fast", choices="auto bf16 fp32")
-    compile: str = setting("auto", "run", "torch.compile the model; auto: on GPUs", choices="auto 0 1")
-    attention: str = setting("auto", "run", "backend; auto: the first that works", choices="auto fa3 fa2 varlen sdpa")
-    fused: bool = setting(False, "run", "Triton kernels for MLP and loss; not measured yet")
-    eval_only: str = setting("", "run", "path of an artifact: load and score it, no training",
+    run_id: str | None = setting(None, "run", "name of the run; auto: the time, SEED and a random number")
+    artifact_dir: str | None = setting(None, "run", "folder where the run writes all its files; auto: logs/<RUN_ID>")
+    seed: int = setting(1337, "run", "seed of the initial weights and of the order of the training data",
+                        high=2**63 - 1)
+    device: str = setting("auto", "run", "device to run on; auto: the GPU if PyTorch finds one, else the CPU",
+                          choices="auto cpu cuda")
+    dtype: str = setting("auto", "run", "number format of matrix products; auto: bf16 where it is fast",
+                         choices="auto bf16 fp32")
+    compile: str = setting("auto", "run", "1: compile the model with torch.compile; auto: only on GPUs",
+                           choices="auto 0 1")
+    attention: str = setting("auto", "run", "attention backend; auto: the first that works on this machine",
+                             choices="auto fa3 fa2 varlen sdpa")
+    fused: bool = setting(False, "run", "use Triton kernels for the MLP and the head's loss; their speed is not "
+                          "measured yet")
+    eval_only: str = setting("", "run", "path of an artifact to load and score instead of training",
                              aliases={"EVAL_ONLY_PATH": {}})
-    save_model: bool = setting(False, "run", "also write the averaged weights, final_model.pt")
-    checkpoint_every: int = setting(0, "run", "steps between checkpoints, checkpoint.pt; 0: none")
-    resume: bool = setting(False, "run", "go on from ARTIFACT_DIR's checkpoint.pt")
-    audit: bool = setting(False, "run", "afterwards have records/audit.py judge the run")
-    train_log_every: int = setting(50, "run", "steps between log lines", low=1)
-    val_loss_every: int = setting(0, "run", "steps between validations during training; 0: none")
+    save_model: bool = setting(False, "run", "also write the averaged weights before compression, as final_model.pt")
+    checkpoint_every: int = setting(0, "run", "training steps between writes of checkpoint.pt; 0: no checkpoints")
+    resume: bool = setting(False, "run", "continue training from checkpoint.pt in ARTIFACT_DIR")
+    audit: bool = setting(False, "run", "run records/audit.py on the finished run; several processes only print a "
+                          "reminder")
+    train_log_every: int = setting(50, "run", "training steps between log lines", low=1)
+    val_loss_every: int = setting(0, "run", "training steps between validation scores; 0: none during training")
 
     data_dir: str = setting("./data", "data", "folder that holds datasets/ and tokenizers/")
-    data_path: str | None = setting(None, "data", "shards; auto: <DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>")
-    bos_id: int | None = setting(None, "data", "token that starts a document; auto: the tokenizer's")
-    tokenizer_path: str | None = setting(None, "data", "auto: <DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe.model")
-    vocab_size: int = setting(8192, "data", "tokens in the vocabulary", low=2, high=65536)
-    caseops_enabled: bool = setting(False, "data", "text with marked capitals; bytes are charged by its sidecars")
+    data_path: str | None = setting(None, "data", "folder of the shards; auto: "
+                                    "<DATA_DIR>/datasets/fineweb10B_sp<VOCAB_SIZE>[_caseops]")
+    bos_id: int | None = setting(None, "data", "id of the token that starts a document; auto: the tokenizer's BOS")
+    tokenizer_path: str | None = setting(None, "data", "SentencePiece model; auto: "
+                                         "<DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe[_caseops].model")
+    vocab_size: int = setting(8192, "data", "number of tokens in the vocabulary", low=2, high=65536)
+    caseops_enabled: bool = setting(False, "data", "the shards hold CaseOps text (marked capitals); sidecar files give "
+                                    "the bytes of each token")
 
-    num_layers: int = setting(11, "model", "physical transformer layers", low=1)
+    num_layers: int = setting(11, "model", "number of transformer layers; a layer that is looped counts once", low=1)
     model_dim: int = setting(512, "model", "width of the residual stream", low=8)
-    num_heads: int = setting(8, "model", "query heads", low=1)
-    num_kv_heads: int = setting(4, "model", "key/value heads, each shared by a group of query heads", low=1)
-    mlp_mult: float = setting(4.0, "model", "MLP hidden width over MODEL_DIM", low=0.1)
-    rope_dims: int = setting(16, "model", "dimensions of each head that are rotated by position")
+    num_heads: int = setting(8, "model", "number of query heads", low=1)
+    num_kv_heads: int = setting(4, "model", "number of key/value heads, each shared by a group of query heads", low=1)
+    mlp_mult: float = setting(4.0, "model", "hidden width of the MLP as a multiple of MODEL_DIM", low=0.1)
+    rope_dims: int = setting(16, "model", "dimensions of each head that get the rotary position embedding")
     rope_base: float = setting(10000.0, "model", "base of the rotary frequencies", low=1.0)
-    qk_gain_init: float = setting(5.0, "model", "initial gain on normalised queries, per head")
-    xsa_last_n: int = setting(11, "model", "last layers whose attention drops its own value's direction")
-    ln_scale: bool = setting(True, "model", "scale normed inputs by 1/sqrt(layer+1)")
-    skip_gates_enabled: bool = setting(True, "model", "U-Net skips join by a learned gate instead of a sum")
-    loop_start: int = setting(3, "model", "first looped layer",
+    qk_gain_init: float = setting(5.0, "model", "initial value of the learned gain on each head's normalised queries")
+    xsa_last_n: int = setting(11, "model", "XSA in this many last layers: attention output minus its part along the "
+                              "token's own value")
+    ln_scale: bool = setting(True, "model", "multiply layer n's normalised inputs by 1/sqrt(n+1), with n from 0")
+    skip_gates_enabled: bool = setting(True, "model", "blend each U-Net skip into the stream by a learned gate instead "
+                                       "of adding it")
+    loop_start: int = setting(3, "model", "first layer of the looped range, counted from 0",
                               aliases={"RECUR_START": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[0]})
-    loop_end: int = setting(5, "model", "last looped layer",
+    loop_end: int = setting(5, "model", "last layer of the looped range, counted from 0",
                             aliases={"RECUR_END": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[-1]})
-    num_loops: int | None = setting(None, "model", "times looped layers run again; auto: 2 with RECUR_BLEND, else 0",
+    num_loops: int | None = setting(None, "model", "how often layers LOOP_START to LOOP_END run again; auto: 2 if "
+                                    "RECUR_BLEND is on, else 0",
                                     aliases={"RECUR_PASSES": {"1": "0", "2": "1", "3": "2", "4": "3"},
                                              "RECUR_LAYERS": lambda raw: "1"})
-    recur_blend: str = setting("none", "model", "how revisits join the stream", choices="none alpha ab gate",
+    recur_blend: str = setting("none", "model", "blend a repeated layer's output with its input (alpha, gate) or last "
+                               "output (ab)", choices="none alpha ab gate",
                                aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": "none ab gate"},
                                         "RECUR_AB_ENABLED": {"1": "ab", "0": "none alpha gate"}})
-    recur_alpha_init: float = setting(1.0, "model", "initial alpha of RECUR_BLEND=alpha", low=-10)
-    recur_a_init: float = setting(1.0, "model", "initial a of RECUR_BLEND=ab", low=-10)
-    recur_b_init: float = setting(0.0, "model", "initial b of RECUR_BLEND=ab", low=-10)
-    parallel_start_layer: int | None = setting(None, "model", "first layer with attention beside MLP; auto: none",
+    recur_alpha_init: float = setting(1.0, "model", "initial weight of the layer's output in RECUR_BLEND=alpha",
+                                      low=-10)
+    recur_a_init: float = setting(1.0, "model", "initial weight of the layer's output in RECUR_BLEND=ab", low=-10)
+    recur_b_init: float = setting(0.0, "model", "initial weight of the layer's previous output in RECUR_BLEND=ab",
+                                  low=-10)
+    parallel_start_layer: int | None = setting(None, "model", "first layer that runs attention and MLP in parallel; "
+                                               "auto: no layer does",
                                                aliases={"PARALLEL_RESIDUAL_START": {}, "PARALLEL_RESID_START": {}})
-    parallel_mode: str = setting("gptj", "model", "how they run in parallel", choices="gptj lanes crossed")
-    parallel_final_lane: str = setting("mean", "model", "end of PARALLEL_MODE=crossed", choices="mean attn mlp")
-    varlen_enabled: bool = setting(False, "model", "attention stays inside documents")
-    bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: none")
-    bigram_dim: int = setting(112, "model", "width of the bigram embedding", low=1)
-    smear_gate_enabled: bool = setting(False, "model", "mix the previous token of the document into the input")
-    smear_gate_mode: str = setting("input", "model", "gated before the norm, or by channel after it",
-                                   choices="input vector")
-    ve_enabled: bool = setting(False, "model", "add an embedding of the token to the values")
-    ve_dim: int = setting(128, "model", "width of the value embedding", low=1)
-    ve_layers: str = setting("9,10", "model", "layers that get it")
-    sparse_attn_gate_enabled: bool = setting(False, "model", "gate each head's output by GATE_WINDOW inputs")
-    sparse_attn_gate_scale: float = setting(1.0, "model", "factor on that gate's argument")
-    gated_attn_enabled: bool = setting(False, "model", "gate each head's output by the whole input")
-    attn_out_gate_enabled: bool = setting(False, "model", "the same by GATE_WINDOW inputs, 1 at the start")
-    gate_window: int = setting(12, "model", "inputs that the sparse, output and smear gates read", low=1)
-    rope_yarn: bool = setting(False, "model", "stretch the rotary base beyond the training length")
-    tie_embeddings: bool = setting(True, "model", "the head is the embedding")
-    embedding_dim: int = setting(0, "model", "width of a factorised embedding; 0: MODEL_DIM")
-    logit_softcap: float = setting(30.0, "model", "c in logits = c tanh(z/c)", low=1e-3)
-    tied_embed_init_std: float = setting(0.005, "model", "standard deviation of the initial embedding")
+    parallel_mode: str = setting("gptj", "model", "parallel attention and MLP: on one stream (gptj), one stream each, "
+                                 "or writing to both (crossed)", choices="gptj lanes crossed")
+    parallel_final_lane: str = setting("mean", "model", "stream that the head reads with PARALLEL_MODE=crossed; mean: "
+                                       "the mean of both", choices="mean attn mlp")
+    varlen_enabled: bool = setting(False, "model", "attention stays inside a document (variable-length attention)")
+    bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: no bigram embedding")
+    bigram_dim: int = setting(112, "model", "width of the rows of the bigram embedding", low=1)
+    smear_gate_enabled: bool = setting(False, "model", "mix the previous token's embedding into each token's, inside a "
+                                       "document")
+    smear_gate_mode: str = setting("input", "model", "smear gate; input: from GATE_WINDOW inputs, before the norm; "
+                                   "vector: by channel, after the norm", choices="input vector")
+    ve_enabled: bool = setting(False, "model", "add a learned embedding of the token to attention's values in "
+                               "VE_LAYERS")
+    ve_dim: int = setting(128, "model", "width of the rows of the value embedding", low=1)
+    ve_layers: str = setting("9,10", "model", "layers whose attention values get the value embedding")
+    sparse_attn_gate_enabled: bool = setting(False, "model", "gate each head's output by the first GATE_WINDOW inputs; "
+                                             "every gate starts at 1/2")
+    sparse_attn_gate_scale: float = setting(1.0, "model", "factor inside the sigmoid of SPARSE_ATTN_GATE_ENABLED's "
+                                            "gates")
+    gated_attn_enabled: bool = setting(False, "model", "gate each head's output by all inputs of the layer; gates "
+                                       "start near 1/2")
+    attn_out_gate_enabled: bool = setting(False, "model", "gate each head's output by the first GATE_WINDOW inputs; "
+                                          "every gate starts at 1")
+    gate_window: int = setting(12, "model", "number of first input channels that the sparse, output and smear gates "
+                               "read", low=1)
+    rope_yarn: bool = setting(False, "model", "raise ROPE_BASE where attention spans more than TRAIN_SEQ_LEN tokens")
+    tie_embeddings: bool = setting(True, "model", "use the token embedding as the weight of the output head")
+    embedding_dim: int = setting(0, "model", "width of a factorised token embedding; 0: MODEL_DIM, not factorised")
+    logit_softcap: float = setting(30.0, "model", "c in logits = c tanh(z/c), which keeps the logits between -c and c",
+                                   low=1e-3)
+    tied_embed_init_std: float = setting(0.005, "model", "standard deviation of the initial token embedding")
 
-    train_batch_tokens: int = setting(786432, "train", "tokens of one optimizer step, over all processes", low=1)
+    train_batch_tokens: int = setting(786432, "train", "tokens of one optimizer step, summed over all processes", low=1)
     train_seq_len: int = setting(2048, "train", "tokens of one training window", low=2)
-    micro_batch_tokens: int | None = setting(None, "train", "of a forward; auto: 98304 on 80 GB, CPU 8192", low=1)
-    iterations: int = setting(20000, "train", "most optimizer steps; schedules follow the nearer limit; 0: the clock")
-    max_wallclock_seconds: float = setting(600.0, "train", "training clock, calibration included; 0: none")
-    warmup_steps: int = setting(20, "train", "compile warm-up steps on random tokens before the clock")
-    warmdown_frac: float = setting(0.72, "train", "last share of training over which the LR falls to 0", high=1.0)
-    warmdown_shape: str = setting("linear", "train", "how it falls", choices="linear cosine")
-    min_lr: float = setting(0.0, "train", "LR factor below which it does not fall", high=1.0, aliases={"LR_FLOOR": {}})
-    enable_looping_at: float = setting(0.35, "train", "share of training from which layers loop; above 1: a step",
-                                       aliases={"RECUR_START_STEP": lambda raw: "0" if raw == "1" else raw})
-    loop_schedule: str = setting("", "train", "loops in stages instead: 0.35:1,0.55:2 is 1 from 0.35, 2 from 0.55")
-    matrix_lr: float = setting(0.026, "train", "Muon learning rate")
+    micro_batch_tokens: int | None = setting(None, "train", "tokens of one forward pass in training; auto: 98304 on a "
+                                             "GPU of 80 GB, 8192 on a CPU", low=1)
+    iterations: int = setting(20000, "train", "most optimizer steps; 0: only the clock ends training. Schedules follow "
+                              "the nearer limit")
+    max_wallclock_seconds: float = setting(600.0, "train", "seconds that training and calibration may take; 0: no "
+                                           "limit")
+    warmup_steps: int = setting(20, "train", "steps on random tokens that compile the model before the clock starts")
+    warmdown_frac: float = setting(0.72, "train", "last share of training, in which the learning rates fall (warmdown)",
+                                   high=1.0)
+    warmdown_shape: str = setting("linear", "train", "curve by which the learning rates fall in the warmdown",
+                                  choices="linear cosine")
+    min_lr: float = setting(0.0, "train", "smallest factor on the learning rates in the warmdown", high=1.0,
+                            aliases={"LR_FLOOR": {}})
+    enable_looping_at: float = setting(0.35, "train", "share of training after which layers loop; above 1: a step "
+                                       "number", aliases={"RECUR_START_STEP": lambda raw: "0" if raw == "1" else raw})
+    loop_schedule: str = setting("", "train", "loops by stage, not by ENABLE_LOOPING_AT; 0.35:1,0.55:2 means 1 from "
+                                 "0.35, 2 from 0.55")
+    matrix_lr: float = setting(0.026, "train", "Muon learning rate of the weight matrices")
     muon_momentum: float = setting(0.97, "train", "Muon momentum after its warm-up", high=1.0)
     muon_momentum_warmup_start: float = setting(0.92, "train", "Muon momentum at step 0", high=1.0)
-    muon_momentum_warmup_steps: int = setting(1500, "train", "steps of Muon's momentum warm-up")
-    muon_backend_steps: int = setting(5, "train", "Newton-Schulz iterations", low=1)
-    muon_ns: str = setting("quintic", "train", "coefficients of the iterations", choices="quintic polar")
-    muon_row_normalize: bool = setting(False, "train", "MuonEq-R: rows to norm 1 before them", aliases={"MUON_EQR": {}})
-    muon_wd: float = setting(0.095, "train", "decoupled weight decay of the matrices")
+    muon_momentum_warmup_steps: int = setting(1500, "train", "steps in which Muon's momentum rises to MUON_MOMENTUM")
+    muon_backend_steps: int = setting(5, "train", "Newton-Schulz iterations in each Muon step", low=1)
+    muon_ns: str = setting("quintic", "train", "Newton-Schulz coefficients of Muon; polar: Polar Express",
+                           choices="quintic polar")
+    muon_row_normalize: bool = setting(False, "train", "MuonEq-R: scale rows to norm 1 before Newton-Schulz",
+                                       aliases={"MUON_EQR": {}})
+    muon_wd: float = setting(0.095, "train", "decoupled weight decay of the weight matrices")
     tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding and other tables")
-    head_lr: float = setting(0.008, "train", "AdamW learning rate of an untied head")
-    embed_wd: float = setting(0.085, "train", "weight decay of the tables and the head")
+    head_lr: float = setting(0.008, "train", "AdamW learning rate of the head if TIE_EMBEDDINGS=0")
+    embed_wd: float = setting(0.085, "train", "weight decay of the tables and of an untied head")
     scalar_lr: float = setting(0.02, "train", "AdamW learning rate of vectors and scalars")
     adam_wd: float = setting(0.02, "train", "weight decay of vectors and scalars")
-    beta1: float = setting(0.9, "train", "AdamW beta 1", high=0.999999)
-    beta2: float = setting(0.95, "train", "AdamW beta 2", high=0.999999)
-    adam_eps: float = setting(1e-8, "train", "AdamW epsilon")
-    grad_clip_norm: float = setting(0.3, "train", "clip the global gradient norm to this; 0: off")
-    ema_decay: float = setting(0.9965, "train", "decay of the weight average that is kept; 0: off", high=0.999999)
-    swa_enabled: bool = setting(False, "train", "average snapshots of the end of training (tight SWA)")
-    swa_every: int = setting(50, "train", "steps between snapshots", low=1)
-    swa_start_scale: float = setting(0.2, "train", "LR factor below which they are taken")
-    average: str | None = setting(None, "train", "weights kept; ema+swa: snapshots of the EMA; auto: what is on",
-                                  choices="ema swa ema+swa")
-    qat_enabled: bool = setting(False, "train", "late QAT: straight-through rounding to the grid GPTQ will use",
+    beta1: float = setting(0.9, "train", "AdamW beta 1 in training", high=0.999999)
+    beta2: float = setting(0.95, "train", "AdamW beta 2 in training", high=0.999999)
+    adam_eps: float = setting(1e-8, "train", "AdamW epsilon in training")
+    grad_clip_norm: float = setting(0.3, "train", "largest global gradient norm, to which gradients are clipped; 0: no "
+                                    "clipping")
+    ema_decay: float = setting(0.9965, "train", "decay of the exponential moving average of the weights (EMA); 0: no "
+                               "EMA", high=0.999999)
+    swa_enabled: bool = setting(False, "train", "average snapshots of the weights from the end of training (SWA)")
+    swa_every: int = setting(50, "train", "training steps between SWA snapshots", low=1)
+    swa_start_scale: float = setting(0.2, "train", "factor on the learning rates below which SWA takes snapshots")
+    average: str | None = setting(None, "train", "weights kept after training; ema+swa: SWA of the EMA; auto: those "
+                                  "that are on", choices="ema swa ema+swa")
+    qat_enabled: bool = setting(False, "train", "late QAT: train on weights rounded to SDClip's grid; sets "
+                                "QUANT_ALLOCATION=sdclip",
                                 aliases={"LATE_QAT_THRESHOLD": lambda raw: "1 0" if raw.strip("0.") else "0"})
-    qat_start_scale: float = setting(0.15, "train", "LR factor below which it starts",
+    qat_start_scale: float = setting(0.15, "train", "factor on the learning rates below which late QAT starts",
                                      aliases={"LATE_QAT_THRESHOLD": {}})
-    qat_lite_enabled: bool = setting(False, "train", "pull some matrices to a grid by a penalty now and then")
-    qat_lite_start_frac: float = setting(0.55, "train", "share of training after which it starts", high=1.0)
-    qat_lite_every: int = setting(4, "train", "steps between penalties", low=1)
-    qat_lite_lambda: float = setting(0.02, "train", "weight of the penalty at the end of its linear ramp")
-    qat_lite_bits: int = setting(6, "train", "bits of its grid", low=2, high=8)
-    qat_lite_clip_sigmas: float = setting(12.85, "train", "half-width of its grid, in a row's std", low=0.1)
-    qat_lite_layer_start: int = setting(7, "train", "first layer it acts on")
-    qat_lite_penalty: str = setting("mse", "train", "rounding error, excess, or both", choices="mse clip hybrid")
-    qat_lite_depth_power: float = setting(0.0, "train", "layers weigh ((layer+1)/NUM_LAYERS) to this power")
+    qat_lite_enabled: bool = setting(False, "train", "QAT-lite: a penalty pulls query and key matrices toward the "
+                                     "quantization grid")
+    qat_lite_start_frac: float = setting(0.55, "train", "share of training after which the QAT-lite penalty starts",
+                                         high=1.0)
+    qat_lite_every: int = setting(4, "train", "training steps between QAT-lite penalties", low=1)
+    qat_lite_lambda: float = setting(0.02, "train", "weight of the QAT-lite penalty at the end of training; it grows "
+                                     "linearly from 0")
+    qat_lite_bits: int = setting(6, "train", "bits of the QAT-lite grid", low=2, high=8)
+    qat_lite_clip_sigmas: float = setting(12.85, "train", "half-width of the QAT-lite grid, in standard deviations of "
+                                          "a row", low=0.1)
+    qat_lite_layer_start: int = setting(7, "train", "first layer that the QAT-lite penalty acts on")
+    qat_lite_penalty: str = setting("mse", "train", "QAT-lite penalty: squared rounding error, excess over the grid, "
+                                    "or both", choices="mse clip hybrid")
+    qat_lite_depth_power: float = setting(0.0, "train", "QAT-lite weighs layer n by ((n+1)/NUM_LAYERS) to this power")
 
-    matrix_bits: int = setting(6, "quant", "sdclip: bits of the matrices", low=2, high=8)
-    embed_bits: int = setting(8, "quant", "sdclip: bits of embedding, hash and value tables, head", low=2, high=8)
-    matrix_clip_sigmas: float = setting(12.85, "quant", "sdclip: grid half-width of a row, in its std", low=0.1)
-    attn_clip_sigmas: float | None = setting(None, "quant", "same for attention; auto: MATRIX_CLIP_SIGMAS", low=0.1)
-    mlp_clip_sigmas: float | None = setting(None, "quant", "the same for the MLP; auto: MATRIX_CLIP_SIGMAS", low=0.1)
-    embed_clip_sigmas: float = setting(20.0, "quant", "the same for the embedding", low=0.1)
-    quant_allocation: str = setting("auto", "quant", "steps by what the loss feels, to fill the budget, or by each "
-                                    "row's std, which QAT_ENABLED needs", choices="auto sdclip")
-    lqer_enabled: bool = setting(False, "quant", "also store a low-rank part of the largest errors")
-    lqer_rank: int = setting(4, "quant", "LQER: its rank", low=1)
-    lqer_top_k: int = setting(3, "quant", "LQER: of so many matrices, those with the largest errors", low=1)
-    lqer_factor_bits: int = setting(4, "quant", "LQER: bits of its factors", low=1, high=7)
-    lqer_asym_group: int = setting(64, "quant", "LQER: numbers of a factor that share a grid", low=1)
-    quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights stay fp16")
-    gptq_calibration: str = setting("train", "quant", "text behind the Hessians", choices="train self random")
-    gptq_calibration_batches: int = setting(16, "quant", "batches of MICRO_BATCH_TOKENS, all ranks", low=1,
-                                            aliases={"GPTQ_CALIB_BATCHES": {}})
-    gptq_reserve_seconds: float | None = setting(None, "quant", "clock kept for calibration; auto: measured")
+    matrix_bits: int = setting(6, "quant", "QUANT_ALLOCATION=sdclip: bits of a weight in the matrices", low=2, high=8)
+    embed_bits: int = setting(8, "quant", "QUANT_ALLOCATION=sdclip: bits of a weight in the embedding tables and the "
+                              "head", low=2, high=8)
+    matrix_clip_sigmas: float = setting(12.85, "quant", "QUANT_ALLOCATION=sdclip: half-width of a row's grid, in "
+                                        "standard deviations of the row", low=0.1)
+    attn_clip_sigmas: float | None = setting(None, "quant", "QUANT_ALLOCATION=sdclip: half-width of the grid for "
+                                             "attention; auto: MATRIX_CLIP_SIGMAS", low=0.1)
+    mlp_clip_sigmas: float | None = setting(None, "quant", "QUANT_ALLOCATION=sdclip: half-width of the grid for the "
+                                            "MLP; auto: MATRIX_CLIP_SIGMAS", low=0.1)
+    embed_clip_sigmas: float = setting(20.0, "quant", "QUANT_ALLOCATION=sdclip: half-width of the grid for the "
+                                       "embedding tables and the head", low=0.1)
+    quant_allocation: str = setting("auto", "quant", "auto: step sizes from the loss's sensitivity, as fine as the "
+                                    "budget allows; sdclip: from each row's std", choices="auto sdclip")
+    lqer_enabled: bool = setting(False, "quant", "LQER: store low-rank corrections of the matrices with the largest "
+                                 "errors")
+    lqer_rank: int = setting(4, "quant", "rank of an LQER correction", low=1)
+    lqer_top_k: int = setting(3, "quant", "number of matrices that get an LQER correction", low=1)
+    lqer_factor_bits: int = setting(4, "quant", "bits of each number in LQER's factors", low=1, high=7)
+    lqer_asym_group: int = setting(64, "quant", "numbers of an LQER factor that share a scale", low=1)
+    quant_min_weights: int = setting(65536, "quant", "matrices with fewer weights than this are stored as fp16")
+    gptq_calibration: str = setting("train", "quant", "calibration text: training text, text that the model writes, or "
+                                    "random tokens", choices="train self random")
+    gptq_calibration_batches: int = setting(16, "quant", "calibration batches of MICRO_BATCH_TOKENS, over all "
+                                            "processes", low=1, aliases={"GPTQ_CALIB_BATCHES": {}})
+    gptq_reserve_seconds: float | None = setting(None, "quant", "seconds of the training clock kept for calibration; "
+                                                 "auto: measured in the warm-up")
 
-    compressor: str = setting("ans", "pack", "coder of the artifact", choices="ans brotli lzma",
-                              aliases={"COMPRESSOR": {"pergroup": "ans"}})
-    artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes of model and code together", low=1)
+    compressor: str = setting("ans", "pack", "coder of the artifact; ans: asymmetric numeral systems",
+                              choices="ans brotli lzma", aliases={"COMPRESSOR": {"pergroup": "ans"}})
+    artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes that the compressed model and the code may "
+                                         "take together", low=1)
 
-    eval_seq_len: int | None = setting(None, "eval", "tokens a prediction may see; auto: TRAIN_SEQ_LEN", low=1)
-    eval_budget_seconds: float = setting(600.0, "eval", "from loading the artifact to the last score, kept by adapting "
-                                         "to less of the text; 0: no limit")
-    eval_stages: str = setting("all", "eval", "scores taken on the evaluation's clock; final: only the last",
-                               choices="all final")
-    ttt_mode: str = setting("none", "eval", "test-time training on scored tokens", choices="none chunk lora phased",
+    eval_seq_len: int | None = setting(None, "eval", "tokens of an evaluation window; auto: TRAIN_SEQ_LEN", low=1)
+    eval_budget_seconds: float = setting(600.0, "eval", "seconds from loading the artifact to the last score; TTT "
+                                         "stops early to keep them; 0: no limit")
+    eval_stages: str = setting("all", "eval", "scores taken on the evaluation's clock: all of them, or only the final "
+                               "one", choices="all final")
+    ttt_mode: str = setting("none", "eval", "test-time training (TTT) on scored text: all weights (chunk), adapters "
+                            "(lora) or both", choices="none chunk lora phased",
                             aliases={"TTT_ENABLED": {"1": "chunk lora phased", "0": "none"},
                                      "PHASED_TTT_ENABLED": {"1": "phased", "0": "none chunk lora"}})
-    ttt_lr: float = setting(0.005, "eval", "chunk: SGD learning rate, falling by a cosine over the chunks")
-    ttt_momentum: float = setting(0.9, "eval", "chunk: momentum", high=1.0)
-    ttt_epochs: int = setting(3, "eval", "chunk: steps on each chunk", low=1)
-    ttt_chunk_tokens: int = setting(32768, "eval", "chunk: tokens scored before they are trained on", low=1)
-    ttt_batch_size: int = setting(64, "eval", "lora: documents at a time, each with its own adapters", low=1)
-    ttt_chunk_size: int = setting(48, "eval", "lora: tokens scored before each step", low=1)
-    ttt_eval_seq_len: int | None = setting(None, "eval", "lora: tokens of a forward pass; auto: EVAL_SEQ_LEN", low=1)
-    ttt_lora_rank: int = setting(96, "eval", "lora: rank of the adapters", low=1)
-    ttt_lora_alpha: float = setting(144.0, "eval", "lora: they are scaled by this over the rank")
-    ttt_lora_lr: float = setting(1e-4, "eval", "lora: learning rate")
-    ttt_local_lr_mult: float = setting(1.0, "eval", "lora: factor on TTT_LORA_LR")
-    ttt_short_score_first_steps: str = setting(
-        "", "eval", "lora: smaller chunks for short documents; 256:8,2000:24 is 8 tokens up to 256, 24 up to 2000")
-    ttt_optimizer: str = setting("adamw", "eval", "lora: optimizer", choices="adamw sgd",
+    ttt_lr: float = setting(0.005, "eval", "TTT_MODE=chunk: SGD learning rate, which falls over the chunks by a half "
+                            "cosine")
+    ttt_momentum: float = setting(0.9, "eval", "TTT_MODE=chunk: SGD momentum", high=1.0)
+    ttt_epochs: int = setting(3, "eval", "TTT_MODE=chunk: SGD steps on each chunk", low=1)
+    ttt_chunk_tokens: int = setting(32768, "eval", "TTT_MODE=chunk: tokens that are scored before the model trains on "
+                                    "them", low=1)
+    ttt_batch_size: int = setting(64, "eval", "TTT adapters: documents in a batch, each with its own adapters", low=1)
+    ttt_chunk_size: int = setting(48, "eval", "TTT adapters: tokens of a document that are scored before each step",
+                                  low=1)
+    ttt_eval_seq_len: int | None = setting(None, "eval", "TTT adapters: most tokens of a document in a forward pass; "
+                                           "auto: EVAL_SEQ_LEN", low=1)
+    ttt_lora_rank: int = setting(96, "eval", "TTT adapters: rank (LoRA)", low=1)
+    ttt_lora_alpha: float = setting(144.0, "eval", "TTT adapters: their output is scaled by "
+                                    "TTT_LORA_ALPHA/TTT_LORA_RANK")
+    ttt_lora_lr: float = setting(1e-4, "eval", "TTT adapters: learning rate")
+    ttt_local_lr_mult: float = setting(1.0, "eval", "TTT adapters: factor on TTT_LORA_LR")
+    ttt_short_score_first_steps: str = setting("", "eval", "TTT adapters: chunks of short documents; 256:8,2000:24: 8 "
+                                               "tokens up to 256, 24 up to 2000")
+    ttt_optimizer: str = setting("adamw", "eval", "TTT adapters: optimizer", choices="adamw sgd",
                                  aliases={"TTT_OPTIMIZER": {"adam": "adamw"}})
-    ttt_beta1: float = setting(0.0, "eval", "lora: AdamW beta 1", high=0.999999)
-    ttt_beta2: float = setting(0.999, "eval", "lora: AdamW beta 2", high=0.999999)
-    ttt_weight_decay: float = setting(0.5, "eval", "lora: weight decay of the adapters")
-    ttt_q_lora: bool = setting(True, "eval", "lora: adapt the queries")
-    ttt_k_lora: bool = setting(True, "eval", "lora: adapt the keys")
-    ttt_v_lora: bool = setting(True, "eval", "lora: adapt the values")
-    ttt_o_lora: bool = setting(True, "eval", "lora: adapt attention's output")
-    ttt_lora_o_input: str = setting("norm", "eval", "lora: what that adapter reads, the normed stream or what "
-                                    "attention's output matrix reads", choices="norm attention")
-    ttt_mlp_lora: bool = setting(True, "eval", "lora: an adapter beside the MLP")
-    ttt_head_lora: bool = setting(True, "eval", "lora: adapt the head")
-    ttt_doc_order: str = setting("bucketed", "eval", "lora: as they stand, by length in windows of them, or in all",
-                               choices="sequential bucketed sorted")
-    ttt_bucket_window: int = setting(512, "eval", "lora: documents of such a window", low=1)
-    phased_ttt_prefix_docs: int = setting(2000, "eval", "phased: first documents, then only adapters learn", low=1)
-    phased_ttt_num_phases: int = setting(1, "eval", "phased: pauses among them to train the weights", low=1)
-    global_ttt_lr: float = setting(1e-3, "eval", "phased: SGD learning rate of the weights, falling by a cosine")
-    global_ttt_momentum: float = setting(0.9, "eval", "phased: its momentum", high=1.0)
-    global_ttt_chunk_tokens: int = setting(32768, "eval", "phased: tokens of one step", low=1)
-    ngram_tilt_enabled: bool = setting(False, "eval", "raise the odds of a token that followed this context before")
-    token_order: int = setting(16, "eval", "tilt: tokens of an n-gram, its last one included", low=2, high=64)
-    token_threshold: float = setting(0.8, "eval", "tilt: least share of a context's visits that its hint followed",
-                                     low=0.01, high=1.0)
-    token_boost: float = setting(2.625, "eval", "tilt: added to the logit of the hint", high=20.0)
-    hedge_enabled: bool = setting(False, "eval", "tilt: mix several boosts from 0 on by what each has cost so far")
-    eval_stride: int = setting(64, "eval", "step of the sliding window; 0: no sliding evaluation")
-    eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward; auto: MICRO_BATCH_TOKENS", low=1)
+    ttt_beta1: float = setting(0.0, "eval", "TTT adapters: AdamW beta 1", high=0.999999)
+    ttt_beta2: float = setting(0.999, "eval", "TTT adapters: AdamW beta 2", high=0.999999)
+    ttt_weight_decay: float = setting(0.5, "eval", "TTT adapters: weight decay")
+    ttt_q_lora: bool = setting(True, "eval", "TTT adapters: adapt the query matrices")
+    ttt_k_lora: bool = setting(True, "eval", "TTT adapters: adapt the key matrices")
+    ttt_v_lora: bool = setting(True, "eval", "TTT adapters: adapt the value matrices")
+    ttt_o_lora: bool = setting(True, "eval", "TTT adapters: adapt attention's output")
+    ttt_lora_o_input: str = setting("norm", "eval", "input of TTT_O_LORA's adapters; norm: the layer's normalised "
+                                    "input; attention: the heads' output", choices="norm attention")
+    ttt_mlp_lora: bool = setting(True, "eval", "TTT adapters: one beside each MLP")
+    ttt_head_lora: bool = setting(True, "eval", "TTT adapters: adapt the output head")
+    ttt_doc_order: str = setting("bucketed", "eval", "order of documents in TTT; bucketed: sorted by length within "
+                                 "TTT_BUCKET_WINDOW documents", choices="sequential bucketed sorted")
+    ttt_bucket_window: int = setting(512, "eval", "documents that TTT_DOC_ORDER=bucketed sorts by length at a time",
+                                     low=1)
+    phased_ttt_prefix_docs: int = setting(2000, "eval", "TTT_MODE=phased: how many first documents the model's weights "
+                                          "train on, once scored", low=1)
+    phased_ttt_num_phases: int = setting(1, "eval", "TTT_MODE=phased: how often the weights train during the first "
+                                         "PHASED_TTT_PREFIX_DOCS", low=1)
+    global_ttt_lr: float = setting(1e-3, "eval", "TTT_MODE=phased: SGD learning rate of the weights, which falls by a "
+                                   "half cosine")
+    global_ttt_momentum: float = setting(0.9, "eval", "TTT_MODE=phased: SGD momentum of the weights", high=1.0)
+    global_ttt_chunk_tokens: int = setting(32768, "eval", "TTT_MODE=phased: tokens of one SGD step of the weights",
+                                           low=1)
+    ngram_tilt_enabled: bool = setting(False, "eval", "n-gram tilt: raise the probability of the token that most often "
+                                       "followed the same tokens")
+    token_order: int = setting(16, "eval", "n-gram tilt: tokens of an n-gram, the predicted one included", low=2,
+                               high=64)
+    token_threshold: float = setting(0.8, "eval", "n-gram tilt: least share of a context's earlier occurrences that "
+                                     "the raised token followed", low=0.01, high=1.0)
+    token_boost: float = setting(2.625, "eval", "n-gram tilt: number added to the logit of the raised token", high=20.0)
+    hedge_enabled: bool = setting(False, "eval", "n-gram tilt: mix boosts from 0 to twice TOKEN_BOOST, weighted by "
+                                  "what each has cost so far")
+    eval_stride: int = setting(64, "eval", "tokens between sliding evaluation windows; 0: no sliding evaluation")
+    eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward pass in evaluation; auto: "
+                                            "MICRO_BATCH_TOKENS", low=1)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -1852,7 +1920,7 @@ class Windows:
     """Rows of the training shards in one global order that no number of ranks changes.
 
     Row g of the run is row g mod n of epoch g // n, an epoch being a permutation of all rows drawn from (SEED, epoch).
-    A row is a window of TRAIN_SEQ_LEN, or with VARLEN one or several windows of documents side by side. It holds one
+    A row is a window of TRAIN_SEQ_LEN, or with VARLEN one or several windows of documents in a row. It holds one
     token more than its length, the next one starts at that token. The position in the run is the one number g.
     """
 
@@ -2267,7 +2335,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
         with torch.no_grad():
             rows, length = cfg.eval_batch_tokens // cfg.eval_seq_len, cfg.eval_seq_len
             ids, targets, bounds = random_batch(rows, length, length)
-            hints = {"hints": targets} if cfg.ngram_tilt_enabled else {}
+            hints = {"hints": targets.clone()} if cfg.ngram_tilt_enabled else {}  # not one tensor as two inputs
             trainer.forward(ids, targets, bounds=bounds, loops=cfg.num_loops, **hints)
     reserve = cfg.gptq_reserve_seconds
     if cfg.gptq_calibration != "train" or not cfg.max_wallclock_seconds:
@@ -3166,7 +3234,7 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     count = sum(views[name].numel() for name in curved)
     octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
                              .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
-    bits = octaves_wide + math.log2(4.133)  # of a Gaussian weight under steps from c = 2^0 on (techniques.md)
+    bits = octaves_wide + math.log2(4.133)  # entropy of a Gaussian weight over steps from c = 2^0 on: √(2πe) = 4.133
     finest, tried, best = bits - FINEST_BITS, [], b""
     at = max(finest, bits - 8 * room / max(count, 1))
     for _ in range(12):
@@ -3579,9 +3647,9 @@ class Evaluator:
             self.scorer.add(at, losses.detach())
             return losses
         hints = torch.where(scored, self.val.hints[at], IGNORE)
-        losses, hint_losses = self.forward(ids, targets, loops=self.loops, hints=hints, **options)
-        self.scorer.add(at, losses.detach(), hint_losses.detach())
-        return losses
+        losses = self.forward(ids, targets, loops=self.loops, hints=hints, **options)
+        self.scorer.add(at, *losses.detach())
+        return losses[0]
 
     @torch.no_grad()
     def score_windows(self, windows: Tensor, what: str) -> None:
@@ -3599,7 +3667,7 @@ class Evaluator:
             self.charge(ids, targets, place, scored, bounds=bounds)
 
     def by_windows(self, stride: int, what: str) -> Score:
-        """The score by windows `stride` apart (EVAL_SEQ_LEN: side by side), without any adaptation."""
+        """The score by windows `stride` apart, which do not overlap if that is EVAL_SEQ_LEN, without any adaptation."""
         self.score_windows(find_windows(self.cfg, self.val, stride), what)
         return self.scorer.finish()
 

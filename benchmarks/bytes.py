@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Loss against bytes for every way to quantize and to pack, on one trained model and the same tensors.
+"""Measure loss against bytes for every way to quantize and to pack, on one trained model and the same tensors.
 
     DATA_PATH=... TOKENIZER_PATH=... NUM_LAYERS=... python benchmarks/bytes.py logs/smoke/final_model.pt
 
-takes the settings the model was trained with from the environment (SAVE_MODEL=1 leaves final_model.pt). The gap is the
-rise of the loss, in nats a token, over the model as it was trained. `weighted` fills the very bytes of GPTQ + SDClip's
-best packer, and then 85 and 70 % of them. lrzip, where it is installed, is the field's packer: `lrzip -z -L 9` on the
-codes of each group, by rows or by columns.
+The environment has to give the settings with which the model was trained (SAVE_MODEL=1 writes final_model.pt). The gap
+is the rise of the loss, in nats a token, over the trained model. `weighted` stands for QUANT_ALLOCATION=auto: it fills
+the bytes of GPTQ + SDClip with its best packer, and then 85 and 70 % of them. If lrzip is installed, it is measured
+too, since submissions to the challenge use it: `lrzip -z -L 9` on the codes of each group, by rows or by columns.
 """
 
 import argparse
@@ -27,7 +27,9 @@ import train_gpt as tg
 
 
 def packed_sizes(cfg: tg.Settings, stored: dict[str, tg.Stored]) -> dict[str, int]:
-    """Bytes of the whole artifact by packer; for what is not ours the codes' share is replaced, in its better order."""
+    """Bytes of the whole artifact by packer. For packers other than `ans` this is the Brotli artifact with its codes
+    packed by that packer, in the one of two orders that is smaller.
+    """
     settings = tg.artifact_settings(cfg)
     sizes = {"ans": len(tg.write_artifact(settings, stored, "ans"))}
     codes = [item.parts[part] for item in stored.values() for part in tg.integer_parts(item)]
@@ -67,7 +69,7 @@ def main() -> int:
 
 
 def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
-    """Calibrate, then quantize, pack and score in every way; print the table."""
+    """Calibrate, then quantize, pack and score in every way, and print the table."""
     rt = tg.Runtime(cfg, tg.Launch())
     rt.open_logs(append=False)
     cfg = tg.fit_to_device(dataclasses.replace(cfg, quant_allocation="auto", gptq_reserve_seconds=0.0), rt)

@@ -1,20 +1,20 @@
 #!/usr/bin/env python3
-"""Every graph of a run compiled to an H100's machine code, without a GPU: what fails, and what spills registers.
+"""Compile every graph of a run to an H100's machine code without a GPU; report what fails and what spills registers.
 
     pip install --target /tmp/cuda 'torch===2.13.0'        # once: on Linux the CUDA build, 5 GB
     PYTHONPATH=/tmp/cuda python benchmarks/codegen.py      # all forms; or those named, as `defaults lora`
 
-The script's own warm_up() and Evaluator.warm_up() make the graphs, which are all that a run has, as
-tests/test_codegen.py shows: at real widths and batches, of fake tensors, through Dynamo and AOTAutograd. Inductor
-compiles each as for an H100, up to the code that would launch its kernels, and Triton and its ptxas make sm_90 code of
-every kernel, in each variant that Inductor would try; for FUSED=1 also of the script's own. Nothing is run or timed.
+The script's own warm_up() and Evaluator.warm_up() make the graphs, at real widths and batches, on fake tensors, through
+Dynamo and AOTAutograd. tests/test_codegen.py shows that a run has no other graphs. Inductor compiles each graph as for
+an H100, up to the code that would launch its kernels. Triton and its ptxas make sm_90 code of every kernel, in each
+variant that Inductor would try, and with FUSED=1 of the script's own kernels too. Nothing is run or timed.
 
-A form is a set of settings: `defaults`, more of them below, or a recipe. But for `layers` each has 9 layers, of every
-kind that its own 11 have: more would repeat the same kernels with other offsets. Settings in the environment win over a
-form's. Attention is one operator that is not looked into, as FlashAttention is. Graphs are cut into forward and
-backward as for a CPU and moved to the GPU after, so choices that Inductor makes before that by measuring (padding of
-products) are not here. The status is 1 if a form or a kernel fails. A graph break is a failure: the script compiles
-with fullgraph=True.
+A form is a set of settings: `defaults`, further sets below, or a recipe. Every form but `layers` has 9 layers, with
+every kind of layer that its own 11 have: more layers would repeat the same kernels with other offsets. Settings in the
+environment take precedence over a form's. Attention is one opaque operator, as FlashAttention is. Graphs are split into
+forward and backward as for a CPU and then moved to the GPU. So choices that Inductor makes before that by measuring
+(padding of products) are missing here. The status is 1 if a form or a kernel fails. A graph break is a failure, since
+the script compiles with fullgraph=True.
 """
 
 import argparse
@@ -53,7 +53,9 @@ PTXAS = re.compile(r"entry function '(\w+)' for 'sm_90a'.*?(\d+) bytes spill sto
 
 
 class Kernel(NamedTuple):
-    """A kernel, and what ptxas tells of each of its variants. Inductor runs them all once and keeps the fastest."""
+    """A kernel, and what ptxas reports of each of its variants. On a GPU, Inductor runs all variants once and keeps the
+    fastest.
+    """
 
     name: str
     spilled: list[int]  # bytes
@@ -61,7 +63,7 @@ class Kernel(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What became of a form."""
+    """The result of one form."""
 
     graphs: int
     kernels: int  # that its graphs have
@@ -72,7 +74,7 @@ class Row(NamedTuple):
 
 
 def settings_of(form: str) -> dict[str, str]:
-    """The settings of a form, as an environment has them."""
+    """The settings of a form, as environment variables."""
     given = dict(re.findall(r"^(\w+)=(\S+)", RECIPES[form].read_text(), re.M)) if form in RECIPES else FORMS[form]
     few = {name: value for name, value in FEW_LAYERS.items() if name in {*given, "NUM_LAYERS"} and form != "layers"}
     return given | few | ONE_GPU
@@ -82,7 +84,7 @@ def settings_of(form: str) -> dict[str, str]:
 
 
 def pretend_driver() -> None:
-    """Triton and Inductor, told of an H100; ptxas's words are kept, compiled graphs are not."""
+    """Make Triton and Inductor see an H100. ptxas's messages are kept; compiled graphs are not."""
     import triton
     from torch._dynamo.device_interface import CudaInterface
     from torch._inductor import compile_fx, config
@@ -103,7 +105,7 @@ def pretend_driver() -> None:
 
 
 class Quiet(tg.Runtime):
-    """Says nothing and shows nothing."""
+    """A Runtime that prints nothing and shows no progress."""
 
     def log(self, message: str) -> None:
         pass
@@ -115,7 +117,7 @@ class Quiet(tg.Runtime):
 
 
 class Still(tg.Trainer):
-    """Steps that end with the gradients: optimizer and averages are not compiled."""
+    """Training steps that end with the gradients: optimizer and averages are not compiled."""
 
     def reset(self) -> None:
         self.params, self.ema = list(self.model.parameters()), None
@@ -128,7 +130,7 @@ class Still(tg.Trainer):
 
 @contextlib.contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Tensors without data, and stand-ins for what asks for data: bounds of documents, the adapters' optimizer."""
+    """Tensors without data, and stand-ins for code that needs data: bounds of documents, the adapters' optimizer."""
     from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
     real = tg.Bounds.find
@@ -150,7 +152,7 @@ def fake_tensors() -> Iterator[None]:
 
 
 def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -> None:
-    """The graphs of a run, and (name, source) of the kernels that Inductor makes of them, as they come."""
+    """The graphs of a run, and (name, source) of the kernels that Inductor makes of them, in order."""
     from torch._inductor import async_compile, compile_fx
 
     def keep(graph: torch.fx.GraphModule, inputs: list, **options):
@@ -179,7 +181,7 @@ def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -
 
 
 def compile_kernel(name: str, source: str) -> Kernel:
-    """A kernel of Inductor's, in each variant that it would try. Raises what Triton or ptxas raises."""
+    """Compile one of Inductor's kernels in each variant that Inductor would try. Raises what Triton or ptxas raises."""
     from torch._inductor.codecache import PyCodeCache
 
     log = io.StringIO()
@@ -193,7 +195,7 @@ def compile_kernel(name: str, source: str) -> Kernel:
 
 
 class Launcher:
-    """A kernel of the script's that is compiled for what it is launched on, and not launched."""
+    """A kernel of the script that is compiled for the arguments of a launch, but not launched."""
 
     def __init__(self, kernel):
         self.kernel = kernel
@@ -203,7 +205,7 @@ class Launcher:
 
 
 def compile_own(cfg: tg.Settings) -> list[Kernel]:
-    """The kernels of FUSED=1, for all that run_mlp() and run_head_losses() launch on a batch."""
+    """Compile the kernels of FUSED=1 for everything that run_mlp() and run_head_losses() launch on a batch."""
     def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -221,7 +223,7 @@ def compile_own(cfg: tg.Settings) -> list[Kernel]:
 
 
 def cpu_seconds() -> float:
-    """Of this process and those it waited for: other work on the machine does not count."""
+    """CPU seconds of this process and of those it waited for, so that other work on the machine does not count."""
     return sum(os.times()[:4])
 
 
@@ -230,7 +232,7 @@ def words(error: Exception) -> str:
 
 
 def compile_form(form: str, known: dict[str, Kernel]) -> Row:
-    """All of a form. `known`: kernels by source, those compiled before, to which those of this form are added."""
+    """Compile all of a form. `known` has the kernels compiled before, by source; those of this form are added to it."""
     start, failed, graphs, found, made = cpu_seconds(), {}, [], [], {}
     cfg = tg.read_settings(settings_of(form) | os.environ)[0]
     cfg = tg.fit_to_device(cfg, SimpleNamespace(device=torch.device("cpu")))

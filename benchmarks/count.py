@@ -1,23 +1,25 @@
 #!/usr/bin/env python3
-"""FLOPs and least bytes of one training step by kernel family, and the floors they set on a Hopper GPU.
+"""Count FLOPs and least bytes of one training step by kernel family, and the least time they take on a Hopper GPU.
 
-    NUM_LOOPS=2 python benchmarks/count.py                 the tables of benchmarks/README.md
+    NUM_LOOPS=2 python benchmarks/count.py                 prints the tables of benchmarks/README.md
     NUM_LOOPS=2 python benchmarks/count.py --write         puts them there, with the times of gpu.json beside this file
     VARLEN_ENABLED=1 python benchmarks/count.py --documents 800 --tokens 65536 --world 4
 
-takes the settings of train_gpt.py from the environment. Nothing is run: every figure is arithmetic on shapes.
+The settings of train_gpt.py come from the environment. Nothing is run: every figure is arithmetic on shapes.
 
 What is counted:
-- FLOPs are those of matrix products, two a multiply-add. Pointwise work runs on other units; its bytes bound it.
-- Least bytes: a family's kernels read each tensor that comes from another family once a use, from HBM, and write each
-  one that goes to another family or is kept for the backward pass once; a cache keeps nothing from one kernel to the
-  next. Only attention's scores and the head's logits never leave the chip (FlashAttention; fused cross-entropy, whose
-  loss and gradient come from one pass over the logits, or with FUSED=1 from two, as backward makes them anew).
-  Activations and the weights in products are bf16, gradients of weights and the optimizer's state fp32. Vectors
-  (scales, gains, gates) and their gradients are too small to count.
-- The floor of a family is the longer of FLOPs over the tensor cores' bf16 rate and bytes over HBM's. Families run one
-  after another, so the step's floor is their sum; the bound "if all overlapped" is that of their sums of FLOPs and of
-  bytes, which kernels that fold a norm into the product beside it approach, and even pass: they save bytes too.
+- FLOPs are those of matrix products, with two for a multiply-add. Pointwise work runs on other units and is bound by
+  its bytes.
+- Least bytes: the kernels of a family read each tensor from another family once for each use, from HBM. They write each
+  tensor once that goes to another family or is kept for the backward pass. No cache keeps anything from one kernel to
+  the next. Only attention's scores and the head's logits never leave the chip: attention is FlashAttention, and
+  cross-entropy is fused. Its loss and gradient come from one pass over the logits, or with FUSED=1 from two, since
+  backward makes the logits again. Activations and the weights in products are bf16; gradients of weights and the
+  optimizer's state are fp32. Vectors (scales, gains, gates) and their gradients are too small to count.
+- The floor of a family is the longer of two times: its FLOPs at the tensor cores' bf16 rate, and its bytes at HBM's.
+  Families run one after another, so the step's floor is the sum of theirs. The bound "if all overlapped" takes the sums
+  of FLOPs and of bytes over all families instead. Kernels that fold a norm into the product beside it approach this
+  bound. They can even pass it, because they save bytes too.
 QAT, its penalty and SWA, which are off by default, are left out.
 """
 
@@ -54,7 +56,8 @@ DEVICES = (Device("H100 SXM", 989e12, 3.35e12), Device("H200", 989e12, 4.8e12))
 
 
 class Work(NamedTuple):
-    """What one step asks of the GPU; what is done once a step, the optimizer's say, stands under backward."""
+    """The work of one step for the GPU. What is done once in a step, such as the optimizer's work, counts as backward.
+    """
 
     flops_forward: float = 0
     flops_backward: float = 0
@@ -73,7 +76,7 @@ class Work(NamedTuple):
         return self.bytes_forward + self.bytes_backward
 
     def floor(self, device: Device) -> tuple[float, str]:
-        """Seconds at the least, and which of the two rates sets them."""
+        """The least seconds that the work can take, and which of the two rates sets them."""
         return max((self.flops / device.flops, "FLOPs"), (self.bytes / device.bandwidth, "bytes"))
 
 
@@ -81,10 +84,10 @@ class Work(NamedTuple):
 
 
 def product(tokens: int, inputs: int, outputs: int, again: bool = False) -> Work:
-    """x (tokens, in) times W (out, in) -> y (tokens, out), and its two products backward.
+    """x (tokens, in) times W (out, in) -> y (tokens, out), and its two backward products.
 
-    FLOPs: 2·tokens·in·out forward, twice that backward. Bytes: forward reads x and W and writes y; backward dx reads
-    dy and W and writes dx, dW reads dy and x and writes dW in fp32, added to what is there if `again`.
+    FLOPs: 2·tokens·in·out forward, and twice that backward. Bytes: forward reads x and W and writes y. Backward reads
+    dy and W and writes dx; it also reads dy and x and writes dW in fp32, which it adds to what is there if `again`.
     """
     x, w, y = BF16 * tokens * inputs, BF16 * inputs * outputs, BF16 * tokens * outputs
     dw = (2 if again else 1) * FP32 * inputs * outputs
@@ -93,9 +96,9 @@ def product(tokens: int, inputs: int, outputs: int, again: bool = False) -> Work
 
 
 def mlp(tokens: int, width: int, hidden: int, again: bool = False) -> Work:
-    """Two products with the activation in them: h is written once, and what comes out of the activation never.
+    """Two products with the activation inside them: h is written once, and the activation's output never.
 
-    Beside those of the products, one read of h (tokens, hidden) backward, for the activation's derivative.
+    In addition to the products' work, backward reads h (tokens, hidden) once for the activation's derivative.
     """
     both = product(tokens, width, hidden, again) + product(tokens, hidden, width, again)
     return both + Work(bytes_backward=BF16 * tokens * hidden)
@@ -104,9 +107,9 @@ def mlp(tokens: int, width: int, hidden: int, again: bool = False) -> Work:
 def attention(tokens: int, heads: int, kv_heads: int, head_dim: int, keys: float) -> Work:
     """Causal attention in which a query meets `keys` keys on average.
 
-    FLOPs: 2·tokens·keys·heads·head_dim a product of scores' size; two forward, five backward, of which one computes the
-    scores again. Bytes: forward reads q, k, v and writes y and the log-sums (fp32, one a query and head); backward
-    reads these five and dy, and writes dq, dk, dv.
+    FLOPs: a product of the scores' size takes 2·tokens·keys·heads·head_dim. There are two forward and five backward, of
+    which one computes the scores again. Bytes: forward reads q, k, v and writes y and the log-sums (fp32, one for each
+    query and head). Backward reads these five and dy, and writes dq, dk, dv.
     """
     scores = 2 * tokens * keys * heads * head_dim
     qkv, y = BF16 * tokens * (heads + 2 * kv_heads) * head_dim, BF16 * tokens * heads * head_dim
@@ -115,17 +118,19 @@ def attention(tokens: int, heads: int, kv_heads: int, head_dim: int, keys: float
 
 
 def keys_met(length: int, window: int = 0) -> float:
-    """Keys a query meets on average in a causal sequence of `length` tokens, the last `window` of them (0: all)."""
+    """How many keys a query meets on average in a causal sequence of `length` tokens, if it sees the last `window` of
+    them (0: all).
+    """
     window = min(window or length, length)
     return (window * (window + 1) / 2 + (length - window) * window) / length
 
 
 def head(tokens: int, width: int, vocab: int, again: bool = False) -> Work:
-    """The head's product and the loss, logits (tokens, vocab) never written.
+    """The head's product and the loss; the logits (tokens, vocab) are never written.
 
-    FLOPs as a product's; one of forward's more if backward makes the logits `again`. Bytes: forward reads x, W and the
-    int64 targets and writes fp32 losses; backward reads x, W and writes dx and dW, the logits' gradient being there
-    while the logits are.
+    FLOPs: those of a product, and one more forward product if backward makes the logits `again`. Bytes: forward reads
+    x, W and the int64 targets and writes fp32 losses. Backward reads x and W and writes dx and dW; it has the logits'
+    gradient as long as the logits are on the chip.
     """
     x, w = BF16 * tokens * width, BF16 * vocab * width
     flops = 2 * tokens * width * vocab
@@ -133,21 +138,23 @@ def head(tokens: int, width: int, vocab: int, again: bool = False) -> Work:
 
 
 def pointwise(tokens: int, inputs: int, outputs: int, again: int = 0) -> Work:
-    """One fused kernel over `inputs` bf16 numbers a token that makes `outputs`, both of other families or kept.
+    """One fused kernel that reads `inputs` bf16 numbers a token and makes `outputs`; all of them belong to other
+    families or are kept.
 
-    Bytes: forward reads the inputs and writes the outputs; backward reads the inputs, to compute what is inside anew,
-    and the outputs' gradients, and writes the inputs' gradients. `again`: inputs that an earlier reader has left a
-    gradient for, read and added to.
+    Bytes: forward reads the inputs and writes the outputs. Backward reads the inputs, from which it computes the inner
+    values again, and the outputs' gradients; it writes the inputs' gradients. `again`: the number of inputs for which
+    an earlier reader has left a gradient, which is read and added to.
     """
     return Work(bytes_forward=BF16 * tokens * (inputs + outputs),
                 bytes_backward=BF16 * tokens * (2 * inputs + outputs + again))
 
 
 def lookup(tokens: int, rows: int, width: int, again: bool = False, stored: bool = False) -> Work:
-    """Rows of an fp32 table (rows, width) by int64 ids, into the kernel that uses them or, if `stored`, to HBM in bf16.
+    """Rows of an fp32 table (rows, width) by int64 ids, read into the kernel that uses them; if `stored`, written to
+    HBM in bf16.
 
-    Bytes: both ways read the ids and each row once; backward also writes the table's gradient, added to what is there
-    if `again`. `stored` ones are written, and their gradient read, beside.
+    Bytes: forward and backward each read the ids and each row once. Backward also writes the table's gradient, which it
+    adds to what is there if `again`. If `stored`, the rows are also written, and their gradient is read.
     """
     table, ids = FP32 * min(tokens, rows) * width, INT64 * tokens
     out = BF16 * tokens * width if stored else 0
@@ -161,8 +168,9 @@ def lookup(tokens: int, rows: int, width: int, again: bool = False, stored: bool
 def layers_work(cfg: tg.Settings, tokens: int, loops: int, keys: float) -> dict[str, Work]:
     """Projections, MLP, attention and glue of all virtual layers, and the norm before the head.
 
-    Glue, as it can be fused between the products: the entry of a block (its predecessor's last sum, skip, residual mix,
-    norm), queries and keys (norm, rotary, gain), XSA and gate, the sum and norm between attention and MLP.
+    Glue is the work between the products, as it can be fused: the entry of a block (the previous block's last sum,
+    skip, residual mix, norm), queries and keys (norm, rotary, gain), XSA and gate, and the sum and norm between
+    attention and MLP.
     """
     d, dh = cfg.model_dim, cfg.model_dim // cfg.num_heads
     kv, hidden = cfg.num_kv_heads * dh, int(cfg.mlp_mult * d)
@@ -210,13 +218,15 @@ def layers_work(cfg: tg.Settings, tokens: int, loops: int, keys: float) -> dict[
 
 
 def gate_product(tokens: int, inputs: int, heads: int) -> Work:
-    """A product with so few outputs that only its inputs' columns and their gradients, added to those there, count."""
+    """A product with so few outputs that only its inputs' columns and their gradients count; the gradients are added to
+    those already there.
+    """
     x, flops = BF16 * tokens * inputs, 2 * tokens * inputs * heads
     return Work(flops, 2 * flops, x + BF16 * tokens * heads, 3 * x + BF16 * tokens * heads)
 
 
 def ends_work(cfg: tg.Settings, tokens: int) -> dict[str, Work]:
-    """What stands before the first layer and after the last: tables, their projections, the head and the loss."""
+    """The work before the first layer and after the last: tables, their projections, the head and the loss."""
     d, e = cfg.model_dim, cfg.embedding_dim or cfg.model_dim
     kv = cfg.num_kv_heads * (d // cfg.num_heads)
     products, glue, inputs = Work(), lookup(tokens, cfg.vocab_size, e, cfg.tie_embeddings, e != d), 0
@@ -240,22 +250,23 @@ def ends_work(cfg: tg.Settings, tokens: int) -> dict[str, Work]:
 
 
 def newton_schulz(rows: int, cols: int, steps: int) -> tuple[int, int]:
-    """FLOPs and bytes of orthogonalising one matrix, r its short side and c its long one.
+    """FLOPs and bytes to orthogonalise one matrix with short side r and long side c.
 
-    A step's three products are X Xᵀ (2r²c), A A (2r³) and B X (2r²c). Each reads its operands and writes its result in
-    bf16, sums being fused: 3rc + 4r² numbers.
+    The three products of an iteration are X Xᵀ (2r²c), A A (2r³) and B X (2r²c). Each reads its operands and writes its
+    result in bf16, and sums are fused, which makes 3rc + 4r² numbers.
     """
     r, c = min(rows, cols), max(rows, cols)
     return steps * (4 * r * r * c + 2 * r**3), steps * BF16 * (3 * r * c + 4 * r * r)
 
 
 def optimizer_work(cfg: tg.Settings, shapes: dict[str, tuple[int, ...]], world: int) -> Work:
-    """Clipping, Muon on this GPU's share of each bank's slices, AdamW on tables and vectors, which every GPU updates.
+    """Clipping, Muon on this GPU's share of each bank's slices, and AdamW on tables and vectors, which every GPU
+    updates.
 
-    Bytes a weight of the share: gradient 4 for the norm; gradient and momentum read, momentum and Nesterov's sum
-    written, 14; and Newton-Schulz. Of the whole bank: the gathered fp32 update and the weight read, the weight written
-    in fp32 and in bf16 for the products, 14. AdamW: gradient 4 for the norm; weight, gradient and two moments read and
-    all but the gradient written, 28; a table also in bf16, 2.
+    Bytes for each weight of the share: the gradient for the norm, 4; gradient and momentum read, momentum and
+    Nesterov's sum written, 14; and Newton-Schulz. Bytes for each weight of the whole bank: the gathered fp32 update and
+    the weight read, the weight written in fp32 and, for the products, in bf16, 14. AdamW: the gradient for the norm, 4;
+    weight, gradient and two moments read, and all but the gradient written, 28; a table also in bf16, 2.
     """
     flops, moved = 0, 0
     for name, shape in shapes.items():
@@ -276,17 +287,18 @@ def is_table(name: str) -> bool:
 
 
 def parameter_shapes(cfg: tg.Settings) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter, from the model itself, made without memory."""
+    """The shape of every parameter. They come from the model itself, which is made without memory for its weights."""
     with torch.device("meta"):
         return {name: tuple(p.shape) for name, p in tg.GPT(cfg).named_parameters()}
 
 
 def count_step(cfg: tg.Settings, tokens: int, world: int = 1, loops: int | None = None, window: int = 0,
                documents: int = 0, shapes: dict[str, tuple[int, ...]] | None = None) -> dict[str, Work]:
-    """The work of each family in one step of one of `world` GPUs that takes `tokens` tokens.
+    """The work of each family in one step, on one of `world` GPUs that takes `tokens` tokens.
 
-    `loops`: how often looped layers run again; None: NUM_LOOPS. `window`: tokens that attention reaches back, 0: all.
-    `documents`: their length in tokens where attention stays inside them; 0, or longer than TRAIN_SEQ_LEN: that.
+    `loops`: how often looped layers run again; None: NUM_LOOPS. `window`: how many tokens back attention reaches; 0:
+    all. `documents`: tokens of a document, if attention stays inside documents; 0 or more than TRAIN_SEQ_LEN:
+    TRAIN_SEQ_LEN.
     """
     shapes = shapes or parameter_shapes(cfg)
     keys = keys_met(min(documents or cfg.train_seq_len, cfg.train_seq_len), window)
@@ -306,8 +318,8 @@ def total(work: dict[str, Work]) -> Work:
 
 
 def model_flops(work: dict[str, Work]) -> float:
-    """FLOPs that count for MFU: without attention's scores and the head's logits the second time, and without the
-    optimizer's.
+    """The FLOPs that count for MFU. The optimizer's do not, nor do those that compute attention's scores and the head's
+    logits a second time.
     """
     head = work["head and loss"]
     again = 0.5 * work["attention"].flops_forward + head.flops_backward - 2 * head.flops_forward
@@ -315,10 +327,10 @@ def model_flops(work: dict[str, Work]) -> float:
 
 
 def exchanged(shapes: dict[str, tuple[int, ...]], world: int) -> float:
-    """Bytes each GPU sends in a step, as train_gpt.py exchanges them, in fp32.
+    """The bytes that each GPU sends in a step, as train_gpt.py exchanges them, in fp32.
 
-    Banks, padded to a multiple of the GPUs: reduce-scatter of gradients and all-gather of updates, each (N-1)/N of
-    their size; the rest: an all-reduce, twice that.
+    Banks are padded to a multiple of the GPUs. Their gradients take a reduce-scatter and their updates an all-gather,
+    each (N-1)/N of their size. All other parameters take an all-reduce, which is twice that.
     """
     banks = sum(-(-s[0] // world) * world * s[1] * s[2] for name, s in shapes.items() if name.endswith("_bank"))
     small = sum(math.prod(s) for name, s in shapes.items() if not name.endswith("_bank"))
@@ -329,7 +341,9 @@ def exchanged(shapes: dict[str, tuple[int, ...]], world: int) -> float:
 
 
 def floors(work: dict[str, Work], device: Device, tokens: int, sent: float, world: int) -> dict[str, float]:
-    """The step's floors in seconds, tokens a second at each, and what the exchange leaves of `world` GPUs' speed."""
+    """The step's floors in seconds, the tokens a second at each, and how much of `world` GPUs' speed the exchange
+    leaves.
+    """
     step, everything, link = sum(w.floor(device)[0] for w in work.values()), total(work), sent / LINK
     overlapped = everything.floor(device)[0]
     return {"seconds": step, "tokens_per_second": tokens / step, "seconds_overlapped": overlapped,
@@ -338,7 +352,7 @@ def floors(work: dict[str, Work], device: Device, tokens: int, sent: float, worl
 
 
 def count_report(cfg: tg.Settings, args: argparse.Namespace) -> list[dict]:
-    """For the layers as they are and, with NUM_LOOPS, as they loop: the figures that the tables and --json give."""
+    """The figures of the tables and of --json: for the layers without loops and, with NUM_LOOPS, with loops."""
     shapes, reports = parameter_shapes(cfg), []
     sent = exchanged(shapes, args.world)
     for loops in sorted({0, cfg.num_loops}):
@@ -353,7 +367,7 @@ def count_report(cfg: tg.Settings, args: argparse.Namespace) -> list[dict]:
 
 
 def markdown(report: dict, measured: dict | None) -> str:
-    """One table with the lines under it. `measured`: what benchmarks/gpu.py wrote."""
+    """One table with the lines under it. `measured` is what benchmarks/gpu.py wrote."""
     work, sums, layers = report["families"], report["total"], report["layers"]
     first, *others = DEVICES
     looped = f" ({report['physical_layers']} physical)" if layers != report["physical_layers"] else ""
@@ -399,7 +413,7 @@ def pair(forward: float, backward: float, unit: float) -> str:
 
 
 def read_measured(path: Path) -> dict | None:
-    """What benchmarks/gpu.py wrote, if it did; RunError when it was not on a GPU."""
+    """What benchmarks/gpu.py wrote, if the file is there. RunError if it was not measured on a GPU."""
     if not path.exists():
         return None
     measured = json.loads(path.read_text())

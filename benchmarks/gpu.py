@@ -1,27 +1,29 @@
 #!/usr/bin/env python3
-"""What train_gpt.py does with one GPU: speed, MFU and memory of its step, where the time goes, evaluation, compression.
+"""Measure train_gpt.py on one GPU: speed, MFU and memory of its step, time by kernel, evaluation, compression.
 
     python benchmarks/gpu.py --json benchmarks/gpu.json     all parts, at most 8 minutes
-    python benchmarks/gpu.py --parts compiled families      some of them
-    torchrun --standalone --nproc_per_node=8 benchmarks/gpu.py     several GPUs: what they exchange, then the step
+    python benchmarks/gpu.py --parts compiled families      some parts
+    torchrun --standalone --nproc_per_node=8 benchmarks/gpu.py     several GPUs: their exchanges, then the step
 
-needs nothing but the repository: tokens and weights are random, and the shards are written to a temporary folder.
-Settings come from the environment; the default is one GPU's share of the 8-GPU run, 98,304 tokens a step, as 11 layers
-and looped as 17. The optimizer is not shared with other GPUs here: its time is that of all banks. Without a GPU the
-same code runs at tiny sizes, as a check that it works, and the Triton kernels in Triton's interpreter.
+The script needs nothing but the repository: tokens and weights are random, and it writes the shards to a temporary
+folder. Settings come from the environment. The default is one GPU's share of the 8-GPU run, 98,304 tokens a step, with
+11 layers and, looped, with 17. The optimizer is not shared with other GPUs here, so its time is that of all banks.
+Without a GPU the same code runs at tiny sizes, as a check that it works, with the Triton kernels in Triton's
+interpreter.
 
-Kernels: `kernels` checks train_gpt.py's two against their plain forms, `compiled` is the step with plain forms, `fused`
-that with both (FUSED=1), `each` that with one of them alone. What is right and makes the step take fewer ms than
-`compiled` is worth having. `curve` trains from the initial weights, plain, fused, and plain from another seed to show
-how much losses differ by chance; on the benchmark's own tokens, or those of DATA_PATH where it is set, which must be of
-this VOCAB_SIZE.
+Kernels: `kernels` checks the two kernels of train_gpt.py against their plain forms. `compiled` is the step with plain
+forms, `fused` with both kernels (FUSED=1), and `each` with one of them. A kernel is worth having if it is right and the
+step takes fewer ms than in `compiled`. `curve` trains from the initial weights with plain forms, with both kernels, and
+with plain forms from another seed, which shows how much losses differ by chance. Its tokens are the benchmark's own, or
+those of DATA_PATH if that is set; these must be of this VOCAB_SIZE.
 
-On several GPUs `exchange` sums and gathers the real banks over ranks, checks every number against what one rank works
-out alone, and times it; `compiled` is then the step of all of them, 98,304 tokens on each.
+On several GPUs, `exchange` sums and gathers the real banks over ranks, compares every number with what one rank
+computes alone, and times it. `compiled` is then the step of all GPUs, with 98,304 tokens on each.
 
-MFU is count.py's model FLOPs (scores and logits once, no optimizer) over the maker's dense bf16 peak. Times of kernel
-families are GPU time as torch.profiler has it, sorted by the operation that launched a kernel, the shapes it was given
-and the kernel's name; what cannot be told is `other`, and `idle` is the rest of the step.
+MFU is count.py's model FLOPs (scores and logits once, no optimizer) over the dense bf16 peak that the maker gives.
+Times of kernel families are GPU times from torch.profiler. A kernel is sorted into a family by the operation that
+launched it, by the shapes of its inputs and by its name. `other` has the kernels that cannot be sorted, and `idle` is
+the rest of the step.
 """
 
 import argparse
@@ -65,17 +67,19 @@ BOS = 1
 
 
 class OutOfTime(BaseException):
-    """Not an Exception, or the compiler would take it for a failure of its own."""
+    """Raised when the time is over. It is not an Exception, because the compiler would take that for a failure of its
+    own.
+    """
 
 
 class Bench:
     """One model with random weights, random data, and the parts that are measured on them, in any order.
 
-    Each part returns what goes into the JSON file; times are in the unit that the key ends with.
+    Each part returns what goes into the JSON file. The end of a key is the unit of its time.
     """
 
     def __init__(self, cfg: tg.Settings, rt: tg.Runtime, train_path: str | None = None):
-        """`train_path`: a folder of shards for `curve`; None: the benchmark's own."""
+        """`train_path`: a folder of shards for `curve`; None: the benchmark's own shards."""
         self.rt, self.gpu, self.train_path = rt, rt.device.type == "cuda", train_path
         self.cfg = cfg = tg.fit_to_device(cfg, rt)
         self.document = 8 * cfg.ttt_chunk_size  # tokens of a validation document
@@ -100,9 +104,10 @@ class Bench:
     # ----- parts
 
     def exchange(self) -> dict:
-        """Each bank's gradient summed into shares and its update gathered, and the small gradients summed, over ranks.
+        """Sum each bank's gradient into shares, gather its update, and sum the small gradients, over ranks.
 
-        Whole numbers, so that any order of summing gives the same: each rank draws those of all and compares.
+        The numbers are whole, so that any order of summing gives the same. Each rank draws the numbers of all ranks and
+        compares.
         """
         rt, rows = self.rt, {}
         if rt.world == 1:
@@ -141,7 +146,7 @@ class Bench:
         return rows
 
     def check_kernels(self) -> dict:
-        """What kernel_check.py says of each kernel against its plain form, by kernel, dtype and sizes."""
+        """The result of kernel_check.py for each kernel against its plain form, by kernel, dtype and sizes."""
         rows, runs = {}, {"bf16": (torch.bfloat16, kernel_check.Sizes()), "fp32": (torch.float32, kernel_check.Sizes())}
         if self.gpu:  # so many tokens that a program has several tiles to do, and the head several chunks
             runs = {label: (dtype, sizes._replace(length=4999)) for label, (dtype, sizes) in runs.items()}
@@ -156,7 +161,9 @@ class Bench:
         return rows or self.no_kernels()
 
     def warm_up(self) -> dict:
-        """What a run waits for before its clock starts, from an empty cache: every graph compiled, one step in each."""
+        """The work that a run waits for before its clock starts, from an empty cache: compiling every graph, with one
+        step in each.
+        """
         trainer, start = tg.Trainer(self.cfg, self.rt, self.model, self.compiled), time.perf_counter()
         tg.warm_up(self.cfg, self.rt, trainer)
         return {"cold_seconds": time.perf_counter() - start, "graphs": len(self.work) + 1}
@@ -174,7 +181,7 @@ class Bench:
             return self.step_speed(forward)
 
     def each_kernel(self) -> dict:
-        """The compiled step at the most virtual layers with one kernel only, by its name."""
+        """The compiled step at the most virtual layers with only one kernel, by the kernel's name."""
         rows, most = {}, max(self.work)
         for name in kernel_check.NAMES if self.fused else ():
             try:
@@ -188,7 +195,7 @@ class Bench:
         return rows or self.no_kernels()
 
     def curve(self) -> dict:
-        """Mean loss over the last steps of a short training: plain from two seeds, and with kernels."""
+        """Mean loss over the last steps of a short training: with plain forms from two seeds, and with the kernels."""
         (steps, last), seed = (300, 50) if self.gpu else (3, 2), self.cfg.seed
         before = [p.detach().clone() for p in self.model.parameters()]
         found = {"steps": steps, "mean_of_last": last, "tokens_of": "DATA_PATH" if self.train_path else "the benchmark"}
@@ -225,7 +232,8 @@ class Bench:
         return torch.stack(losses[-last:]).mean().item()
 
     def step_speed(self, forward: Callable, which: Iterable[int] = (), **changes) -> dict:
-        """Training steps with their data, by number of virtual layers; memory is the most that was allocated."""
+        """Speed of training steps with their data, by number of virtual layers. Memory is the most that was allocated.
+        """
         rows, cfg = {}, dataclasses.replace(self.cfg, **changes)
         for loops in which or self.work:
             if self.gpu:
@@ -240,7 +248,9 @@ class Bench:
         return rows
 
     def families(self) -> dict:
-        """ms of each kernel family in a compiled step, by virtual layers; `all` is the step's, measured apart."""
+        """Milliseconds of each kernel family in a compiled step, by virtual layers. `all` is the whole step, measured
+        separately.
+        """
         rows, steps = {}, 3 if self.gpu else 1
         for loops in self.work:
             trainer = tg.Trainer(self.cfg, self.rt, self.model, self.compiled)
@@ -271,7 +281,7 @@ class Bench:
         return {"per_step": found.total() / self.steps, "where": dict(found)}
 
     def update(self) -> dict:
-        """The step's end alone, by wall clock: clipping and optimizer, and what the EMA adds."""
+        """Time of the step's end by wall clock: clipping and optimizer, and what the EMA adds."""
         trainer, times = tg.Trainer(self.cfg, self.rt, self.model, self.model), {}
         for name in ("with_ema", "without"):
             times[name] = []
@@ -323,9 +333,9 @@ class Bench:
         return self.lora(self.by_parts)
 
     def lora(self, forward: Callable) -> dict:
-        """LoRA test-time training over the validation documents, after a batch of them to warm up or compile.
+        """LoRA test-time training over the validation documents, after one batch of them to warm up or compile.
 
-        Compiled it goes by parts: `cold_seconds` are those of all its widths.
+        The compiled form goes by parts; `cold_seconds` are those of compiling all its widths.
         """
         cfg = dataclasses.replace(self.cfg, ttt_mode="lora", eval_budget_seconds=0.0)
         first, start = self.val.tokens[: cfg.ttt_batch_size * self.document + 1], time.perf_counter()
@@ -347,7 +357,7 @@ class Bench:
 
     @contextlib.contextmanager
     def using(self, ops: tg.Ops) -> Iterator[Callable]:
-        """The model with these forms, compiled. Graphs made with other forms are forgotten before and after."""
+        """The model with these forms, compiled. Graphs made with other forms are dropped before and after."""
         torch._dynamo.reset()
         self.model.ops = ops
         try:
@@ -364,7 +374,7 @@ class Bench:
 
     @contextlib.contextmanager
     def fed_steps(self, trainer: tg.Trainer, loops: int) -> Iterator[Callable]:
-        """A function that takes one training step, on the data that comes next."""
+        """A function that takes one training step on the next data."""
         feeder, phase = tg.Feeder(self.windows, trainer.plan), tg.Schedule(lr_scale=0.01, loops=loops)
         try:
             yield lambda: trainer.step(feeder.next(), phase)
@@ -372,7 +382,7 @@ class Bench:
             feeder.close()
 
     def time_steps(self, trainer: tg.Trainer, loops: int) -> float:
-        """Mean seconds of a step, data loading included, after two (on a CPU one) to warm up."""
+        """Mean seconds of a step with data loading, after two warm-up steps (one on a CPU)."""
         with self.fed_steps(trainer, loops) as step:
             for _ in range(min(2, self.steps)):
                 step()
@@ -385,7 +395,7 @@ class Bench:
             return (time.perf_counter() - start) / self.steps
 
     def speed(self, seconds: float, loops: int) -> dict:
-        """Figures of a training step that takes so long, just measured."""
+        """The figures of a training step that takes this long, just after it was measured."""
         tokens, flops = self.cfg.train_batch_tokens, count.model_flops(self.work[loops]) / self.rt.world
         return {"ms": 1e3 * seconds, "tok_per_s": tokens / seconds, "tflop_per_s": flops / seconds / 1e12,
                 "mfu": flops / seconds / self.peak if self.peak else None, "peak_bytes": self.rt.peak_memory()}
@@ -405,14 +415,15 @@ PARTS = {"exchange": Bench.exchange, "kernels": Bench.check_kernels, "warm_up": 
 
 
 def is_device(name: str, kind: str) -> bool:
-    """Whether CUDA's `name` of a GPU is of the `kind` of count.DEVICES; H100s on PCIe, say, have other peaks."""
+    """Whether CUDA's `name` of a GPU is of the `kind` in count.DEVICES. An H100 on PCIe is not, for its peaks differ.
+    """
     return {"H100 SXM": "H100" in name and "HBM3" in name, "H200": "H200" in name}[kind]
 
 
 def write_data(cfg: tg.Settings, val_tokens: int, document: int) -> None:
-    """Shards of random tokens: training documents of 1,000 tokens on average, in which every other token by chance is
-    the one after the last in the vocabulary, so that there is something to learn; validation documents of `document`
-    tokens each, all by chance, and, as the last target, one token more.
+    """Shards of random tokens. Training documents have 1,000 tokens on average. In them every token is, with
+    probability one half, the successor of the last one in the vocabulary, so that there is something to learn.
+    Validation documents have `document` random tokens each, and one token more is the last target.
     """
     draw = np.random.default_rng(0)
     os.makedirs(cfg.data_path)
@@ -428,7 +439,7 @@ def write_data(cfg: tg.Settings, val_tokens: int, document: int) -> None:
 
 
 def in_range(name: str, function: Callable) -> Callable:
-    """The function, and a mark of this name in the profile around it."""
+    """The function, with a range of this name around it in the profile."""
     def marked(*arguments):
         with record_function(name):
             return function(*arguments)
@@ -439,7 +450,7 @@ def in_range(name: str, function: Callable) -> Callable:
 def kernel_times(prof: profile, gpu: bool) -> Iterator[tuple[str, list, str, list[str], float]]:
     """(operation, shapes of its inputs, kernel, names of the ranges around it, microseconds) of a profile.
 
-    Kernels that no operation is known to have launched come summed by name. On a CPU an operation is its own kernel.
+    Kernels for which no launching operation is known are summed by name. On a CPU an operation is its own kernel.
     """
     linked, marks = Counter(), {e.name for e in prof.events() if e.is_user_annotation}  # ranges, also the GPU's copy
     for event in prof.events():
@@ -490,12 +501,14 @@ def describe(error: Exception) -> str:
 
 
 def failed(found: dict) -> bool:
-    """Whether a part could not be measured, or found a kernel wrong."""
+    """Whether a part could not be measured, or found a wrong kernel."""
     return "error" in found or any(isinstance(row, dict) and row.get("ok") is False for row in found.values())
 
 
 def run_parts(bench: Bench, names: list[str], until: float) -> dict[str, dict]:
-    """What each part measured, or {"error": why not}. No part runs on after `until`, of time.perf_counter()."""
+    """The result of each part, or {"error": why there is none}. No part runs on after `until`, in time.perf_counter()'s
+    seconds.
+    """
     def stop(*_) -> None:
         raise OutOfTime
 
@@ -538,7 +551,7 @@ def cell(value) -> str:
 
 
 def read_config(folder: str, world: int) -> tuple[tg.Settings, bool]:
-    """Settings of the environment over the defaults here, and whether there is a GPU to run them on; a step has the
+    """The settings of the environment over the defaults given here, and whether there is a GPU for them. A step has the
     default's tokens on each of `world` GPUs.
     """
     chosen = tg.read_environment(dict(os.environ)).explicit
@@ -578,7 +591,7 @@ def main(arguments: list[str]) -> int:
 
 
 def measure(folder: str, names: list[str], until: float, launch: tg.Launch) -> dict:
-    """Make the data and the model in `folder`, each process its own, and run these parts until then."""
+    """Make the data and the model in `folder`, in each process, and run these parts until that time."""
     cfg, gpu = read_config(folder, launch.world)
     if not gpu:
         if not launch.rank:

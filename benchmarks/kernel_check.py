@@ -1,6 +1,7 @@
-"""The check of train_gpt.py's kernels against their plain forms, which gpu.py runs on a GPU.
+"""Check train_gpt.py's kernels against their plain forms; gpu.py runs this check on a GPU.
 
-Not called kernels.py: beside a script that runs, that would hide the package from which FlashAttention 3 comes.
+The module is not called kernels.py: beside a script that runs, this name would hide the package from which
+FlashAttention 3 comes.
 """
 
 import math
@@ -29,7 +30,7 @@ def plain_head(x: Tensor, weight: Tensor, targets: Tensor, cap: float) -> Tensor
 
 
 class Sizes(NamedTuple):
-    """Of the tensors in a check; odd ones are those that fill no tile."""
+    """Sizes of the tensors in a check; odd sizes are those that fill no tile."""
 
     rows: int = 3
     length: int = 7
@@ -44,9 +45,9 @@ class Sizes(NamedTuple):
 
 
 class Case(NamedTuple):
-    """What a check runs: a form as `run(ops, *inputs)` has it, and by name its inputs and its outputs.
+    """One case of a check: a form as `run(ops, *inputs)`, its inputs by name, and the names of its outputs.
 
-    Gradients are of the inputs in `learned`.
+    Gradients are taken of the inputs in `learned`.
     """
 
     run: Callable
@@ -75,8 +76,8 @@ def cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> dict[str, C
 
 
 def derive(case: Case, ops: tg.Ops, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Outputs of a case in `dtype`, and as `d<input>` the gradients of its learned inputs, for random ones of its
-    outputs. All that is random has been rounded to the dtype of the case's inputs, whatever `dtype` is.
+    """The outputs of a case in `dtype`, and the gradients of its learned inputs as `d<input>`, for random gradients of
+    the outputs. All random numbers are rounded to the dtype of the case's inputs, whatever `dtype` is.
     """
     inputs = {name: t.to(dtype) if t.is_floating_point() else t for name, t in case.inputs.items()}
     learned = [inputs[name].detach().requires_grad_() for name in case.learned]
@@ -89,11 +90,11 @@ def derive(case: Case, ops: tg.Ops, dtype: torch.dtype) -> dict[str, Tensor]:
 
 def check(name: str, ops: tg.Ops, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None
           ) -> dict[str, float]:
-    """Relative error of one form of `ops`, computing in `dtype`, by tensor: an output or, as `d<input>`, a gradient.
+    """Relative error of one form of `ops` that computes in `dtype`, by tensor: an output or, as `d<input>`, a gradient.
 
-    Truth is the plain form in fp32 on the same inputs, already rounded to `dtype`: with tg.PLAIN this says how far the
-    plain form itself is from it. An error is the norm of the difference over that of the truth. Empty where the form
-    cannot be checked.
+    The truth is the plain form in fp32 on the same inputs, which are already rounded to `dtype`. With tg.PLAIN the
+    result is the error of the plain form itself. An error is the norm of the difference over the norm of the truth. The
+    result is empty if the form cannot be checked.
     """
     if name == "mlp" and dtype == torch.bfloat16 and device.type == "cpu":
         return {}  # Triton's interpreter multiplies bf16 wrongly in tl.dot (and cuts off where a GPU rounds)
@@ -103,8 +104,8 @@ def check(name: str, ops: tg.Ops, device: torch.device, dtype: torch.dtype, size
 
 
 def is_right(errors: dict[str, float], plain: dict[str, float], dtype: torch.dtype) -> bool:
-    """Whether a kernel's errors are such as come of rounding, given the plain form's in the same dtype; never where one
-    is not finite, also if the plain form's is not.
+    """Whether a kernel's errors can come from rounding, given those of the plain form in the same dtype. Errors that
+    are not finite never can, even if the plain form's are not finite either.
     """
     unit = 2**-8 if dtype == torch.bfloat16 else 2e-5  # for fp32 some room for a GPU's short ways to divide and exp
     return all(error <= 2 * plain[what] + unit < math.inf for what, error in errors.items())
@@ -112,7 +113,7 @@ def is_right(errors: dict[str, float], plain: dict[str, float], dtype: torch.dty
 
 def compare(name: str, ops: tg.Ops, device: torch.device, dtype: torch.dtype, sizes: Sizes | None = None
             ) -> dict[str, bool | float | str]:
-    """The largest of a kernel's errors and of its plain form's, of outputs and of gradients; `ok`: the kernel is right.
+    """The largest errors of a kernel and of its plain form, for outputs and for gradients. `ok`: the kernel is right.
     """
     found, plain = (check(name, form, device, dtype, sizes) for form in (ops, tg.PLAIN))
     if not found:
@@ -126,8 +127,8 @@ def compare(name: str, ops: tg.Ops, device: torch.device, dtype: torch.dtype, si
 
 
 def relative_error(found: Tensor, truth: Tensor) -> float:
-    """Norm of the difference over that of the truth, or by itself where the truth is 0, as when every target is IGNORE;
-    infinite where it is not a number.
+    """Norm of the difference over the norm of the truth; the norm itself where the truth is 0, as when every target is
+    IGNORE; infinite where it is not a number.
     """
     truth = truth.detach().double()
     error = float((found.detach().double() - truth).norm() / (truth.norm() if truth.any() else 1.0))
@@ -135,5 +136,5 @@ def relative_error(found: Tensor, truth: Tensor) -> float:
 
 
 def can_run(device: torch.device) -> bool:
-    """Whether Triton is there and there is a GPU or its interpreter to run kernels on."""
+    """Whether Triton is installed and there is a GPU, or its interpreter, to run kernels on."""
     return tg.triton is not None and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")

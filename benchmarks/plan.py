@@ -1,22 +1,22 @@
 #!/usr/bin/env python3
-"""What torch.compile plans for a training step on an H100: bytes by kind of kernel, of plain forms and of FUSED=1.
+"""Report what torch.compile plans for a training step on an H100: bytes by kind of kernel, with and without FUSED=1.
 
     NUM_LOOPS=2 python benchmarks/plan.py              plain forms, whole and by parts, each kernel of FUSED=1, all
     NUM_LOOPS=2 python benchmarks/plan.py plain mlp --list
 
-Needs a CUDA build of torch, but no GPU: Inductor's passes and its scheduler run on fake tensors under an H100's
-properties up to the list of kernels to make, and stop there. Nothing is compiled further, run or timed: this says how
-many bytes kernels ask of memory, and nothing of how fast they are. Settings come from the environment.
+The script needs a CUDA build of torch, but no GPU. Inductor's passes and its scheduler run on fake tensors under an
+H100's properties, up to the list of kernels to make, and stop there. Nothing is compiled further, run or timed. So the
+report says how many bytes the kernels move, and nothing about their speed. Settings come from the environment.
 
-The bytes are the scheduler's own: every tensor that a kernel reads or writes counts once, whatever caches hold. The
-step is cut into forward and backward as for a CPU and its tensors are moved to the GPU after. Dense attention in bf16
-without documents stands in as one operator that is not looked into: q, k, v in and y out; backward q, k, v, y and y's
-gradient in, three gradients out. So do the operators of FUSED=1, to whose bytes is added what inside() says. Each such
-operator is one kernel here, whatever it launches. Optimizer and EMA are outside: count.py has them.
+The bytes are the scheduler's own: every tensor that a kernel reads or writes counts once, whatever the caches hold. The
+step is split into forward and backward as for a CPU, and its tensors are then moved to the GPU. Dense attention in bf16
+without documents is one opaque operator: it takes q, k, v and gives y, and backward takes q, k, v, y and y's gradient
+and gives three gradients. The operators of FUSED=1 are opaque too, and inside() adds the bytes that they move inside.
+Each such operator counts as one kernel, whatever it launches. Optimizer and EMA are left out; count.py has them.
 
-`parts` is the forward pass compiled by its parts, as test-time training has it: each graph is planned once and counts
-as often as it is called; what joins their gradients is outside. Seconds are those of planning, on one thread of this
-machine: tracing and Inductor's own work, without Triton's.
+`parts` is the forward pass compiled by its parts, as test-time training uses it. Each graph is planned once and counts
+as often as it is called; the work that joins their gradients is left out. Seconds are those of planning on one thread
+of this machine: tracing and Inductor's own work, without Triton's.
 """
 
 import argparse
@@ -48,12 +48,13 @@ H100 = SimpleNamespace(
 
 
 def inside(cfg: tg.Settings, tokens: int, name: str, backward: bool) -> int:
-    """Bytes that an operator of FUSED=1 moves beyond what goes in and out once, as run_mlp() and the others do it.
+    """The bytes that an operator of FUSED=1 moves in addition to reading its inputs and writing its outputs once, as
+    run_mlp() and run_head_losses() do it.
 
-    mlp, with n = 2 * tokens * hidden: forward writes act and reads it, 2 n; backward writes dh and act, reads dh for
-    two products and act for one, 5 n, and the gradient, as wide as the model, a second time.
-    head_losses: nothing, as HEAD_CHUNK's logits stay in L2; it is taken that so does the weight's gradient, to which
-    each chunk is added.
+    mlp, with n = 2 * tokens * hidden: forward writes act and reads it, 2 n. Backward writes dh and act, reads dh for
+    two products and act for one, 5 n, and moves the gradient, as wide as the model, a second time. head_losses: none,
+    since the logits of a chunk (HEAD_CHUNK) stay in L2. It is assumed that the weight's gradient, to which each chunk
+    is added, stays there too.
     """
     if name != "mlp":
         return 0
@@ -75,7 +76,7 @@ def pretend_h100() -> None:
 
 
 def make_attention() -> Callable:
-    """Opaque attention in two differentiable operators, called as FlashAttention is."""
+    """Attention as two opaque differentiable operators, called as FlashAttention is."""
     forward = torch.library.custom_op("plan::attention", lambda q, k, v, cu: torch.empty_like(q), mutates_args=(),
                                       schema="(Tensor q, Tensor k, Tensor v, Tensor? cu) -> Tensor")
     backward = torch.library.custom_op(
@@ -90,7 +91,7 @@ def make_attention() -> Callable:
 
 
 def on_gpu(graph: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphModule, list]:
-    """A graph made for the CPU and its fake inputs, moved to the GPU."""
+    """A graph that was made for the CPU, and its fake inputs, moved to the GPU."""
     graph = copy.deepcopy(graph)
     with next(t.fake_mode for t in inputs if hasattr(t, "fake_mode")):
         inputs = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device="cuda")
@@ -103,7 +104,7 @@ def on_gpu(graph: torch.fx.GraphModule, inputs: list) -> tuple[torch.fx.GraphMod
 
 
 class Planned(NamedTuple):
-    """One kernel; `name` says which operator it calls, if it is not Inductor's own."""
+    """One kernel. `name` is the operator that it calls, if it is not Inductor's own."""
 
     kind: str
     name: str
@@ -146,7 +147,7 @@ def schedule(graph: torch.fx.GraphModule, inputs: list) -> list[Planned]:
 
 
 class Plan(NamedTuple):
-    """All kernels of a step, those of a graph as often as it is called."""
+    """All kernels of a step; those of a graph count as often as the graph is called."""
 
     forward: list[Planned]
     backward: list[Planned]
@@ -155,7 +156,7 @@ class Plan(NamedTuple):
 
 
 def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable) -> Plan:
-    """The kernels of a training step, with what operators of FUSED=1 move inside."""
+    """The kernels of a training step, with the bytes that operators of FUSED=1 move inside."""
     from torch._inductor import compile_fx
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -226,7 +227,7 @@ def main(arguments: list[str]) -> int:
 
 
 def report(found: dict[str, Plan], args: argparse.Namespace, number: int, layers: int) -> None:
-    """`number`: bytes of one bf16 number a token and channel."""
+    """`number`: the bytes of one bf16 number for each token and channel."""
     for form, planned in found.items() if args.list else ():
         for label, rows in zip(("forward", "backward"), planned):
             print(f"{form}, {label}: numbers a token and channel, kind, operations; those under 0.02 are left out")

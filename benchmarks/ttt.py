@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What test-time training gains, by document length, and what it costs against scoring alone.
+"""Measure what test-time training gains by document length, and how much more time it takes than scoring alone.
 
     EVAL_ONLY=logs/smoke/final_model.int6.ptz DATA_PATH=... TOKENIZER_PATH=... python benchmarks/ttt.py
 
-takes the settings of train_gpt.py from the environment (one process) and scores the artifact four times: by windows
-side by side, by document with adapters that do not learn, with LoRA, and phased. Prints a table; --json FILE keeps it.
+The settings of train_gpt.py come from the environment. One process scores the artifact four times: by windows that do
+not overlap, by document with adapters that do not learn, with LoRA, and phased. It prints a table; --json FILE writes
+the figures to a file.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import train_gpt as tg
 
 
 def by_length(losses: torch.Tensor, val: tg.Validation, step: int) -> dict[int, list[float]]:
-    """Thousands (or `step`s) of document length -> documents, tokens, nats, bytes."""
+    """Length of documents in steps of `step` tokens -> documents, tokens, nats, bytes."""
     table, total = {}, torch.cat((torch.zeros(1), losses.double().cpu().cumsum(0)))
     before = torch.cat((torch.zeros(1, dtype=torch.int64), val.bytes.long().cumsum(0)))
     for a, b in tg.find_documents(val.tokens, val.bos):  # its targets are a + 1 .. b
@@ -53,7 +54,7 @@ def main() -> int:
 
 
 def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.Namespace) -> int:
-    """Score the artifact four ways and print the tables."""
+    """Score the artifact in four ways and print the tables."""
     rt = tg.Runtime(cfg, tg.Launch())
     run = tg.Run(tg.fit_to_device(dataclasses.replace(cfg, ttt_mode="lora"), rt), notes, rt)
     stored, losses, scores = tg.read_artifact(artifact, "the artifact")[1], {}, {}

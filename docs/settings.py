@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The table of all settings, from the script itself.
+"""Make the table of all settings from the script's own --help.
 
-    python docs/settings.py --write        writes docs/settings.md; without --write prints it
+    python docs/settings.py --write        writes docs/settings.md; without --write the table is printed
 """
 
 import argparse
@@ -15,18 +15,18 @@ import train_gpt as tg
 
 HEAD = """# All settings
 
-Written by `python docs/settings.py --write` from `python train_gpt.py --help`. Each is an environment variable; `auto`
-means that the script decides, as its line says.
+`python docs/settings.py --write` writes this page from `python train_gpt.py --help`. Every setting is an environment
+variable. `auto` means that the script chooses the value; the setting's line says how.
 """
 
 
 def table(help_text: str) -> str:
-    """Markdown tables, one a group, of the text that --help prints."""
+    """Turn the text that --help prints into Markdown tables, one for each group."""
     lines = [HEAD]
     for line in help_text.splitlines():
         if re.fullmatch(r"\w+:", line) and line != "usage:":
             lines += ["", f"## {line[:-1]}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-        elif re.match(r"  [A-Z]", line):  # columns of 28, 6 and 11 characters, and the meaning
+        elif re.match(r"  [A-Z]", line):  # columns of 28, 6 and 11 characters, then the meaning
             name, kind, default, meaning = (line[a:b].strip() for a, b in pairwise((2, 30, 36, 47, None)))
             lines.append(f"| `{name}` | {kind} | {default} | {meaning.replace('<', '&lt;')} |")
     return "\n".join(lines) + "\n"

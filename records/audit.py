@@ -1,21 +1,22 @@
-"""Judge a finished run from outside: its score is recomputed, and the script that made it is made to prove it legal.
+"""Judge a finished run from outside: recompute its score, and check on the script that made it that the score is legal.
 
     python records/audit.py RUN                                               RUN: the folder that the run wrote
-    torchrun --standalone --nproc_per_node=N records/audit.py RUN --full      and the whole evaluation again
+    torchrun --standalone --nproc_per_node=N records/audit.py RUN --full      also repeats the whole evaluation
 
-The script is the counted one, RUN/train_gpt.packed.py; the settings are those in RUN/result.json. DATA_PATH,
-TOKENIZER_PATH and DEVICE in the environment win over them. The script is only run, through its start(), on text that
-stands in files. What a verdict rests on is the auditor's own: the text and where documents start, the count of bytes,
-the sums of losses, the comparison of distributions. It stands in two places where the script's data passes:
+The script is the counted one, RUN/train_gpt.packed.py. The settings are those in RUN/result.json; DATA_PATH,
+TOKENIZER_PATH and DEVICE in the environment take precedence. The auditor only runs the script, through its start(), on
+text in files. A verdict rests on what the auditor does itself: it reads the text and finds where documents start,
+counts the bytes, adds up the losses and compares the distributions. It watches two places in the script:
 
-  GPT.forward   what the model is asked, and what it answers; asked again for the distribution behind the answer
-  Scorer.add    which loss is charged to which token; the script's Scorer gets it too, and what it makes of it is judged
+  GPT.forward   what the model is asked and answers; the auditor asks again for the distribution behind the answer
+  Scorer.add    which loss is recorded for which token; the script's Scorer gets it too, and its result is judged
 
-Writes RUN/audit.json: the checks, {ok, detail} or null where there is nothing to compare with; SHA-256 of script and
-artifact; seconds. Exit status: 0, 1 with one line if there is nothing to judge, 3 if a check failed.
-docs/proof.md says what each check is and what it cannot see.
+The auditor writes RUN/audit.json: for each check {ok, detail}, or null where there is nothing to compare with; the
+SHA-256 of script and artifact; the seconds. The exit status is 0, 1 with one line if there is nothing to judge, or 3 if
+a check failed. docs/proof.md says what each check does and what the auditor cannot see.
 
-The script runs in this process. A faulty one is judged; one that is written to deceive this auditor has to be read.
+The script runs in this process. A script with faults is judged; one that is written to deceive the auditor has to be
+read by a person.
 """
 
 import argparse
@@ -54,7 +55,7 @@ HEDGE_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # boosts that HEDGE_ENABLED
 
 
 class AuditError(Exception):
-    """There is nothing to judge: told as one line, exit status 1."""
+    """There is nothing to judge. main() prints the message as one line and exits with status 1."""
 
 
 class Check(NamedTuple):
@@ -82,16 +83,16 @@ class Text:
         return Text(tokens, self.sp, self.bos, self.caseops)
 
     def documents(self) -> list[tuple[int, int]]:
-        """(first token, one after the last) of each: from its mark to the next one."""
+        """(first token, one after the last) of each document, from the token that starts it to the next such token."""
         starts = np.flatnonzero(self.tokens == self.bos)
         return list(pairwise(np.unique([0, *starts.tolist(), len(self.tokens)]).tolist()))
 
     def words(self, a: int, b: int) -> list[int]:
-        """Tokens of a document without its mark, which stands for nothing."""
+        """The tokens of a document without the token that starts it, which stands for no text."""
         return self.tokens[a + (self.tokens[a] == self.bos) : b].tolist()
 
     def raw_bytes(self, texts: list[str], words: list[list[int]]) -> list[int]:
-        """UTF-8 bytes of decoded documents; a byte piece of a character that is cut is one byte."""
+        """UTF-8 bytes of decoded documents. Where a character is cut, each of its byte pieces counts as one byte."""
         counts = []
         for text, ids in zip(texts, words):
             count = len((caseops.restore(text, strict=False) if self.caseops else text).encode())
@@ -101,7 +102,9 @@ class Text:
         return counts
 
     def count_bytes(self, spans: list[tuple[int, int]]) -> int:
-        """Bytes of these documents as SentencePiece decodes them; the first token of the text is no target."""
+        """Bytes of these documents as SentencePiece decodes them. The first token of the text is no target and is left
+        out.
+        """
         total = 0
         for low in range(0, len(spans), 256):
             words = [self.words(a, b) for a, b in spans[low : low + 256]]
@@ -112,7 +115,7 @@ class Text:
         return total
 
     def sidecar(self) -> np.ndarray:
-        """(n,) uint16: bytes of raw text that each token of a CaseOps text is charged."""
+        """(n,) uint16: the bytes of raw text for which each token of a CaseOps text stands."""
         charges = np.zeros(len(self.tokens), np.int64)
         for a, b in self.documents():
             ids = self.words(a, b)
@@ -125,15 +128,16 @@ class Text:
         return charges.astype(np.uint16)
 
     def write(self, folder: Path) -> None:
-        """As validation shards, all that belongs to them made anew."""
+        """Write the text as validation shards, with a new sidecar if it is CaseOps text."""
         folder.mkdir(parents=True, exist_ok=True)
         write_shard(folder / "fineweb_val_000000.bin", self.tokens.astype(np.uint16))
         if self.caseops:
             write_shard(folder / "fineweb_val_bytes_000000.bin", self.sidecar())
 
     def altered(self) -> np.ndarray:
-        """(n,) int64: another token everywhere but at marks, so that documents stay where they are. None is a byte
-        piece, of which half a character could be left, or one that stands for no text.
+        """(n,) int64: every token replaced by another one. Tokens that start documents stay, so that documents stay
+        where they are. A replacement is no byte piece, which could leave half a character, and no piece that stands for
+        no text.
         """
         sp, chance = self.sp, np.random.default_rng(0)
         no_text = (sp.is_control, sp.is_unknown, sp.is_unused, sp.is_byte)
@@ -145,7 +149,7 @@ class Text:
 
 
 def lone_bytes(sp: sentencepiece.SentencePieceProcessor, ids: list[int]) -> int:
-    """How many byte pieces among these tokens are part of no whole character."""
+    """How many byte pieces among these tokens belong to no whole character."""
     text, raw = "", b""
     for i in [*ids, None]:
         if i is not None and sp.is_byte(i):
@@ -160,7 +164,8 @@ def lone_bytes(sp: sentencepiece.SentencePieceProcessor, ids: list[int]) -> int:
 
 
 class Seen(NamedTuple):
-    """What one evaluation of a text charged, over all processes; arrays are (n,), by place in the text."""
+    """The losses that one evaluation of a text recorded, over all processes; arrays are (n,), by position in the text.
+    """
 
     losses: Tensor  # float64, nats, after the n-gram tilt if there is one; index 0 is no target
     hints: Tensor  # int64: one more than the token that the tilt made likelier; 0 for none
@@ -176,7 +181,7 @@ class Seen(NamedTuple):
         return float(self.losses[1:].sum())
 
     def faults(self) -> list[str]:
-        """What is wrong with which targets were charged and when."""
+        """What is wrong with the targets that were scored and with their order."""
         times = self.times[1:]
         wrong = (times != 1).nonzero().flatten()
         told = [(len(wrong), f"{int((times == 0).sum())} targets never scored, {int((times > 1).sum())} more than once "
@@ -187,10 +192,10 @@ class Seen(NamedTuple):
 
 
 class Witness:
-    """Stands before the model: knows what it is asked and can ask it again, in the state in which it is."""
+    """Stands before the model. It sees what the model is asked and can ask the model again in the same state."""
 
     def __init__(self, text: Text, forward, watched: list[int], verify: bool, boosts: list[float]):
-        """`boosts`: of the logits of hints, by the n-gram tilt; none without one."""
+        """`boosts`: what the n-gram tilt adds to the logits of hints; empty without a tilt."""
         self.text, self.forward, self.watched, self.verify, self.boosts = text, forward, watched, verify, boosts
         self.stream, self.chance = torch.from_numpy(text.tokens), torch.Generator().manual_seed(0)
         self.call = self.model = None
@@ -202,9 +207,9 @@ class Witness:
 
     @torch.no_grad()
     def ask(self, positions: Tensor, losses: Tensor, hint_losses: Tensor | None, predictions: Tensor) -> Tensor:
-        """Keep the distributions of the watched tokens that are charged here. Returns how far the losses are from
-        -log p: those charged, those of hints, and those of other tokens that might have stood there. If none is, p adds
-        up to 1.
+        """Save the distribution of each watched target that is scored here. Return how far three kinds of losses are
+        from -log p: those recorded, those of hints, and those of random other tokens at the same places. If all of them
+        agree, p adds up to 1.
         """
         ids, targets, rest, options = self.call
         hints, options = options.get("hints"), {name: v for name, v in options.items() if name != "hints"}
@@ -229,10 +234,12 @@ class Witness:
 
 
 class Recorder:
-    """Stands where the script's Scorer does, which gets all that it is given, and says what it likes."""
+    """Stands in the place of the script's Scorer. It records what it is given, passes it on to that Scorer and returns
+    the Scorer's answers.
+    """
 
     def __init__(self, script: ModuleType, witness: Witness, asked: bool, inner: Any):
-        """`asked`: the witness sees the model, which a compiled one would not let it."""
+        """`asked`: the witness sees the calls of the model, which it cannot with a compiled model."""
         self.script, self.witness, self.asked, self.inner, self.calls, self.rows = script, witness, asked, inner, 0, 0
         n, self.other, self.seen = len(witness.stream), 0, None
         self.losses, self.hint_losses = torch.zeros(2, n)
@@ -243,8 +250,8 @@ class Recorder:
         return getattr(self.inner, name)
 
     def add(self, positions: Tensor, losses: Tensor, *hint_losses: Tensor) -> None:
-        """Note what is charged: losses in nats to places in the text, 0 for none, of one shape (rows, length); with a
-        tilt also those of the hints.
+        """Record losses in nats, with their positions in the text (0 for padding), both (rows, length); with a tilt
+        also the losses of the hints.
         """
         place, charged = positions.detach().flatten().cpu(), losses.detach().flatten().float().cpu()
         row = self.rows + torch.arange(len(place)) // positions.size(-1) + 1
@@ -269,7 +276,9 @@ class Recorder:
         self.inner.add(positions, losses, *hint_losses)
 
     def finish(self) -> Any:
-        """What the script's own makes of it. If that refuses, the auditor's own sums, so that the rest is seen too."""
+        """The score that the script's own Scorer computes. If that one refuses, the auditor's own sums are the score,
+        so that the other checks can go on.
+        """
         back = (self.turn[2:] < self.turn[1:-1]) & (self.turn[2:] > 0)
         back &= (self.witness.stream != self.witness.text.bos)[1:-1]  # the target after it is of the same document
         gaps = torch.cat([torch.zeros(0), *self.gaps]).double()
@@ -314,14 +323,14 @@ def tilt(witness: Witness, losses: Tensor, hint_losses: Tensor, hints: Tensor, p
 
 
 def total(tensor: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
-    """Over all processes; on the CPU."""
+    """The tensor reduced over all processes; it has to be on the CPU."""
     if dist.is_initialized():
         dist.all_reduce(tensor, how)
     return tensor
 
 
 class Evaluation(NamedTuple):
-    """What the script said of a text, and what was seen of it."""
+    """The result that the script wrote for a text, and what the auditor saw of it."""
 
     said: dict[str, Any] | None  # its result.json; None on processes that write none
     stages: list[Seen]
@@ -330,7 +339,7 @@ class Evaluation(NamedTuple):
 
 
 class Subject:
-    """The run that is judged: its files, its script, its settings, its text. AuditError if something is missing."""
+    """The run that is judged: its files, script, settings and text. AuditError if something is missing."""
 
     def __init__(self, run: Path, environ: dict[str, str]):
         self.run, self.result = run, read_result(run)
@@ -382,7 +391,8 @@ class Subject:
 
     def evaluate(self, text: Text, watched: list[int] = (), verify: bool = False, data_path: str = "",
                  **changes: Any) -> Evaluation:
-        """The script's whole evaluation of the artifact, all stages; on this text, or on what stands in `data_path`."""
+        """Run the script's whole evaluation of the artifact, all stages, on this text or on the shards in `data_path`.
+        """
         script, recorders, asked = self.script.fresh(), [], not data_path
         steps = HEDGE_STEPS if self.config.get("hedge_enabled") else (1.0,)
         boosts = [self.config["token_boost"] * step for step in steps] if self.config.get("ngram_tilt_enabled") else []
@@ -411,7 +421,7 @@ class Subject:
         return Evaluation(said, [r.seen for r in recorders if r.seen], witness.model, script)
 
     def start(self, script: ModuleType, launch: Any, environ: dict[str, str]) -> None:
-        """Run the script, unheard."""
+        """Run the script without its output."""
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 script.start([], launch, environ)
@@ -449,7 +459,7 @@ def read_result(run: Path) -> dict[str, Any]:
 
 
 class Script:
-    """The module train_gpt of a packed script."""
+    """The module train_gpt in a packed script."""
 
     def __init__(self, path: Path):
         try:
@@ -465,7 +475,7 @@ class Script:
                 raise AuditError(f"{path}: has no {name}: not a script that this can judge")
 
     def fresh(self) -> ModuleType:
-        """Imported anew, so that nothing is left of what it did before."""
+        """Import the module anew, so that nothing is left of what it did before."""
         module = sys.modules["train_gpt"] = importlib.util.module_from_spec(self.spec)
         exec(self.code, module.__dict__)
         return module
@@ -490,7 +500,9 @@ class Sample(NamedTuple):
 
 
 def draw_sample(subject: Subject) -> Sample:
-    """First tokens of documents, and documents that end anywhere in a chunk; a phase ends in the middle of them."""
+    """The first tokens of documents, cut so that documents end anywhere in a chunk and a phase ends in the middle of
+    them.
+    """
     c, text = subject.config, subject.text
     chunk, length, stride = c["ttt_chunk_size"], c["eval_seq_len"], c["eval_stride"] or c["eval_seq_len"]
     batch, windowed = min(c["ttt_batch_size"], 8), c["ttt_mode"] in ("none", "chunk")
@@ -521,7 +533,7 @@ def draw_sample(subject: Subject) -> Sample:
 
 
 def whole_end(text: Text, a: int, b: int) -> int:
-    """An end of the tokens from a, at b or before, that does not cut a character."""
+    """Where to end the tokens from a: at b, or as little before b as leaves no character cut."""
     while b > a + 1 and b < len(text.tokens) and text.sp.is_byte(int(text.tokens[b])):
         b -= 1
     return b
@@ -548,7 +560,9 @@ def farthest(a: Tensor, b: Tensor) -> float:
 
 
 def check_bytes(subject: Subject, sample: Sample, plain: Evaluation, n_bytes: int) -> Check:
-    """Bytes that the run divides by against those of the decoded documents; `n_bytes`: of the whole text."""
+    """Compare the bytes by which the run divides with those of the decoded documents; `n_bytes` are those of the whole
+    text.
+    """
     counted = subject.result["stages"] | {"val_bytes": {"bytes": subject.result["val_bytes"]}}
     faults = [f"{name} has {stage['bytes']}" for name, stage in counted.items() if stage["bytes"] != n_bytes]
     here = sample.text.count_bytes(sample.text.documents())
@@ -559,7 +573,8 @@ def check_bytes(subject: Subject, sample: Sample, plain: Evaluation, n_bytes: in
 
 
 def check_order(subject: Subject, plain: Evaluation) -> Check:
-    """Every target charged once in every stage, with the token that stands there, left to right in documents."""
+    """Every target is scored once in every stage, with the token that stands there, from left to right in its document.
+    """
     names = stage_names(subject.config)
     faults = [f"{name}: {fault}" for name, seen in zip(names, plain.stages) for fault in seen.faults()]
     if len(plain.stages) != len(names):
@@ -580,9 +595,10 @@ def check_normalized(subject: Subject, base: Evaluation) -> Check:
 
 
 def check_causal(subject: Subject, sample: Sample, watched: list[int], plain: Evaluation, base: Evaluation) -> Check:
-    """The short text again with the target t and all after it replaced, for each t to look at: all targets before t
-    must cost the same, and the whole p_t must be the same; inside documents also whatever other documents hold. Where
-    two equal runs differ, as on a GPU, four times that difference is allowed and told.
+    """For each watched target t, evaluate the short text again with t and all tokens after it replaced. All targets
+    before t must have the same losses as before, and the distribution p_t must be the same. Where documents are scored
+    by themselves, other documents must not matter either. Where two equal runs differ, as on a GPU, four times that
+    difference is allowed and reported.
     """
     noise = max(farthest(a.losses, b.losses) for a, b in zip(plain.stages, base.stages))
     names = stage_names(subject.config)
@@ -610,8 +626,8 @@ def stage_names(config: dict[str, Any]) -> list[str]:
 
 def other_documents(subject: Subject, sample: Sample, tokens: np.ndarray, base: Evaluation, names: list[str]
                     ) -> tuple[float, str]:
-    """How far what stands in one half of the documents (`tokens`: replaced) reaches into the other, where documents
-    are scored by themselves; and in a forward pass that is told where documents start.
+    """How far one half of the documents changes the other half, if `tokens` replaces the first half: where documents
+    are scored by themselves, and in one forward pass that is told where documents start.
     """
     c, half, model, bos = subject.config, sample.half, base.model, sample.text.bos
     alone = [c["ttt_mode"] == "lora" if name == "ttt" else c["varlen_enabled"] for name in names]
@@ -631,7 +647,7 @@ def other_documents(subject: Subject, sample: Sample, tokens: np.ndarray, base: 
 
 
 def check_overlap(subject: Subject) -> Check | None:
-    """Validation documents that also are in the training shards."""
+    """Find the validation documents that are also in the training shards."""
     text, paths = subject.text, subject.train_shards
     docs = int((text.tokens == text.bos).sum())
     if not paths or not docs:
@@ -645,7 +661,8 @@ def check_overlap(subject: Subject) -> Check | None:
 
 
 def check_score(subject: Subject, plain: Evaluation, n_bytes: int, full: bool) -> Check:
-    """The scores that the script writes against the auditor's own sums; result.json against itself and the text."""
+    """Compare the scores that the script writes with the auditor's own sums, and result.json with itself and the text.
+    """
     faults, result = differing(plain, plain.said, len(plain.stages[0].losses) - 1, None), subject.result
     targets = len(subject.text.tokens) - 1
     docs = int((subject.text.tokens == subject.text.bos).sum())
@@ -674,7 +691,7 @@ def check_score(subject: Subject, plain: Evaluation, n_bytes: int, full: bool) -
 
 
 def differing(evaluation: Evaluation, said: dict[str, Any] | None, targets: int, n_bytes: int | None) -> list[str]:
-    """Stages whose written loss is not that of the losses charged."""
+    """The stages whose written loss differs from the recorded losses."""
     stages = said["stages"] if said else {}
     faults = [] if not said or len(stages) == len(evaluation.stages) else ["not every stage was seen"]
     for (name, stage), seen in zip(stages.items(), evaluation.stages):
@@ -703,7 +720,7 @@ def check_training(subject: Subject, sample: Sample) -> Check | None:
 
 
 def judge(subject: Subject, full: bool = False, names: tuple[str, ...] = CHECKS) -> dict[str, Check | None]:
-    """These checks, in order."""
+    """Run these checks in order."""
     sample, spans = draw_sample(subject), subject.text.documents()
     share = [len(spans) * r // subject.world for r in (subject.rank, subject.rank + 1)]
     n_bytes = int(total(torch.tensor(subject.text.count_bytes(spans[slice(*share)]))))

@@ -1,8 +1,8 @@
-"""What the set-up in lib.sh asks an interpreter about its packages; imports none of them, so it takes an instant.
+"""Answer the questions that the set-up in lib.sh asks an interpreter about its packages; no package is imported.
 
-    python check_env.py state               the names in its environment's site-packages, a line each
-    python check_env.py lacking FILE ...    an error if a package that these requirements files pin is not installed
-    python check_env.py mend FILE ...       forgets packages that are not whole, so that pip installs them again
+    python check_env.py state               prints the names in the environment's site-packages, one a line
+    python check_env.py lacking FILE ...    fails if a package that these requirements files pin is not installed
+    python check_env.py mend FILE ...       removes packages that are not whole, so that pip installs them again
 """
 
 from __future__ import annotations  # so that an old Python comes as far as to say that it is old
@@ -19,12 +19,13 @@ SITE = Path(sysconfig.get_path("purelib"))
 
 
 def plain(name: str) -> str:
-    """The one spelling of a package's many."""
+    """The one spelling to which all spellings of a package's name are reduced."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def pinned(files: list[str]) -> list[str]:
-    """Names of the pinned packages, each once; without those that only some systems need ("; platform_system ...")."""
+    """The names of the pinned packages, each once, without those that only some systems need ("; platform_system ...").
+    """
     lines = "\n".join(Path(file).read_text(encoding="utf-8") for file in files)
     return [*dict.fromkeys(plain(name) for name in re.findall(r"^([\w.-]+)==[^;\n]*$", lines, re.MULTILINE))]
 
@@ -46,7 +47,7 @@ def lacking(files: list[str]) -> None:
 
 
 def needed(files: list[str]) -> set[str]:
-    """pip, the pinned packages, and those that they bring along."""
+    """pip, the pinned packages, and the packages that these depend on."""
     found, todo = set(), ["pip", *pinned(files)]
     while todo:
         name = todo.pop()
@@ -63,7 +64,9 @@ def whole(folder: Path) -> bool:
 
 
 def mend(files: list[str]) -> None:
-    """pip takes a package for installed if its metadata is there, and writes RECORD last: without one it was ended."""
+    """Remove what pip would wrongly take for installed. pip takes a package for installed if its metadata is there, and
+    writes RECORD last: without RECORD the installation was interrupted.
+    """
     for folder in SITE.glob("*.dist-info"):
         if not (folder / "RECORD").exists():
             shutil.rmtree(folder)

@@ -1,14 +1,21 @@
-"""Check a submission's folder as a reviewer would: a line for each question, with what the answer rests on.
+"""Check a submission's folder as a reviewer would: one line for each question, with the evidence for the answer.
 
     python records/check_submission.py FOLDER [--against FOLDER] [--data DATA_PATH [--tokenizer FILE]] [--json]
 
-Each line is `status  name  evidence`: `pass`; `FAIL`; `missing`, the folder does not say; `note`, outside a limit that
-binds the record track only; `not run`, this needs --against, --data or --tokenizer, a validation in training
-(VAL_LOSS_EVERY), or the version of train_gpt.py that wrote the artifact. The exit status is 0 without FAIL and missing.
-Submissions of the field, with fields and logs of their own, are read as far as they go.
+Each line is `status  name  evidence`. The status is one of these:
 
-Nothing of the folder is executed, unless --data is given: that runs its train_gpt.py, as this user, on its artifact,
-and has records/audit.py judge it.
+  pass      the answer is good
+  FAIL      the answer is bad
+  missing   the folder does not say
+  note      a limit is exceeded that binds the record track only
+  not run   the check needs --against, --data or --tokenizer, a validation in training (VAL_LOSS_EVERY), or the version
+            of train_gpt.py that wrote the artifact
+
+The exit status is 0 if no line is FAIL or missing. Submissions of other projects, which have fields and logs of their
+own, are checked as far as they can be read.
+
+Nothing in the folder is executed unless --data is given. --data runs the folder's train_gpt.py on its artifact, as this
+user, and lets records/audit.py judge it.
 """
 
 import argparse
@@ -42,7 +49,7 @@ class Line(NamedTuple):
 
 
 class Verdict(Exception):
-    """What a check ends with when it does not pass."""
+    """A check raises this when it does not pass."""
 
     def __init__(self, status: str, evidence: str):
         super().__init__(evidence)
@@ -57,7 +64,7 @@ def fail(faults: list[str]) -> None:
 
 
 def need(value: Any, what: str) -> Any:
-    """The value; ends the check as `missing` if there is none."""
+    """The value. If there is none, the check ends as `missing`."""
     if value is None or value in ({}, [], ""):
         raise Verdict("missing", what)
     return value
@@ -69,7 +76,7 @@ def first(source: dict[str, Any], *names: str) -> Any:
 
 
 class Submission:
-    """A folder, read. RunError if there is no submission.json or a JSON file cannot be read."""
+    """The content of a folder. RunError if there is no submission.json or a JSON file cannot be read."""
 
     def __init__(self, folder: Path):
         self.folder = folder.resolve()
@@ -100,7 +107,9 @@ class Submission:
         self.data_path = self.tokenizer_path = None  # what --data and --tokenizer say
 
     def read_seed_results(self) -> dict[str, dict[str, Any]]:
-        """Seed -> its figures, from the forms the field has: objects or bare scores by seed, or a list of objects."""
+        """Seed -> its figures. Submissions give them as objects by seed, as bare scores by seed, or as a list of
+        objects.
+        """
         found = self.data.get("seed_results")
         if isinstance(found, list):
             found = {row["seed"]: row for row in found if isinstance(row, dict) and "seed" in row}
@@ -111,17 +120,18 @@ class Submission:
                 if isinstance(row, dict) or s.is_number(row)}
 
     def config(self) -> dict[str, Any]:
-        """The settings of the first run; ends the check if no run tells them."""
+        """The settings of the first run. The check ends as `missing` if no run has them."""
         need(self.runs, "no result_seed<seed>.json, so the settings are not known")
         return self.runs[0]["config"]
 
     def files(self, name: str) -> dict[str, Path]:
-        """Seed -> the file of this name, with the seed in it, where the folder has one."""
+        """Seed -> the path of the file with this name and the seed in it, where the folder has one."""
         paths = {seed: self.folder / name.format(seed) for seed in self.seeds}
         return {seed: path for seed, path in paths.items() if path.is_file()}
 
     def tokenizers(self) -> list[Path]:
-        """The folder's own, and --tokenizer's or else the one of the run's name beside the shards, where there is one.
+        """The tokenizer files that exist: the folder's own, and that of --tokenizer. Without --tokenizer it is the one
+        beside the shards that has the name of the run's tokenizer.
         """
         places = [self.folder / s.TOKENIZER, self.tokenizer_path]
         if self.data_path and not self.tokenizer_path:
@@ -129,7 +139,7 @@ class Submission:
         return [path.resolve() for path in places if path and path.is_file()]
 
     def byte_table(self) -> tg.ByteTable:
-        """What the script makes of tokenizer and BOS_ID; ends the check if it refuses them."""
+        """The byte table that the script makes of tokenizer and BOS_ID. The check fails if the script refuses them."""
         config, path = self.config(), self.tokenizers()[0]
         try:
             return tg.read_tokenizer(str(path), config["vocab_size"], config.get("bos_id"))
@@ -137,21 +147,21 @@ class Submission:
             raise Verdict("FAIL", str(e).replace(str(path), path.name)) from None
 
     def figures(self, key: str) -> list[float]:
-        """Each seed's val_loss or val_bpb, to 8 digits: its result's, else submission.json's; without seeds there, the
-        logs'. [] unless all have one.
+        """val_loss or val_bpb of each seed, to 8 digits, from its result, or else from submission.json. If that lists
+        no seeds, the figures come from the logs. The list is empty unless every seed has a figure.
         """
         rows = [first(self.results.get(seed, row), key) for seed, row in self.seed_results.items()]
         rows = rows or [log.get(key) for log in self.logs.values()]
         return [] if None in rows else [round(float(v), 8) for v in rows]
 
     def limit(self, faults: list[str]) -> None:
-        """Like fail(), but on the non-record track only a note."""
+        """Like fail(), but on the non-record track the check ends only with a note."""
         if faults and not self.record:
             raise Verdict("note", "; ".join(faults[:4]))
         fail(faults)
 
     def audit(self, name: str) -> list[str]:
-        """What is wrong with one check of the runs' audits; ends the check if a run has none."""
+        """What is wrong with this check in the runs' audits. The check ends as `missing` if a run has no such audit."""
         faults = []
         for seed in need(self.results, "no result_seed<seed>.json"):
             checks = self.verdicts.get(seed, {}).get("checks", {})
@@ -245,7 +255,7 @@ def check_means(sub: Submission) -> str:
 
 
 def check_scores(sub: Submission) -> str:
-    """Every figure of submission.json against the run's result and the log's text."""
+    """Compare every figure of submission.json with the run's result and with the log's text."""
     faults, count = [], 0
     for seed, row in need(sub.seed_results, "no seed_results").items():
         log = sub.logs.get(seed, {})
@@ -266,7 +276,7 @@ def check_scores(sub: Submission) -> str:
 
 
 def check_at_step(sub: Submission) -> str:
-    """The scores at fixed steps, which are optional: submission.json against the metrics, those against the logs."""
+    """Compare the optional scores at fixed steps in submission.json with the metrics, and the metrics with the logs."""
     scores = {seed: s.read_step_scores(sub.folder / f"metrics_seed{seed}.jsonl") for seed in sub.seeds}
     said, means, faults = sub.data.get(s.AT_STEP) or {}, s.means_at_steps(list(scores.values())), []
     if not said and not any(scores.values()):
@@ -287,7 +297,7 @@ def check_at_step(sub: Submission) -> str:
 
 
 def check_bpb(sub: Submission) -> str:
-    """Bits a byte follow from nats a token and the counts."""
+    """Bits per byte must follow from nats per token and the counts."""
     faults = []
     for seed, run in need(sub.results, "no counts of tokens and bytes").items():
         stages = run["stages"]
@@ -355,7 +365,7 @@ def check_bytes(sub: Submission) -> str:
 
 
 def check_artifact(sub: Submission) -> str:
-    """The artifact is the run's to the byte, and whole; one of another version of train_gpt.py is left unread."""
+    """The artifact must be the run's to the byte, and whole. One of another version of train_gpt.py is not read."""
     faults, told, unread = [], [], []
     for seed, path in need(sub.artifacts, "no final_model_seed<seed>.int6.ptz of one of the seeds").items():
         data, run = path.read_bytes(), sub.results.get(seed, {})
@@ -383,7 +393,7 @@ def check_artifact(sub: Submission) -> str:
 
 
 def within_the_clock(sub: Submission, field: str) -> str:
-    """The largest time of each seed that submission.json, result or log tell, against the limit."""
+    """Compare the largest time that submission.json, result or log give for each seed with the limit."""
     found, rows = {}, {seed: s.seed_row(run) for seed, run in sub.results.items()}
     for seed in sub.seeds or sub.logs:
         told = [first(source.get(seed, {}), field) for source in (sub.seed_results, rows, sub.logs)]
@@ -475,8 +485,8 @@ def check_audit(sub: Submission) -> str:
 
 def run_copies(sub: Submission, copies: dict[str, Path], command: list[Any], output: str, **settings: str
                ) -> dict[str, Any]:
-    """Run a Python command on the data, in a folder that holds these copies alone; returns the JSON object that it
-    writes there, and ends the check if there is none. Of the settings in the environment only DEVICE is kept.
+    """Run a Python command on the data, in a folder that holds only these copies. Return the JSON object that the
+    command writes there; the check fails if there is none. Of the settings in the environment only DEVICE is kept.
     """
     tokenizer, *_ = need(sub.tokenizers(), "no tokenizer; --tokenizer names one")
     ours = {name.upper() for name in tg.Settings.__dataclass_fields__} - {"DEVICE"}
@@ -552,7 +562,7 @@ def readme_parts(sub: Submission) -> tuple[dict[str, str], str]:
 
 
 def compare_section(sub: Submission, title: str) -> list[str]:
-    """Lines of a README's section that are not what the runs give."""
+    """The lines of a README's section that differ from what the runs give."""
     sections, _ = readme_parts(sub)
     if title not in sections:
         raise Verdict("missing", f"no section '{title}' in {s.README}")
@@ -653,7 +663,7 @@ CHECKS: tuple[Callable[[Submission], str], ...] = (
 
 
 def check(sub: Submission) -> list[Line]:
-    """Every line. A form that a check cannot read is `missing`."""
+    """The lines of all checks, in order. If a check cannot read what it finds, its line is `missing`."""
     lines = []
     for function in CHECKS:
         name = function.__name__.removeprefix("check_")

@@ -1,10 +1,10 @@
-"""What each recipe reaches at the same small token budget on this machine: a table for docs/log.md.
+"""Train each recipe on the same small number of tokens on this machine, and print a table for docs/log.md.
 
     python records/compare_recipes.py --steps 200 --seeds 1 2 3 --jobs 2
 
-Every recipe is scaled down by run_smoke_1gpu.sh (its CPU sizes, 11 layers, the local corpus) and trained for the same
-number of steps without a clock, beside the plain model of the same size; runs are kept in logs/compare. The order of
-recipes at this scale says little about their order at full size.
+run_smoke_1gpu.sh scales every recipe down (its CPU sizes, 11 layers, the local corpus). Each recipe, and a plain model
+of the same size, is trained for the same number of steps without a clock and without test-time training. The runs are
+kept in logs/compare. The order of recipes at this scale says little about their order at full size.
 """
 
 import argparse
@@ -25,7 +25,9 @@ PLAIN = {"BIGRAM_VOCAB_SIZE": "0", "VARLEN_ENABLED": "0", "SMEAR_GATE_ENABLED": 
 
 
 def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
-    """The result of one scaled-down run, or of one already there. RuntimeError with its last line if it fails."""
+    """The result of one scaled-down run, which is reused if it exists. RuntimeError with its last line if the run
+    fails.
+    """
     code = (ROOT / "train_gpt.py").read_bytes() + ((recipe / "recipe.env").read_bytes() if recipe else b"")
     version = hashlib.sha256(code).hexdigest()[:8]  # figures of another version are not taken for this one's
     folder = ROOT / "logs" / "compare" / f"{recipe.name if recipe else 'plain'}_{steps}_{seed}_{version}"
@@ -41,7 +43,7 @@ def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
 
 
 def row(name: str, results: list[dict]) -> str:
-    """One line of the table: mean and standard deviation over seeds."""
+    """One line of the table: mean and standard deviation over the seeds."""
     def mean(key: str) -> str:
         values = [r["stages"][key]["val_bpb"] for r in results]
         return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"

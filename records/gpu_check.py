@@ -1,8 +1,9 @@
-"""Whether this machine's GPU can do a run, before anything long: driver, memory, disk, compiler, FlashAttention.
+"""Check before a long run whether this machine's GPU can do it: driver, memory, disk, compiler, FlashAttention.
 
-    python records/gpu_check.py             one line that says what there is; or one that says what is wrong, status 1
-    python records/gpu_check.py --record    also wrong: a Hopper GPU on which no FlashAttention works, unless ATTENTION
-                                            names a backend; on PyTorch's own attention a record run is lost time
+    python records/gpu_check.py             prints one line that says what there is, or one that says what is wrong
+                                            (exit status 1)
+    python records/gpu_check.py --record    also refuses a Hopper GPU on which no FlashAttention works, unless ATTENTION
+                                            names a backend: PyTorch's own attention is too slow for a record run
 
 Settings come from the environment, as for train_gpt.py.
 """
@@ -24,7 +25,7 @@ FREE_SHARE = 0.9  # of a GPU's memory: less, and another process holds it
 
 
 def driver_fault() -> str:
-    """Why PyTorch has no GPU although the driver lists one; empty if it has one, or there is none."""
+    """Why PyTorch finds no GPU although the driver lists one. Empty if it finds one, or if the driver lists none."""
     if torch.cuda.is_available():
         return ""
     try:
@@ -39,7 +40,7 @@ def driver_fault() -> str:
 
 
 def folder_of(path: str) -> str:
-    """The folder itself, or what there is of it so far."""
+    """The folder itself, or the part of its path that already exists."""
     path = os.path.abspath(path)
     while not os.path.isdir(path):
         path = os.path.dirname(path)
@@ -47,7 +48,7 @@ def folder_of(path: str) -> str:
 
 
 def disk_fault(folder: str) -> str:
-    """Why a run cannot write into a folder that may not exist yet; empty if it can."""
+    """Why a run cannot write into a folder, which may not exist yet. Empty if it can."""
     there = folder_of(folder)
     if not os.access(there, os.W_OK):
         return f"{there}: no permission to write"
@@ -56,7 +57,7 @@ def disk_fault(folder: str) -> str:
 
 
 def memory_fault(index: int) -> str:
-    """Which process's memory a run would miss; empty if there is enough."""
+    """Why the GPU has too little free memory: another process holds it. Empty if there is enough."""
     free, total = torch.cuda.mem_get_info(index)
     if free >= FREE_SHARE * total:
         return ""
@@ -65,7 +66,7 @@ def memory_fault(index: int) -> str:
 
 
 def compiler_fault(device: torch.device) -> str:
-    """Why torch.compile does not work here; empty if it does."""
+    """Why torch.compile does not work here. Empty if it does."""
     if not any(map(shutil.which, (os.environ.get("CC") or "cc", "gcc", "clang"))):
         return "no C compiler, which torch.compile needs: install gcc, or take COMPILE=0, which is slow"
     x = torch.arange(64.0, device=device)
@@ -77,7 +78,7 @@ def compiler_fault(device: torch.device) -> str:
 
 
 def check(cfg: tg.Settings, record: bool) -> str:
-    """What there is, in one line; RunError with what is wrong."""
+    """One line that says what the machine has. RunError that says what is wrong."""
     fault = driver_fault() or disk_fault(cfg.artifact_dir)
     if fault:
         raise tg.RunError(fault)

@@ -1,16 +1,16 @@
-"""The leaderboard in records/README.md: figures measured here and those published by others, best first.
+"""Make the leaderboard in records/README.md: figures measured here and figures published by others, best first.
 
     python records/leaderboard.py            # print it
     python records/leaderboard.py --write    # put it in its place in records/README.md
 
-A folder with a `submission.json` is a system measured here. A recipe has a `published.json`: what the authors of its
-pull request of openai/parameter-golf say they reached. Nobody's figure stands for another's: without a submission in
-its folder, a recipe says that there is none of ours.
+A folder with a `submission.json` is a system measured here. A recipe has a `published.json` with the figures that the
+authors of its pull request of openai/parameter-golf published. The two are never mixed: if a recipe's folder has no
+submission, its row says that there is no figure of ours.
 
 One column compares systems after the same number of training steps (STEP), however fast their machines are. It is the
-mean val_bpb over the seeds, of the weights in training, before they are averaged and compressed. Runs have it that
-were validated there (VAL_LOSS_EVERY). The last column says whether a folder counts as a measured result, and if not,
-the first line of records/check_submission.py that fails.
+mean val_bpb over the seeds, for the weights at that step of training, before they are averaged and compressed. It is
+there for runs that were validated at that step (VAL_LOSS_EVERY). The last column says whether a folder counts as a
+measured result. If it does not, the column has the first line of records/check_submission.py that fails.
 """
 
 import argparse
@@ -30,14 +30,15 @@ HEAD = (f"| val_bpb | system | whose figure | seeds | largest artifact, bytes | 
 
 
 class Row(NamedTuple):
-    """A line of the table."""
+    """One line of the table."""
 
     val_bpb: Decimal  # with the digits that its file gives
     text: str
 
 
 def read_fields(path: Path, *names: str) -> dict[str, Any]:
-    """The object in a JSON file, numbers with a point as Decimal. ValueError, naming file and field, if one is missing.
+    """The object in a JSON file, with numbers that have a point as Decimal. ValueError, naming file and field, if a
+    field is missing.
     """
     try:
         content = dict(json.loads(path.read_bytes(), parse_float=Decimal))
@@ -53,14 +54,14 @@ def read_fields(path: Path, *names: str) -> dict[str, Any]:
 
 def write_row(folder: Path, val_bpb: Decimal, score: str, system: str, whose: str, seeds: int | None,
               artifact: int | None, at_step: Decimal | None, counts: str) -> Row:
-    """A row that links to `folder`; what is None is not known."""
+    """A row that links to `folder`; None stands for a figure that is not known."""
     link, size = f"[{system}]({folder.parent.name}/{folder.name})", f"{artifact:,}" if artifact else "–"
     early = f"{at_step:.5f}" if at_step else "–"
     return Row(val_bpb, f"| {score} | {link} | {whose} | {seeds or '–'} | {size} | {early} | {counts} |")
 
 
 def counts(folder: Path) -> str:
-    """Whether the submission in `folder` counts; if not, the first line of its check that fails."""
+    """Whether the submission in `folder` counts. If not, the first line of its check that fails."""
     import check_submission  # late: it takes torch along
 
     try:
@@ -72,7 +73,7 @@ def counts(folder: Path) -> str:
 
 
 def measured(folder: Path) -> Row:
-    """The row of a submission of ours."""
+    """The row of a submission that was measured here."""
     s = read_fields(folder / "submission.json", "name", "val_bpb", "seeds", "bytes_total", "hardware", "date")
     at_steps = s.get("val_bpb_at_step", {})
     at_step = at_steps.get(str(STEP)) if isinstance(at_steps, dict) else at_steps
@@ -85,7 +86,7 @@ def measured(folder: Path) -> Row:
 
 
 def published(folder: Path) -> Row:
-    """The row of a recipe: the figure of others, and that there is none of ours."""
+    """The row of a recipe: the figure of its authors, and that this project has measured none."""
     p = read_fields(folder / "published.json", "system", "pull_request", "val_bpb", "hardware", "note")
     whose = f"published in PR {p['pull_request']}, {p['hardware']}, {p['note']}"
     return write_row(folder, p["val_bpb"], str(p["val_bpb"]), p["system"], whose, p.get("seeds"),
@@ -105,7 +106,7 @@ def leaderboard(records: Path) -> str:
 
 
 def with_leaderboard(readme: Path, table: str) -> str:
-    """The text of `readme` with `table` between its two markers. ValueError if it does not have them, each once."""
+    """The text of `readme` with `table` between its two markers. ValueError unless it has each marker once."""
     text = readme.read_text()
     if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
         raise ValueError(f"{readme}: expected the line {START} and after it {END}, each once")

@@ -2,15 +2,15 @@
 
     python records/make_submission.py NAME --track track_10min_16mb --logs logs/RUN logs/RUN logs/RUN
 
-Writes records/<track>/<YYYY-MM-DD>_<NAME>/: train_gpt.py (the counted, packed script), logs, metrics and results of
-every seed, the first seed's artifact, the tokenizer, requirements.txt, submission.json and a README whose tables,
-features and command come from the runs alone. Where every seed was validated in training (VAL_LOSS_EVERY),
-submission.json also has the mean val_bpb at each of these steps. Then check_submission.py looks at it. The folder
-appears whole or, with one line that says why, not at all. Every run must have been audited (records/audit.py), on both
-tracks.
+The tool writes records/<track>/<YYYY-MM-DD>_<NAME>/. The folder holds train_gpt.py (the counted, packed script), logs,
+metrics and results of every seed, the first seed's artifact, the tokenizer, requirements.txt, submission.json and a
+README. The README's tables, features and command come from the runs alone. If every seed was validated in training
+(VAL_LOSS_EVERY), submission.json also has the mean val_bpb at each of these steps. Then check_submission.py checks the
+folder. The folder appears whole, or not at all with one line that says why. On both tracks every run must have been
+audited (records/audit.py).
 
-What you have to say goes into the README under its title or in sections of your own; the sections made here stay as
-they are. Check the folder again afterwards: features, settings and figures in your words must be those of the runs.
+Write your own text into the README under its title or in new sections, and leave the sections made here as they are.
+Check the folder again afterwards: features, settings and figures in your text must be those of the runs.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VERDICT, METRICS = "audit.json", "metrics.jsonl"
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The run's result. RunError unless it is a finished training run with all its files."""
+    """The run's result. RunError unless the folder is that of a finished training run with all its files."""
     for name in (RESULT, LOG, COUNTED, ARTIFACT):
         if not (folder / name).is_file():
             raise tg.RunError(f"{folder}: no {name}: not the folder of a finished run")
@@ -53,7 +53,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def check_runs(folders: list[Path], runs: list[dict[str, Any]]) -> None:
-    """RunError unless these are runs of one code with one setting and different seeds."""
+    """RunError unless the runs have the same code, the same settings and different seeds."""
     seeds = [run["seed"] for run in runs]
     if len(set(seeds)) < len(seeds):
         twice = next(seed for seed in seeds if seeds.count(seed) > 1)
@@ -74,7 +74,7 @@ def check_runs(folders: list[Path], runs: list[dict[str, Any]]) -> None:
 
 
 def seed_result(artifact: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """The seed's entry in submission.json; scores as its log prints them."""
+    """The seed's entry in submission.json, with the scores as its log prints them."""
     figures = s.seed_row(run).items()
     return {name: round(value, 8 if name in ("val_loss", "val_bpb") else 2) for name, value in figures} | {
         "model_sha256": s.sha256(artifact)}
@@ -129,7 +129,7 @@ def fill(folder: Path, args: argparse.Namespace, runs: list[dict[str, Any]]) -> 
 
 
 def make(args: argparse.Namespace) -> Path:
-    """Build, check and put in place; returns the folder. RunError if it may not be."""
+    """Build the folder, check it and put it in place; returns the folder. RunError if the submission is not allowed."""
     if not re.fullmatch(r"[\w.+-]+", args.name):
         raise tg.RunError(f"NAME={args.name}: takes letters, digits and _ . + -, it names a folder")
     try:

@@ -1,13 +1,13 @@
-"""Draws runs: what they learned, and what the bytes of their artifacts hold.
+"""Draw what runs learned, and where the bytes of their artifacts go.
 
     python records/plot_runs.py logs/run_a logs/run_b --out plots
 
-writes into --out:
+This writes two files into --out:
 
     training.png  training loss and validation bits per byte, against tokens and against seconds
-    artifact.png  bytes of each artifact by the role of its tensors; only where a run has finished
+    artifact.png  bytes of each artifact by the role of its tensors; only if a run has finished
 
-A run that is still going is drawn as far as it got. Runs go by the names of their folders. Needs matplotlib.
+A run that is still going is drawn as far as it has come. Runs are named after their folders. Needs matplotlib.
 """
 
 import argparse
@@ -45,7 +45,7 @@ STYLE = {
 
 
 class Run(NamedTuple):
-    """What a run's folder says."""
+    """The content of a run's folder."""
 
     name: str
     folder: Path
@@ -96,10 +96,11 @@ def role_of(name: str) -> str:
 
 
 def artifact_bytes(run: Run) -> dict[str, float]:
-    """Bytes of a finished run's artifact by role; they sum to its `bytes_total`.
+    """Bytes of a finished run's artifact by role; they add up to its `bytes_total`.
 
-    Roles share streams, and tables of frequencies, so a role's share is taken from packing its tensors alone; the sum
-    is then scaled to the file's, which changes it little. RunError or OSError if the artifact cannot be read.
+    Roles share compressed streams and frequency tables. So each role's tensors are packed alone to find its share, and
+    the shares are then scaled to the size of the file, which changes them little. RunError or OSError if the artifact
+    cannot be read.
     """
     path = run.folder / "final_model.int6.ptz"
     data = path.read_bytes()
@@ -119,7 +120,7 @@ def artifact_bytes(run: Run) -> dict[str, float]:
 
 
 def zoom(axes, curves: list[np.ndarray]) -> None:
-    """Let the y axis span what the curves, (n, 4) each, show after their first twentieth, with a margin."""
+    """Make the y axis span the values that the curves, (n, 4) each, have after their first twentieth, with a margin."""
     late = np.concatenate([c[c[:, 0] >= 0.05 * c[-1, 0], 1] for c in curves if len(c)] or [np.zeros(0)])
     if len(late):
         low, high = late.min(), late.max()
@@ -128,7 +129,7 @@ def zoom(axes, curves: list[np.ndarray]) -> None:
 
 
 def draw_training(runs: list[Run], path: Path) -> None:
-    """Two rows, loss and bits per byte, of two columns, tokens and seconds."""
+    """Draw two rows (loss, bits per byte) by two columns (tokens, seconds)."""
     figure, grid = plt.subplots(2, 2, figsize=(10, 7), sharex="col", sharey="row", layout="constrained")
     for column, (axis, label) in enumerate(((2, "training tokens"), (3, "training time (s), validation not counted"))):
         upper, lower = grid[:, column]
@@ -151,9 +152,9 @@ def draw_training(runs: list[Run], path: Path) -> None:
 
 
 def draw_artifacts(runs: list[Run], sizes: list[dict[str, float]], path: Path) -> None:
-    """A group of horizontal bars a role, a bar a run; the total of each run in the legend.
+    """Draw a group of horizontal bars for each role, with one bar for each run; the legend has each run's total.
 
-    `sizes` are bytes by role, one dict a run, empty for a run that is not finished.
+    `sizes` are bytes by role, one dict for each run; it is empty for a run that is not finished.
     """
     roles = [role for role in ROLES if any(role in s for s in sizes)]
     shown = [(run, size, color) for run, size, color in zip(runs, sizes, COLORS) if size]

@@ -1,12 +1,12 @@
-"""What a submission says and what stands behind it; shared by make_submission.py and check_submission.py.
+"""The content of a submission and the evidence for it; make_submission.py and check_submission.py share this module.
 
   rules        the challenge's limits, and the fields of submission.json
-  files        JSON and logs as plain data, this project's and the field's
-  features     what a README may claim, each with the settings that back it
-  README       written from the runs' own results, section by section, so that a check can write it again
+  files        JSON and logs as plain data, of this project and of other submissions
+  features     the techniques that a README may claim, each with the settings that make the claim true
+  README       its sections are written from the runs' results, so that a check can write them again and compare
   significance Welch's t-test
 
-A "run" is the content of a result.json; `runs` is a list of them in the order of the submission's seeds.
+A "run" is the content of a result.json. `runs` is a list of them in the order of the submission's seeds.
 """
 
 import hashlib
@@ -62,9 +62,10 @@ def sha256(path: Path) -> str:
 
 
 def parse_object(text: bytes, where: Path | str, number: Callable = float) -> tuple[dict[str, Any], list[str]]:
-    """The object that a JSON text holds, and its keys that stand there twice. RunError, naming `where`, if it is none.
+    """The object that a JSON text holds, and its keys that occur twice. RunError, naming `where`, if the text is no
+    object.
 
-    `number` reads what has a point: Decimal keeps the digits that stand there.
+    `number` converts numbers with a point; Decimal keeps their digits.
     """
     repeated = []
 
@@ -86,14 +87,14 @@ def parse_object(text: bytes, where: Path | str, number: Callable = float) -> tu
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. RunError if it is none."""
+    """The object in a JSON file. RunError if the file holds none."""
     return parse_object(path.read_bytes(), path)[0]
 
 
 def read_step_scores(path: Path) -> dict[int, float]:
-    """Step -> val_bpb of the validations in training that a run's metrics.jsonl tells; {} if there is no such file.
+    """Step -> val_bpb of the validations in training that a run's metrics.jsonl lists; {} if there is no such file.
 
-    RunError, with the number of the line, where one is damaged.
+    RunError, with the number of the line, if a line is damaged.
     """
     scores: dict[int, float] = {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
@@ -106,13 +107,14 @@ def read_step_scores(path: Path) -> dict[int, float]:
 
 
 def means_at_steps(scores: list[dict[int, float]]) -> dict[str, float]:
-    """Step -> mean val_bpb over the seeds, each of which gives its own by step; only steps that every seed has."""
+    """Step -> mean val_bpb over the seeds, given each seed's step -> val_bpb. Only steps that every seed has are in it.
+    """
     steps = set.intersection(*map(set, scores)) if scores else set()
     return {str(step): round(statistics.fmean(seed[step] for seed in scores), 8) for step in sorted(steps)}
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested objects and lists hold, each with its dotted name."""
+    """The values in nested objects and lists, each with its dotted name."""
     if not isinstance(value, (dict, list)):
         yield name, value
         return
@@ -130,7 +132,8 @@ def digits(value: Decimal | int) -> int:
 
 
 def agrees(said: Decimal | int, found: Decimal | float | int, least: int = 0) -> bool:
-    """Whether two figures are one, rounded to the digits of the one that has fewer, but to no fewer than `least`.
+    """Whether two figures are equal when both are rounded to the digits of the one that has fewer, but to no fewer than
+    `least`.
 
     A Decimal has the digits that stood in a text; a float or int is exact.
     """
@@ -150,8 +153,8 @@ LOG_PATTERNS = {  # of this project's logs, then of the field's; the last match 
 
 
 def read_log(text: str) -> dict[str, Any]:
-    """What a training log says: val_loss and val_bpb (Decimal, as printed), the numbers of LOG_PATTERNS, `config` (the
-    settings line), `seed`, `complete` and `over_clock`. What it does not say is not there.
+    """The content of a training log: val_loss and val_bpb (Decimal, as printed), the numbers of LOG_PATTERNS, `config`
+    (the settings line), `seed`, `complete` and `over_clock`. What the log does not give is absent.
     """
     said: dict[str, Any] = {}
     scores = re.findall(r"val_loss:(\d+\.\d{6,})\s+val_bpb:(\d+\.\d{6,})", text)
@@ -187,7 +190,7 @@ def read_log(text: str) -> dict[str, Any]:
 
 
 class Feature(NamedTuple):
-    """Something a model of the field may have."""
+    """A technique that a model may have and a README may claim."""
 
     claim: str  # regular expression, case ignored: the words that claim it; empty for what every run has
     on: Callable[[dict[str, Any]], bool]  # whether these settings have it
@@ -195,7 +198,7 @@ class Feature(NamedTuple):
 
 
 def facts(run: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings, and what follows from them in words."""
+    """A run's settings, and the words that follow from them."""
     c = run["config"]
     return c | {"head_dim": c["model_dim"] // c["num_heads"], "xsa_layers": min(c["xsa_last_n"], c["num_layers"]),
                 "visits": c["num_loops"] + 1, "backend": run["attention"], "loops_from": c["loop_schedule"] or
@@ -251,7 +254,7 @@ FEATURES = (
     Feature(r"self-?generated|calibrat\w* on its own", lambda c: c["gptq_calibration"] == "self",
             "calibrated on its own samples (self-generated text)"),
     Feature(r"weighted steps", lambda c: c["quant_allocation"] == "auto",
-            "weighted steps: as fine as the budget allows, by what the loss feels"),
+            "weighted steps: from the loss's sensitivity, as fine as the budget allows"),
     Feature(r"sd-?clip", lambda c: c["quant_allocation"] == "sdclip",
             "SDClip's grid: matrices {matrix_bits} bits, embedding {embed_bits} bits"),
     Feature(r"\bLQER\b", lambda c: c["lqer_enabled"], "LQER: rank {lqer_rank} on {lqer_top_k} matrices"),
@@ -259,6 +262,9 @@ FEATURES = (
     Feature(r"\blzma", lambda c: c["compressor"] == "lzma", "LZMA"),
     Feature(r"\bANS\b|asymmetric numeral|entropy.?cod", lambda c: c["compressor"] == "ans",
             "ANS under tables of expected size"),
+    Feature(r"n-?gram|\btilt", lambda c: c["ngram_tilt_enabled"], "n-gram tilt of order {token_order}, boost "
+            "{token_boost:g}"),
+    Feature(r"\bhedge", lambda c: c["ngram_tilt_enabled"] and c["hedge_enabled"], "Hedge over boosts"),
     Feature(r"sliding", lambda c: c["eval_stride"] > 0,
             "sliding window of {eval_seq_len} tokens, stride {eval_stride}"),
     Feature(r"\bTTT\b|test-?time train", lambda c: c["ttt_mode"] != "none",
@@ -278,7 +284,7 @@ DENIED_AFTER = r"^\W*(is|are) (off|not)\b"
 
 
 def false_claims(prose: str, run: dict[str, Any]) -> list[str]:
-    """What these words claim and the run's settings do not have."""
+    """The techniques that these words claim and that the run's settings do not have."""
     c, wrong = facts(run), []
     for feature in FEATURES:
         for found in re.finditer(feature.claim, prose, re.I) if feature.claim else ():
@@ -291,7 +297,7 @@ def false_claims(prose: str, run: dict[str, Any]) -> list[str]:
 
 
 def environment(config: dict[str, Any]) -> dict[str, str]:
-    """The fewest environment variables that give these settings, but for seed, names and places.
+    """The smallest set of environment variables that gives these settings, without seed, names and places.
 
     ValueError if they are not settings of this version of train_gpt.py.
     """
@@ -312,7 +318,8 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
 
 
 def places(config: dict[str, Any]) -> dict[str, str]:
-    """Where data and tokenizer are found from inside the folder: the one in the repository's layout, the other in it.
+    """DATA_PATH and TOKENIZER_PATH as seen from inside the folder: the data in the repository's layout, the tokenizer
+    in the folder itself.
     """
     return {"DATA_PATH": f"../../../data/datasets/{Path(config['data_path']).name}", "TOKENIZER_PATH": TOKENIZER}
 
@@ -342,7 +349,7 @@ def step_ms(run: dict[str, Any]) -> float:
 
 
 def seed_row(run: dict[str, Any]) -> dict[str, Any]:
-    """The figures of a seed in submission.json, not rounded yet."""
+    """The figures of a seed in submission.json before they are rounded."""
     return {name: run[name] for name in ("val_loss", "val_bpb", "model_bytes", "steps")} | {
         "artifact_bytes": run["bytes_total"], "step_avg_ms": step_ms(run), "train_time_s": run["train_seconds"],
         "eval_time_s": run["eval_seconds"]}
@@ -410,7 +417,7 @@ def write_readme(name: str, blurb: str, runs: list[dict[str, Any]]) -> str:
 
 
 def split_readme(text: str) -> tuple[dict[str, str], str]:
-    """The sections that are written from the results, by title, and all the rest, where the author may write."""
+    """The sections that are written from the results, by title, and the rest, which the author may write."""
     parts = re.split(r"^## +(.+?) *$", text, flags=re.M)
     sections, rest = {}, [parts[0]]
     for title, body in zip(parts[1::2], parts[2::2]):
@@ -422,8 +429,9 @@ def split_readme(text: str) -> tuple[dict[str, str], str]:
 
 
 def unknown_numbers(prose: str, scores: list[float], others: list[float]) -> list[str]:
-    """Figures of scores (four decimals or more) and of bytes (1,234) in the prose that are neither known nor the
-    difference of two scores. A line that names a pull request (PR 1855, #1855) may give its figures.
+    """The figures of scores (four decimals or more) and of bytes (1,234) in the prose that are neither known nor the
+    difference of two scores. Lines that name a pull request (PR 1855, #1855) are not checked, since their figures are
+    its own.
     """
     lines = [line for line in prose.splitlines() if not re.search(r"\bPR \d+|#\d+", line)]
     known = np.array([abs(a - b) for a in scores for b in scores] + scores + others)
@@ -442,6 +450,7 @@ def unknown_numbers(prose: str, scores: list[float], others: list[float]) -> lis
 def welch(ours: list[float], theirs: list[float], margin: float) -> Any:
     """Welch's one-sided t-test of mean(theirs) - mean(ours) > margin; each sample has at least 2 values.
 
-    Returns `statistic`, `df`, and `pvalue`: how likely such a gain is if the true one were the margin.
+    Returns `statistic`, `df` and `pvalue`. The p-value is the probability of such a gain if the true gain were the
+    margin.
     """
     return ttest_ind([loss - margin for loss in theirs], ours, equal_var=False, alternative="greater")

@@ -1,8 +1,8 @@
-"""A run in a few lines for a person: score before and after compression, bytes, and what gzip and xz make of the text.
+"""Print a run in a few lines: score before and after compression, bytes, and how small gzip and xz make the same text.
 
     python records/summary.py logs/<run>
-    python records/summary.py logs/<run> --compare                        and whether the score is the expected one
-    python records/summary.py logs/<run> --expect > records/smoke.json    from now on this run's score is expected
+    python records/summary.py logs/<run> --compare                      also says whether the score is as expected
+    python records/summary.py logs/<run> --expect > records/smoke.json  makes this run's score the expected one
 """
 
 import gzip
@@ -37,14 +37,14 @@ def data_sha256(config: dict) -> str:
 
 
 def expectation(result: dict) -> dict:
-    """What records/smoke.json holds of a run: its score, and on what it depends."""
+    """What records/smoke.json holds of a run: its score, and everything that the score depends on."""
     config = {name: value for name, value in result["config"].items() if name not in FREE}
     return {"val_bpb": round(result["val_bpb"], 4), "steps": result["steps"],
             "data_sha256": data_sha256(result["config"]), "config": config}
 
 
 def comparison(result: dict, expected: dict) -> str:
-    """One line: whether the score is the expected one, or why the two cannot be compared."""
+    """One line that says whether the score is the expected one, or why the two cannot be compared."""
     config = result["config"]
     changed = [f"{name.upper()}={config.get(name)}" for name, value in expected["config"].items()
                if config.get(name) != value]
@@ -65,7 +65,7 @@ def comparison(result: dict, expected: dict) -> str:
 
 
 def validation_text(config: dict) -> bytes:
-    """UTF-8 of the validation documents as they were before tokenization, one after another."""
+    """UTF-8 of the validation documents before tokenization, one after another."""
     sp = sentencepiece.SentencePieceProcessor(model_file=config["tokenizer_path"])
     cfg = tg.Settings(data_path=config["data_path"], vocab_size=config["vocab_size"])
     tokens = [t for path in tg.shard_paths(cfg, "val") for t in tg.read_shard(path, cfg.vocab_size).tolist()]
@@ -80,7 +80,7 @@ def validation_text(config: dict) -> bytes:
 
 
 def summary(result: dict) -> str:
-    """The lines, from a run's result.json."""
+    """The lines about a run, from its result.json."""
     stages, config = result["stages"], result["config"]
     lines = [f"{result['steps']} steps on {result['tokens_seen']:,} tokens in {result['train_seconds']:.0f} s "
              f"({result['tok_per_s']:,.0f} tok/s) on {result['world_size']} x {result['device']}"]
@@ -101,9 +101,10 @@ def summary(result: dict) -> str:
 
 
 def gpu_report(result: dict, log: str) -> str:
-    """What a GPU did with its time: attention, compiling, speed, MFU, memory, host waits, seconds by stage.
+    """Lines about what a GPU did with its time: attention, compiling, speed, MFU, memory, host waits, seconds by stage.
 
-    `log` is the run's train.log. MFU is count.py's model FLOPs over the maker's dense bf16 peak of a GPU that it knows.
+    `log` is the run's train.log. MFU is count.py's model FLOPs over the dense bf16 peak that the maker gives, for the
+    GPUs that count.py lists.
     """
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
     import count

@@ -367,7 +367,7 @@ def compile_(function=None, dynamic=None, **_):
     graphs: dict[tuple, list[tuple]] = {}
 
     def call(*args, **kwargs):
-        leaves = tree_flatten((args, kwargs))[0]
+        leaves = tree_flatten((args, sorted(kwargs.items())))[0]
         form, sizes = [torch.is_grad_enabled()], []
         for leaf in leaves:
             if isinstance(leaf, torch.Tensor):

@@ -28,7 +28,8 @@ SCALED = {"LOOP_START": "1", "LOOP_END": "1", "ENABLE_LOOPING_AT": "0.3", "PARAL
 TOGETHER = {  # what runs are made of beside recipes
     "defaults": {}, "sliding": {"EVAL_STRIDE": "16"},
     "lora": {"TTT_MODE": "lora", "GPTQ_CALIBRATION": "self", "ATTENTION": "sdpa", "VARLEN_ENABLED": "1"},
-    "phased": {"TTT_MODE": "phased", "VARLEN_ENABLED": "1"},
+    "phased": {"TTT_MODE": "phased", "VARLEN_ENABLED": "1", "NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "2",
+               "TOKEN_THRESHOLD": "0.2", "HEDGE_ENABLED": "1"},
     "chunk": {"TTT_MODE": "chunk", "GPTQ_CALIBRATION": "random", "VARLEN_ENABLED": "1", "TTT_CHUNK_TOKENS": "114",
               "EVAL_SEQ_LEN": "100", "EVAL_STRIDE": "20", "EVAL_BATCH_TOKENS": "200"},  # its row is padded
 }

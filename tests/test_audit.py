@@ -170,12 +170,15 @@ def two_windows(script):
 
 
 def from_the_end(script):
+    def turned(*ends):
+        chunks = sys._getframe(1).f_code.co_name == "score_documents"
+        return reversed(range(*ends)) if chunks else range(*ends)
+
     real = script.Evaluator.score_documents
 
     def planted(*inputs):
         with pytest.MonkeyPatch.context() as inside:
-            inside.setattr(script, "range", lambda *ends: reversed(range(*ends)) if len(ends) == 3 else range(*ends),
-                           raising=False)
+            inside.setattr(script, "range", turned, raising=False)
             real(*inputs)
 
     script.Evaluator.score_documents = planted
@@ -238,8 +241,8 @@ def hints(script):
         kept["targets"] = text[(place + 1).clamp(max=len(text) - 1)]
         return gather(tokens, place, scored, bos)
 
-    def planted_predict(self, x, lane, targets, here):
-        logits = predict(self, x, lane, None, here)
+    def planted_predict(self, x, lane, targets, *rest):
+        logits = predict(self, x, lane, None, *rest)
         if kept["targets"].shape == x.shape[:2]:
             logits = logits + 0.1 * F.one_hot(kept["targets"], logits.size(-1))
         return logits if targets is None else F.cross_entropy(

@@ -108,7 +108,7 @@ def kinds_of_layers(settings: dict[str, str]) -> set[tuple]:
     model, ids, found = tg.GPT(cfg), torch.zeros(1, 8, dtype=torch.long), set()
 
     def layer(x, lane, skip, last, own, shared, here):
-        found.add((*(t is None for t in (lane, skip, last, *own[1:-2])), own.xsa, own.parallel))
+        found.add((*(t is None for t in (lane, skip, last)), *own.weights, own.xsa, own.parallel))
         return model.layer(x, lane, skip, last, own, shared, here)
 
     for loops in {0, *(loops for _, loops in cfg.loop_stages())}:

@@ -66,7 +66,7 @@ def test_every_fault_of_a_gpus_machine_is_in_troubleshooting():
 
 def known_value(part: str) -> bool:
     """Parts that the script fills in: a system's message, a split's name, a kind of number."""
-    return part in ("No space left on device", "no fineweb_train_*.bin there", "takes an integer", "OVER by",
+    return part in ("No space left on device", "no fineweb_train_*.bin there", "takes a whole number", "OVER by",
                     "has fineweb_val_bytes_*.bin", "has no pieces for CaseOps")
 
 
@@ -85,11 +85,28 @@ def test_settings_and_files_in_commands_exist(page):
                     assert (ROOT / word).exists() or Path(word).name == word, line
 
 
-def test_rules_name_what_is_there():
-    """Every test, audit check and line of the checker that docs/rules.md names exists, and no line is left out."""
-    text = (ROOT / "docs/rules.md").read_text()
-    for name, test in re.findall(r"`(\w+\.py)::(\w+)`", text):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tests_that_a_page_names_exist(page):
+    for name, test in re.findall(r"`(\w+\.py)::(\w+)`", page.read_text()):
         assert f"def {test}(" in (ROOT / "tests" / name).read_text(), (name, test)
+
+
+def test_the_page_on_changing_names_what_is_there():
+    """Names of code, in all but its example; and the example is in no script, as the page says."""
+    text = (ROOT / "docs/changing.md").read_text()
+    source = "".join((ROOT / name).read_text() for name in ("train_gpt.py", "records/submission.py"))
+    example, rest = text.split("## What a technique is made of")
+    assert "not in the script" in example and "xsa_gated" not in tg.Settings.__dataclass_fields__
+    names = re.findall(r"`([A-Z]\w+)\.(\w+)`", rest)
+    assert len(names) > 8 and all(hasattr(getattr(tg, of), name) for of, name in names)
+    words = re.findall(r"`(\w+)(?:\(\))?`", rest)
+    assert len(words) > 30 and [word for word in words if not re.search(rf"\b{word.lower()}\b", source.lower())] == []
+    assert f"`ARTIFACT_VERSION` is {tg.ARTIFACT_VERSION}." in rest
+
+
+def test_rules_name_what_is_there():
+    """Every audit check and line of the checker that docs/rules.md names exists, and no line is left out."""
+    text = (ROOT / "docs/rules.md").read_text()
     checker = (ROOT / "records/check_submission.py").read_text()
     listed = checker[checker.index("CHECKS:") :]
     lines = set(re.findall(r"check_(\w+)", listed[: listed.index(")")]))
