@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: threads w
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, one program after another
 from forked import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment
 
+pytest.register_assert_rewrite("helpers", "reference", "runs")  # or what they assert would fail without a word
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
 TINY = {
@@ -52,20 +53,22 @@ def shifted(seed: int) -> int:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> dict[str, str]:
     """Settings, as environment variables, of a model that trains in seconds on Python's own help topics."""
-    from pydoc_data.topics import topics
-
-    import tokenize_docs
+    from runs import export_topics, help_topics
 
     folder = tmp_path_factory.mktemp("data")
-    texts = sorted({text for text in topics.values() if len(text) < 40_000})
-    val = [text[:1500] for text in texts[:60:10]]  # most runs score it three times
-    for name, part in (("train", [t for i, t in enumerate(texts) if i % 10]), ("val", val)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
-    status = tokenize_docs.main(["--train", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl"), "--out",
-                                 str(folder), "--vocab-size", "512", "--name", "topics_sp512", "--workers", "1"])
-    assert status == 0
+    export_topics(folder, [text[:1500] for text in help_topics()[:60:10]])  # most runs score it three times
     return TINY | {"DATA_PATH": str(folder / "datasets/topics_sp512"),
                    "TOKENIZER_PATH": str(folder / "tokenizers/topics_512_bpe.model")}
+
+
+@pytest.fixture
+def rt(tmp_path):
+    """The runtime of a run of one process, in fp32 on the CPU, that writes into tmp_path."""
+    import train_gpt as tg
+
+    runtime = tg.Runtime(tg.Settings(device="cpu", dtype="fp32", artifact_dir=str(tmp_path)), tg.Launch())
+    yield runtime
+    runtime.close()
 
 
 def run_script(settings: dict[str, str], *arguments: str, processes: int = 0, script: Path = TRAIN, fresh: bool = False,

@@ -7,7 +7,6 @@ import os
 import pty
 import random
 import signal
-import struct
 import subprocess
 import sys
 import termios
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 from conftest import shifted
+from runs import assert_refused, shard_bytes
 
 import train_gpt
 
@@ -164,10 +164,6 @@ class LocalHub(ThreadingHTTPServer):
         pass  # a client that was killed
 
 
-def shard(tokens: np.ndarray) -> bytes:
-    return struct.pack("<256i", 20240520, 1, len(tokens), *[0] * 253) + tokens.astype("<u2").tobytes()
-
-
 @pytest.fixture(scope="module")
 def model() -> bytes:
     rng = random.Random(shifted(1))
@@ -186,9 +182,9 @@ def publish(hub: LocalHub, model: bytes, repo: str = REPO, name: str = "fineweb1
         for index in range(count):
             tokens = rng.integers(4, 320, 3_000 + index)
             tokens[rng.permutation(len(tokens))[:10]] = 1
-            put[f"datasets/{name}/fineweb_{split}_{index:06d}.bin"] = shard(tokens)
+            put[f"datasets/{name}/fineweb_{split}_{index:06d}.bin"] = shard_bytes(tokens)
             if caseops and split == "val":
-                put[f"datasets/{name}/fineweb_val_bytes_{index:06d}.bin"] = shard(rng.integers(0, 9, len(tokens)))
+                put[f"datasets/{name}/fineweb_val_bytes_{index:06d}.bin"] = shard_bytes(rng.integers(0, 9, len(tokens)))
     tokenizer = f"fineweb_320_bpe{name.removeprefix('fineweb10B_sp320')}"
     put |= {f"tokenizers/{tokenizer}.model": model, f"tokenizers/{tokenizer}.vocab": b"<pad>\t0\n"}
     docs = b'{"text": "one"}\n{"text": "two"}\n' * 1000
@@ -266,13 +262,6 @@ def run(monkeypatch, capsys):
         return subprocess.CompletedProcess([], status, *capsys.readouterr())
 
     return run
-
-
-def assert_refused(done: subprocess.CompletedProcess, *parts: str) -> None:
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
-    assert done.stderr.startswith("error: ")
-    for part in parts:
-        assert part in done.stderr
 
 
 def published(hub: LocalHub, name: str) -> bytes:
@@ -512,7 +501,7 @@ def changed_stats(**changes: int):
 
 def cut_validation(hub: LocalHub, manifest: dict) -> None:
     """The hub itself has a shard that ends early, sound in itself."""
-    hub.files[f"{REPO}/datasets/{VAL[1]}"] = shard(np.arange(4, 104))
+    hub.files[f"{REPO}/datasets/{VAL[1]}"] = shard_bytes(np.arange(4, 104))
 
 
 def replaced(name: str, data: bytes):
@@ -530,7 +519,7 @@ def replaced(name: str, data: bytes):
         (lambda hub, manifest: set_manifest(hub, manifest | {"tokenizers": []}), ("manifest.json: an entry is not",)),
         (cut_validation, ("tokens_val 6001, the shards hold 3100",)),
         (replaced(VAL[0], b"version https://git-lfs.github.com/spec/v1\n" * 30), ("expected magic 20240520",)),
-        (replaced(TRAIN[0], shard(np.full(3_000, 320))), ("expected tokens below 320, found 320",)),
+        (replaced(TRAIN[0], shard_bytes(np.full(3_000, 320))), ("expected tokens below 320, found 320",)),
         (replaced(OTHERS[1], b"model"), ("not a SentencePiece model",)),
         (replaced("manifest.json", b"<html>"), ("not a manifest",)),
         (replaced("manifest.json", b'{"datasets": []}'), ("expected a data set fineweb10B_sp320, found none",)),
@@ -661,7 +650,7 @@ def test_caseops(run, hub, model, tmp_path):
     assert run(None, tmp_path, "--verify", variant="sp320_caseops").returncode == 0
 
     sidecar = f"{CASEOPS}/datasets/datasets/{name}/fineweb_val_bytes_000001.bin"
-    hub.files[sidecar] = shard(np.zeros(100, int))
+    hub.files[sidecar] = shard_bytes(np.zeros(100, int))
     done = run(hub, tmp_path / "new", "--train-shards", 1, variant="sp320_caseops")
     assert_refused(done, "fineweb_val_bytes_*.bin", "the bytes of [3000, 3001] tokens, found [3000, 100]")
     del hub.files[sidecar]

@@ -4,7 +4,6 @@ import json
 import math
 import shutil
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import audit
 import caseops
@@ -12,18 +11,17 @@ import numpy as np
 import pytest
 import sentencepiece
 import summary
-import tokenize_docs
 from conftest import ROOT, TINY, read_result, run_script
 from forked import ForkedRun
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from runs import export_topics, help_topics
 from shards import read_shard, write_shard
 
 import train_gpt as tg
 
-TEXTS = sorted({text for text in topics.values() if len(text) < 40_000})
-VAL = [*(text[:1500] for text in TEXTS[:50:10]),
+VAL = [*(text[:1500] for text in help_topics()[:50:10]),
        "NASA's Straße, İstanbul: ǅ Ⱥ ΑΣ McDonald \ue001 iPhone", "  TWO  Spaces\r\n\tand a tab "]
 
 
@@ -31,12 +29,7 @@ VAL = [*(text[:1500] for text in TEXTS[:50:10]),
 def cased(tmp_path_factory) -> dict[str, str]:
     """Settings as environment variables; a tiny model on a CaseOps data set."""
     folder = tmp_path_factory.mktemp("cased")
-    for name, part in (("train", [t for i, t in enumerate(TEXTS) if i % 10]), ("val", VAL)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
-    status = tokenize_docs.main(["--train", str(folder / "train.jsonl"), "--val", str(folder / "val.jsonl"), "--out",
-                                 str(folder), "--vocab-size", "512", "--name", "topics_sp512", "--workers", "1",
-                                 "--caseops"])
-    assert status == 0
+    export_topics(folder, VAL, "--caseops")
     return TINY | {"DATA_PATH": str(folder / "datasets/topics_sp512_caseops"), "CASEOPS_ENABLED": "1",
                    "TOKENIZER_PATH": str(folder / "tokenizers/topics_512_bpe_caseops.model")}
 

@@ -10,13 +10,10 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, clean_environment
-from shards import write_shard
-from test_pretend_gpu import RECIPE_OF, SMALL, TOGETHER, scaled, watch
-from test_recipes import settings_of
+from runs import RECIPE_OF, SMALL, TOGETHER, scaled, settings_of, short_data, watch
 
 sys.path.append(str(ROOT / "benchmarks"))
 import codegen
@@ -32,12 +29,7 @@ WITHOUT = "CUDA_TORCH names no folder with a CUDA build of PyTorch (benchmarks/c
 
 @pytest.fixture(scope="module")
 def data(tiny, tmp_path_factory) -> dict[str, str]:
-    """A run of seconds; its validation text is of a few documents."""
-    folder = tmp_path_factory.mktemp("graphs")
-    tokens = {split: tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_{split}_000000.bin") for split in ("train", "val")}
-    write_shard(folder / "fineweb_train_000000.bin", tokens["train"][:20_000])
-    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens["val"][:n] for n in (50, 64, 24, 40)]))
-    return {"DATA_PATH": str(folder)} | {name: tiny[name] for name in ("TOKENIZER_PATH", "SEED")}
+    return short_data(tiny, tmp_path_factory.mktemp("graphs"))
 
 
 def graphs_of(settings: dict[str, str], folder, *faults) -> tuple[int, list[str]]:

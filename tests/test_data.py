@@ -4,26 +4,21 @@ import io
 import json
 import random
 import struct
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import sentencepiece
 import torch
 from conftest import shifted
+from helpers import FakeRuntime
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from runs import MAGIC, shard_bytes
 
 import train_gpt as tg
 
-MAGIC = 20240520
 fuzz = hypothesis_settings(max_examples=120, deadline=None, derandomize=True)
-
-
-def shard_bytes(tokens, magic=MAGIC, version=1, count=None) -> bytes:
-    header = struct.pack("<3i", magic, version, len(tokens) if count is None else count) + bytes(253 * 4)
-    return header + struct.pack(f"<{len(tokens)}H", *tokens)
 
 
 def write_shard(folder, name: str, tokens, **changes) -> str:
@@ -293,10 +288,6 @@ SIZES = [50, 6, 7, 33, 1, 0, 13, 12]  # windows: 8, 0, 1, 5, 0, 0, 2, 1
 COUNT = 17
 
 
-def fake_rt(rank=0, world=1) -> SimpleNamespace:
-    return SimpleNamespace(rank=rank, world=world, device=torch.device("cpu"))
-
-
 @pytest.fixture
 def data_path(tmp_path):
     """Shards in which every token is different."""
@@ -323,7 +314,7 @@ def expected_starts() -> list[int]:
 
 
 def test_an_epoch_has_every_window_once(data_path):
-    windows = tg.Windows(config(data_path), fake_rt())
+    windows = tg.Windows(config(data_path), FakeRuntime())
     assert windows.count == COUNT == len(expected_starts())
     orders = []
     for epoch in range(3):
@@ -339,19 +330,19 @@ def test_order_comes_from_the_seed_alone(data_path):
         windows = tg.Windows(config(data_path, **changes), rt)
         return [int(windows.window(g)[0]) for g in range(2 * COUNT)]
 
-    first = order(fake_rt())
-    assert order(fake_rt(2, 3)) == first
-    assert order(fake_rt(), seed=6) != first
+    first = order(FakeRuntime())
+    assert order(FakeRuntime(2, 3)) == first
+    assert order(FakeRuntime(), seed=6) != first
 
 
 def test_windows_may_be_asked_in_any_order(data_path):
-    forward, backward = (tg.Windows(config(data_path), fake_rt()) for _ in range(2))
+    forward, backward = (tg.Windows(config(data_path), FakeRuntime()) for _ in range(2))
     rows = [forward.window(g).tolist() for g in range(3 * COUNT)]
     assert [backward.window(g).tolist() for g in reversed(range(3 * COUNT))] == rows[::-1]
 
 
 def test_batch_shifts_targets_and_pads(data_path):
-    windows = tg.Windows(config(data_path), fake_rt())
+    windows = tg.Windows(config(data_path), FakeRuntime())
     ids, targets, bounds = windows.batch(3, 2, 4)
     assert bounds is None
     assert ids.shape == targets.shape == (4, T) and ids.dtype == targets.dtype == torch.int64
@@ -364,9 +355,9 @@ def test_batch_shifts_targets_and_pads(data_path):
 
 def test_a_token_beyond_the_vocabulary_is_refused(data_path):
     """Tokens are their own places, so the windows from a place on are the wrong ones."""
-    starts = [int(tg.Windows(config(data_path), fake_rt()).window(g)[0]) for g in range(COUNT)]
+    starts = [int(tg.Windows(config(data_path), FakeRuntime()).window(g)[0]) for g in range(COUNT)]
     for limit in (64, 83, 104):
-        windows, refused = tg.Windows(config(data_path, vocab_size=limit), fake_rt()), 0
+        windows, refused = tg.Windows(config(data_path, vocab_size=limit), FakeRuntime()), 0
         for g, start in enumerate(starts):
             if start + T < limit:
                 assert windows.window(g).tolist() == list(range(start, start + T + 1))
@@ -382,7 +373,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(data_path):
 def test_too_short_shards_are_refused(tmp_path):
     write_shard(tmp_path, "fineweb_train_000000.bin", range(T))
     with pytest.raises(tg.RunError, match="TRAIN_SEQ_LEN"):
-        tg.Windows(config(tmp_path), fake_rt())
+        tg.Windows(config(tmp_path), FakeRuntime())
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 9])
@@ -404,8 +395,8 @@ def test_ranks_share_out_each_step(data_path, world, windows, per_pass):
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_feeders_of_all_ranks_give_the_steps_in_order(data_path, world):
     cfg = config(data_path)
-    reference = tg.Windows(cfg, fake_rt())
-    feeders = [tg.Feeder(tg.Windows(cfg, fake_rt(rank, world)), tg.StepPlan.of(cfg, world)) for rank in range(world)]
+    reference, plan = tg.Windows(cfg, FakeRuntime()), tg.StepPlan.of(cfg, world)
+    feeders = [tg.Feeder(tg.Windows(cfg, FakeRuntime(rank, world)), plan) for rank in range(world)]
     for step in range(6):
         rows, padding = [], 0
         for feeder in feeders:
@@ -415,7 +406,6 @@ def test_feeders_of_all_ranks_give_the_steps_in_order(data_path, world):
                 assert ((targets == tg.IGNORE).all(1) | real).all()
                 rows += [[*i, t[-1]] for i, t in zip(ids[real].tolist(), targets[real].tolist())]
         assert rows == [reference.window(step * 7 + i).tolist() for i in range(7)]
-        plan = tg.StepPlan.of(cfg, world)
         assert padding == world * plan.micro * plan.size - 7
     for feeder in feeders:
         feeder.close()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, shifted
-from test_techniques import ALL, BOS, assert_close, packed_text, random_model, sizes_of_gradients, tiny
+from helpers import ALL, BOS, assert_close, empty_statistics, packed_text, random_model, tiny
+from reference import sizes_of_gradients
 
 sys.path.append(str(ROOT / "benchmarks"))
 from kernel_check import plain_head, plain_mlp
@@ -158,8 +159,7 @@ def test_hooks_ride_on_the_same_products_with_kernels(ops):
     for form in (tg.PLAIN, ops):
         model, (ids, targets) = random_model(cfg), packed_text(cfg)
         model.ops = form
-        stats = tg.Statistics(tg.empty_hessians(cfg, torch.device("cpu")),
-                              tg.empty_moments(cfg, model, torch.device("cpu")), 0)
+        stats = empty_statistics(cfg, model)
         tg.add_statistics(model, stats, tg.Batch(ids, targets))
         found.append([*stats.hessians.values(), *stats.moments.values()])
         assert all(t.any() for t in found[-1])

@@ -1,175 +1,37 @@
-"""The model against a float64 reference written from the formulas with plain loops, on random weights."""
+"""The model against the float64 reference (reference.py), on random weights."""
 
 import copy
-import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import shifted
+from helpers import BOS, SIZES, Products, assert_close, packed_text, random_share, random_text, redrawn
+from reference import Reference, document_spans, rms
 from torch._dynamo.testing import CompileCounter
-from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
 
-BOS = 1
 ROLES = ("q", "k", "v", "o", "up", "down")
 
 
 def tiny(**changes) -> tg.Settings:
     """Settings of a model of 5 layers, 4 query heads on 2 key/value heads, XSA on the last 3 layers."""
-    values = {"num_layers": 5, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 1.5, "rope_dims": 4,
-              "rope_base": 50.0, "xsa_last_n": 3, "logit_softcap": 8.0, "vocab_size": 23}
-    return tg.Settings(**values | changes)
+    return tg.Settings(**SIZES | {"num_layers": 5, "rope_dims": 4} | changes)
 
 
 def random_model(cfg: tg.Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:
     """A model none of whose parameters is 0, 1 or constant."""
-    generator = torch.Generator().manual_seed(shifted(seed))
-    model = tg.GPT(cfg, dtype=dtype)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=generator)
-            if name.endswith("_bank"):
-                p.copy_(noise * 1.5 * p.size(-1) ** -0.5)
-            elif name in ("tok_emb", "skip_gate"):
-                p.copy_(noise)
-            else:
-                p.copy_(0.9 + 0.4 * noise)
-    return model
+    def value(name, p, noise):
+        if name.endswith("_bank"):
+            return noise * 1.5 * p.size(-1) ** -0.5
+        return noise if name in ("tok_emb", "skip_gate") else 0.9 + 0.4 * noise
+
+    return redrawn(tg.GPT(cfg, dtype=dtype), seed, value)
 
 
-def random_text(cfg: tg.Settings, rows: int, length: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(shifted(seed))
-    ids = torch.randint(2, cfg.vocab_size, (rows, length), generator=generator)
-    return ids, torch.randint(0, cfg.vocab_size, (rows, length), generator=generator)
-
-
-def doubles(model: tg.GPT) -> dict[str, torch.Tensor]:
-    """The parameters as float64 leaves."""
-    return {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    return x / torch.sqrt((x * x).sum() / len(x) + 1e-6)
-
-
-def rotated(cfg: tg.Settings, x: torch.Tensor, t: int) -> torch.Tensor:
-    """One head's vector at position t, rotated element by element."""
-    r, out = cfg.rope_dims, list(x)
-    for i in range(r // 2):
-        angle = t * cfg.rope_base ** (-2 * i / r)
-        out[i] = x[i] * math.cos(angle) + x[i + r // 2] * math.sin(angle)
-        out[i + r // 2] = -x[i] * math.sin(angle) + x[i + r // 2] * math.cos(angle)
-    return torch.stack(out)
-
-
-def reference_attention(cfg: tg.Settings, p: dict, layer: int, n: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Attention of one layer on normed inputs n, one vector a token; a document alone."""
-    layers, dh, group = cfg.num_layers, cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
-    queries, keys = p["qo_bank"][layer], p["kv_bank"][layer]
-    values, out = p["kv_bank"][layers + layer], p["qo_bank"][layers + layer]
-    heads = []
-    for h in range(cfg.num_heads):
-        mine, shared = slice(h * dh, (h + 1) * dh), slice(h // group * dh, (h // group + 1) * dh)
-        q = [p["q_gain"][layer, h] * rotated(cfg, rms(queries[mine] @ x), t) for t, x in enumerate(n)]
-        k = [rotated(cfg, rms(keys[shared] @ x), t) for t, x in enumerate(n)]
-        v = [values[shared] @ x for x in n]
-        ys = []
-        for t in range(len(n)):
-            weight = [torch.exp(q[t] @ k[s] / math.sqrt(dh)) for s in range(t + 1)]
-            y = sum(w * v[s] for s, w in enumerate(weight)) / sum(weight)
-            if layer >= layers - cfg.xsa_last_n:
-                unit = v[t] / torch.sqrt(v[t] @ v[t])
-                y = y - (y @ unit) * unit
-            ys.append(y)
-        heads.append(ys)
-    return [out @ torch.cat([heads[h][t] for h in range(cfg.num_heads)]) for t in range(len(n))]
-
-
-def reference_logits(cfg: tg.Settings, p: dict, ids: list[int]) -> torch.Tensor:
-    """(T, V) float64 logits of one document."""
-    x = [rms(p["tok_emb"][i]) for i in ids]
-    x0, pushed, half, time = list(x), [], cfg.num_layers // 2, range(len(ids))
-    for layer in range(cfg.num_layers):
-        s = 1 / math.sqrt(layer + 1) if cfg.ln_scale else 1.0
-        if layer >= half and pushed:
-            skip = [p["skip_weight"][layer - half] * y for y in pushed.pop()]
-            if cfg.skip_gates_enabled:
-                gate = 1 / (1 + torch.exp(-p["skip_gate"][layer - half]))
-                x = [(1 - gate) * skip[t] + gate * x[t] for t in time]
-            else:
-                x = [x[t] + skip[t] for t in time]
-        mix = p["resid_mix"][layer]
-        x = [mix[0] * x[t] + mix[1] * x0[t] for t in time]
-        y = reference_attention(cfg, p, layer, [rms(u) * s for u in x])
-        x = [x[t] + p["attn_scale"][layer] * y[t] for t in time]
-        for t in time:
-            z = p["mlp_up_bank"][layer] @ (rms(x[t]) * s)
-            hidden = torch.where(z > 0, z, 0.5 * z) ** 2
-            x[t] = x[t] + p["mlp_scale"][layer] * (p["mlp_down_bank"][layer] @ hidden)
-        if layer < half:
-            pushed.append(x)
-    c = cfg.logit_softcap
-    return torch.stack([c * torch.tanh(p["tok_emb"] @ rms(u) / c) for u in x])
-
-
-def reference_losses(cfg: tg.Settings, p: dict, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def reference_losses(reference: Reference, ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(B, T) float64 losses; rows are documents."""
-    rows = []
-    for row, wanted in zip(ids.tolist(), targets.tolist()):
-        logits = reference_logits(cfg, p, row)
-        log_sum = torch.log(torch.exp(logits).sum(-1))
-        rows.append(torch.stack([log_sum[t] - logits[t, w] if w != tg.IGNORE else log_sum[t] * 0
-                                 for t, w in enumerate(wanted)]))
-    return torch.stack(rows)
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """Largest difference within tolerance of the largest expected value."""
-    assert got.shape == expected.shape
-    assert expected.abs().max() > 0
-    assert (got.double() - expected.double()).abs().max() <= tolerance * expected.abs().max()
-
-
-def document_spans(ids: torch.Tensor, max_len: int) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every document by reading token after token."""
-    spans = []
-    for row, tokens in enumerate(ids.tolist()):
-        start = 0
-        for t in range(1, len(tokens) + 1):
-            if t == len(tokens) or tokens[t] == BOS or t - start == max_len:
-                spans.append((row, start, t))
-                start = t
-    return spans
-
-
-def packed_text(cfg: tg.Settings) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two rows of 23 tokens: documents of 1 to 14 tokens, the second row not starting with BOS."""
-    ids, targets = random_text(cfg, 2, 23)
-    ids[0, [0, 3, 4, 18]] = BOS
-    ids[1, [5, 6, 15, 22]] = BOS
-    targets[0, 7] = targets[1, 0] = tg.IGNORE
-    return ids, targets
-
-
-class Products(TorchFunctionMode):
-    """Records (input, weight) of every F.linear, and the names of all other matrix products."""
-
-    OTHERS = {"matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "__matmul__", "__rmatmul__", "mv", "dot",
-              "tensordot", "addbmm", "inner"}
-
-    def __init__(self):
-        super().__init__()
-        self.linear, self.others = [], []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        name = getattr(function, "__name__", "")
-        if function is F.linear:
-            self.linear.append((args[0].detach().clone(), args[1].detach().clone()))
-        elif name in self.OTHERS:
-            self.others.append(name)
-        return function(*args, **(kwargs or {}))
+    return torch.stack([reference.losses(*pair) for pair in zip(ids.tolist(), targets.tolist())])
 
 
 # ----- forward and gradients against the reference
@@ -190,7 +52,7 @@ def test_losses_equal_the_reference(changes):
     ids, targets = random_text(cfg, 2, 9)
     targets[0, 4] = targets[1, 8] = tg.IGNORE
     losses = model(ids, targets)
-    expected = reference_losses(cfg, doubles(model), ids, targets)
+    expected = reference_losses(Reference(cfg, model), ids, targets)
     assert losses.dtype == torch.float32
     assert losses[0, 4] == 0 and losses[1, 8] == 0
     assert_close(losses, expected, 2e-5)
@@ -203,7 +65,7 @@ def test_logits_equal_the_reference():
     ids, _ = random_text(cfg, 1, 9)
     logits = model(ids)
     assert logits.dtype == torch.float32
-    assert_close(logits[0], reference_logits(cfg, doubles(model), ids[0].tolist()), 2e-5)
+    assert_close(logits[0], Reference(cfg, model).logits(ids[0].tolist()), 2e-5)
     assert 4 < logits.abs().max() < cfg.logit_softcap
 
 
@@ -224,9 +86,7 @@ def test_attention_alone_equals_the_reference(layer):
 
     model.attention_half = spy
     model(random_text(cfg, 1, 11)[0])
-    p = doubles(model)
-    expected = reference_attention(cfg, p, layer, n[0].double().unbind())
-    assert_close(seen[0][0], torch.stack(expected), 1e-5)
+    assert_close(seen[0][0], Reference(cfg, model).attend(n[0].double(), layer, [2] * 11), 1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"num_layers": 4, "skip_gates_enabled": False}])
@@ -236,10 +96,10 @@ def test_gradients_equal_the_reference(changes):
     targets[1, 2] = tg.IGNORE
     share = torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)), dtype=torch.float64)
     (model(ids, targets) * share).sum().backward()
-    p = doubles(model)
-    (reference_losses(cfg, p, ids, targets) * share).sum().backward()
+    reference = Reference(cfg, model)
+    (reference_losses(reference, ids, targets) * share).sum().backward()
     for name, parameter in model.named_parameters():
-        assert_close(parameter.grad, p[name].grad, 1e-4)
+        assert_close(parameter.grad, reference.p[name].grad, 1e-4)
 
 
 def test_bf16_activations_give_nearly_the_fp32_losses():
@@ -309,7 +169,7 @@ def test_packed_documents_equal_documents_alone(max_len):
     cfg = tiny()
     packed, alone = random_model(cfg), random_model(cfg)
     ids, targets = packed_text(cfg)
-    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
+    share = random_share(targets)
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
     expected = torch.cat([alone(ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0]
@@ -357,7 +217,7 @@ def test_hessian_of_the_first_layer_by_hand():
     model, (ids, _) = random_model(cfg), random_text(cfg, 3, 8)
     hessian = torch.zeros(2, cfg.model_dim, cfg.model_dim)
     model(ids, hooks=tg.Hooks(hessians={"q": hessian}))
-    p, expected = doubles(model), torch.zeros(cfg.model_dim, cfg.model_dim, dtype=torch.float64)
+    p, expected = Reference(cfg, model).p, torch.zeros(cfg.model_dim, cfg.model_dim, dtype=torch.float64)
     for token in ids.flatten().tolist():
         x = rms(p["tok_emb"][token])
         n = rms(p["resid_mix"][0, 0] * x + p["resid_mix"][0, 1] * x)

@@ -9,27 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, ForkedRun, shifted
+from helpers import redrawn, small_run
 
 import train_gpt as tg
 
 
 def tiny(folder, **changes) -> tg.Settings:
     """Settings with learning rates large enough that every term of an update shows."""
-    values = {"num_layers": 2, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.5, "rope_dims": 2,
-              "vocab_size": 19, "train_seq_len": 8, "train_batch_tokens": 48, "micro_batch_tokens": 16,
-              "eval_stride": 4, "device": "cpu", "dtype": "fp32", "artifact_dir": str(folder),
-              "matrix_lr": 0.3, "muon_wd": 0.4, "tied_embed_lr": 0.05, "embed_wd": 0.7, "scalar_lr": 0.02,
-              "adam_wd": 0.9, "beta1": 0.8, "beta2": 0.9, "adam_eps": 0.01, "grad_clip_norm": 0.0}
-    return tg.Settings(**values | changes)
+    values = {"num_layers": 2, "rope_dims": 2, "vocab_size": 19, "matrix_lr": 0.3, "muon_wd": 0.4,
+              "tied_embed_lr": 0.05, "embed_wd": 0.7, "scalar_lr": 0.02, "adam_wd": 0.9, "beta1": 0.8, "beta2": 0.9,
+              "adam_eps": 0.01, "grad_clip_norm": 0.0}
+    return small_run(folder, **values | changes)
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    generator = torch.Generator().manual_seed(shifted(seed))
-    model = tg.GPT(cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 + torch.randn(p.shape, generator=generator))
-    return model
+    return redrawn(tg.GPT(cfg), seed, lambda name, p, noise: 0.3 + noise)
 
 
 def random_gradients(model: tg.GPT, step: int, rank: int = 0, size: float = 1.0) -> list[torch.Tensor]:
@@ -103,13 +97,6 @@ def assert_equal_weights(model: tg.GPT, expected: dict[str, torch.Tensor], toler
     for name, p in model.named_parameters():
         if only is None or name in only:
             assert (p.double() - expected[name]).abs().max() < tolerance, name
-
-
-@pytest.fixture
-def rt(tmp_path):
-    runtime = tg.Runtime(tiny(tmp_path), tg.Launch())
-    yield runtime
-    runtime.close()
 
 
 # ----- Newton-Schulz

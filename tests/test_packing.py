@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ForkedRun, clean_environment, run_script, shifted
-from helpers import flat
+from helpers import flat, stored_weights
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -482,15 +482,7 @@ def test_nonsense_settings_are_refused(name, value):
 # ----- weights into the model
 
 
-def stored_weights(cfg: tg.Settings, model: tg.GPT, folder: Path) -> dict[str, tg.Stored]:
-    rt = tg.Runtime(tiny(artifact_dir=str(folder)), tg.Launch())
-    hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
-    stored = tg.quantize(cfg, rt, {n: p.detach() for n, p in model.named_parameters()}, tg.factorize_all(hessians))
-    rt.close()
-    return stored
-
-
-def test_loaded_weights_are_the_dequantized_ones(tmp_path):
+def test_loaded_weights_are_the_dequantized_ones():
     cfg = tiny(quant_min_weights=512)
     source, target = tg.GPT(cfg), tg.GPT(cfg)
     with torch.no_grad():
@@ -498,7 +490,7 @@ def test_loaded_weights_are_the_dequantized_ones(tmp_path):
             p.normal_(generator=torch.Generator().manual_seed(shifted(0)))
         for p in target.parameters():
             p.fill_(float("nan"))
-    stored = stored_weights(cfg, source, tmp_path)
+    stored = stored_weights(cfg, source)
     tg.load_weights(target, cfg, tg.read_artifact(pack("brotli", stored), NAME)[1], NAME)
     expected = tg.dequantize(cfg, stored)
     for name, p in target.named_parameters():
@@ -506,10 +498,10 @@ def test_loaded_weights_are_the_dequantized_ones(tmp_path):
         assert (p - dict(source.named_parameters())[name]).abs().max() < 0.5
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path):
+def test_weights_that_do_not_fit_are_refused():
     cfg = tiny(quant_min_weights=512)
     model = tg.GPT(cfg)
-    good = stored_weights(cfg, model, tmp_path)
+    good = stored_weights(cfg, model)
     tg.load_weights(model, cfg, good, NAME)
     wrong = [{n: item for n, item in good.items() if n != name} for name in good]
     wrong += [good | {"stowaway": half(halves(3))}, good | {"q.7": make("low rank", 2, 16, 16, 4)},

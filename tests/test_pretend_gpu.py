@@ -16,68 +16,10 @@ import threading
 import numpy as np
 import pytest
 from conftest import ROOT, clean_environment, read_losses, read_result
-from shards import write_shard
-
-RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
-SMALL = {
-    "DEVICE": "cuda", "VOCAB_SIZE": "512", "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
-    "MLP_MULT": "2", "ROPE_DIMS": "4", "TRAIN_SEQ_LEN": "16", "TRAIN_BATCH_TOKENS": "256", "MICRO_BATCH_TOKENS": "128",
-    "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "100000", "WARMUP_STEPS": "1", "EVAL_BATCH_TOKENS": "256",
-    "EVAL_SEQ_LEN": "auto", "CASEOPS_ENABLED": "0",
-    "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "512", "GPTQ_CALIBRATION_BATCHES": "2", "GPTQ_RESERVE_SECONDS": "1",
-    "EVAL_BUDGET_SECONDS": "0", "TTT_BATCH_SIZE": "4", "TTT_CHUNK_SIZE": "24", "TTT_EVAL_SEQ_LEN": "32",
-    "TTT_LORA_RANK": "4", "TTT_EPOCHS": "1", "TTT_CHUNK_TOKENS": "128", "GLOBAL_TTT_CHUNK_TOKENS": "32",
-    "PHASED_TTT_PREFIX_DOCS": "1",
-}
-SCALED = {"LOOP_START": "1", "LOOP_END": "1", "ENABLE_LOOPING_AT": "0.3", "PARALLEL_START_LAYER": "2",
-          "VE_LAYERS": "1,2", "VE_DIM": "16", "BIGRAM_DIM": "16", "SWA_EVERY": "1", "SWA_START_SCALE": "0.9",
-          "QAT_START_SCALE": "0.9", "QAT_LITE_LAYER_START": "2", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_EVERY": "1"}
-TOGETHER = {  # what runs are made of beside recipes
-    "defaults": {}, "sliding": {"EVAL_STRIDE": "16"},
-    "lora": {"TTT_MODE": "lora", "GPTQ_CALIBRATION": "self", "ATTENTION": "sdpa", "VARLEN_ENABLED": "1"},
-    "phased": {"TTT_MODE": "phased", "VARLEN_ENABLED": "1", "NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "2",
-               "TOKEN_THRESHOLD": "0.2", "HEDGE_ENABLED": "1"},
-    "chunk": {"TTT_MODE": "chunk", "GPTQ_CALIBRATION": "random", "VARLEN_ENABLED": "1", "TTT_CHUNK_TOKENS": "114",
-              "EVAL_SEQ_LEN": "100", "EVAL_STRIDE": "20", "EVAL_BATCH_TOKENS": "200"},  # its row is padded
-}
-
+from runs import RECIPE_OF, SMALL, TOGETHER, scaled, short_data, watch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the processes of the ranks
-
-
-def watch(tg, patch, gpu, found: dict) -> None:
-    """Have `found` say what happens while a training step or the clock runs, beside what warm-up did before."""
-    def off_the_clock(owner: object, name: str) -> None:
-        real = getattr(owner, name)
-
-        def call(*args, **options):
-            graphs = len(gpu.GRAPHS)
-            out = real(*args, **options)
-            del gpu.GRAPHS[graphs:]
-            return out
-
-        patch.setattr(owner, name, call)
-
-    for owner, name in ((tg, "pick_attention"), (tg, "warm_up"), (tg.Evaluator, "warm_up")):
-        off_the_clock(owner, name)
-    train, calibrate, used = tg.train, tg.calibrate, set()
-
-    def watched_train(*args):
-        used.update(gpu.USED)
-        gpu.WAITS.clear()
-        out = train(*args)
-        found["waits"] = dict(gpu.WAITS)
-        return out
-
-    def watched_calibrate(*args):
-        gpu.USED.clear()
-        out = calibrate(*args)
-        found["first_used"] = sorted(set(gpu.USED) - used)
-        return out
-
-    patch.setattr(tg, "train", watched_train)
-    patch.setattr(tg, "calibrate", watched_calibrate)
 
 
 def do(job: dict, tg, gpu) -> dict:
@@ -265,27 +207,10 @@ class Ranks:
 
 @pytest.fixture(scope="module")
 def ranks(tiny, tmp_path_factory):
-    import train_gpt as tg
-
     folder = tmp_path_factory.mktemp("pretend_gpu")
-    tokens = {split: tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_{split}_000000.bin") for split in ("train", "val")}
-    write_shard(folder / "fineweb_train_000000.bin", tokens["train"][:20_000])
-    # the second document ends with a chunk of 114 tokens
-    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens["val"][:n] for n in (50, 64, 24, 40)]))
-    made = Ranks(SMALL | {"DATA_PATH": str(folder)} | {name: tiny[name] for name in ("TOKENIZER_PATH", "SEED")}, folder)
+    made = Ranks(SMALL | short_data(tiny, folder), folder)
     yield made
     made.kill()
-
-
-def scaled(recipe) -> dict[str, str]:
-    """A recipe's settings with all its techniques, at small sizes."""
-    lines = (line.partition("#")[0].strip() for line in (recipe / "recipe.env").read_text().splitlines())
-    settings = dict(line.split("=", 1) for line in lines if line)
-    small = {name: "64" for name in ("BIGRAM_VOCAB_SIZE",) if name in settings}
-    return settings | SMALL | SCALED | small
-
-
-RECIPE_OF = {recipe.name.split("_", 1)[1]: recipe for recipe in RECIPES}
 
 
 def check_run(answers: list[dict], calibration: str = "train") -> None:

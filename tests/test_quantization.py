@@ -8,28 +8,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shifted
-from helpers import flat
-from test_scorer import FakeRuntime, on_ranks
+from helpers import FakeRuntime, Products, empty_statistics, flat, on_ranks, redrawn, small_run
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
 
 
 def tiny(folder, **changes) -> tg.Settings:
-    values = {"num_layers": 3, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.0, "rope_dims": 4,
-              "vocab_size": 41, "train_seq_len": 8, "train_batch_tokens": 16, "micro_batch_tokens": 16,
-              "eval_stride": 4, "device": "cpu", "dtype": "fp32", "artifact_dir": str(folder),
+    values = {"num_layers": 3, "model_dim": 32, "mlp_mult": 2.0, "vocab_size": 41, "train_batch_tokens": 16,
               "quant_min_weights": 0, "matrix_clip_sigmas": 9.0, "embed_clip_sigmas": 12.0}
-    return tg.Settings(**values | changes)
+    return small_run(folder, **values | changes)
 
 
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    generator = torch.Generator().manual_seed(shifted(seed))
-    model = tg.GPT(cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.2 * torch.randn(p.shape, generator=generator) + (0.5 if p.ndim < 3 else 0.0))
-    return model
+    return redrawn(tg.GPT(cfg), seed, lambda name, p, noise: 0.2 * noise + (0.5 if p.ndim < 3 else 0.0))
 
 
 def gptq(weight, hessian, *others):
@@ -90,13 +82,6 @@ def loss(weight: torch.Tensor, codes: torch.Tensor, hessian: torch.Tensor, scale
     """tr(E H Eᵀ) of one matrix."""
     e = weight.double() - codes.double() * scale.double()[:, None]
     return float((e @ hessian.double() * e).sum())
-
-
-@pytest.fixture
-def rt(tmp_path):
-    runtime = tg.Runtime(tiny(tmp_path), tg.Launch())
-    yield runtime
-    runtime.close()
 
 
 # ----- GPTQ
@@ -234,22 +219,14 @@ def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
     cfg = tiny(tmp_path)
     model = random_model(cfg)
     ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(shifted(0)))
-    inputs = []
-
-    class Linears(TorchFunctionMode):
-        def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function is F.linear:
-                inputs.append((args[0].flatten(0, -2).double(), args[1].clone()))
-            return function(*args, **(kwargs or {}))
-
     hessians = tg.empty_hessians(cfg, torch.device("cpu"))
-    with Linears(), torch.no_grad():
+    with Products() as products, torch.no_grad():
         model(ids)
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     for group in tg.quant_groups(cfg):
         for i, weight in enumerate(group.view(dict(model.named_parameters())[group.param])):
-            x, = (x for x, w in inputs if torch.equal(w, weight))
-            expected = sum(torch.outer(row, row) for row in x)
+            x, = (x for x, w in products.linear if torch.equal(w, weight))
+            expected = sum(torch.outer(row, row) for row in x.flatten(0, -2).double())
             got = hessians[group.hessian][i].double()
             assert (got - expected).abs().max() < 1e-5 * expected.abs().max(), (group.name, i)
 
@@ -389,8 +366,7 @@ def test_calibration_stops_with_the_clock(rt, tmp_path, monkeypatch):
 def statistics(cfg: tg.Settings, model: tg.GPT, rows: int = 40) -> tuple[tg.Statistics, torch.Tensor]:
     """Of random tokens (rows, 9), and those."""
     tokens = torch.randint(0, cfg.vocab_size, (rows, 9), generator=torch.Generator().manual_seed(shifted(2)))
-    stats = tg.Statistics(tg.empty_hessians(cfg, torch.device("cpu")),
-                          tg.empty_moments(cfg, model, torch.device("cpu")), rows * 8)
+    stats = empty_statistics(cfg, model, rows * 8)
     tg.add_statistics(model, stats, tg.Batch(tokens[:, :-1], tokens[:, 1:]))
     return stats, tokens
 
@@ -406,8 +382,7 @@ def test_statistics_do_not_depend_on_how_a_batch_is_cut(tmp_path, monkeypatch, v
     found = []
     for size in (16384, 40):
         monkeypatch.setattr(tg, "CALIBRATION_TOKENS", size)
-        stats = tg.Statistics(tg.empty_hessians(cfg, torch.device("cpu")),
-                              tg.empty_moments(cfg, model, torch.device("cpu")))
+        stats = empty_statistics(cfg, model)
         tg.add_statistics(model, stats, batch)
         found.append([*stats.hessians.values(), *stats.moments.values()])
     assert all((a - b).abs().max() < 1e-4 * a.abs().max() for a, b in zip(*found))

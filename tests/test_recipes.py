@@ -9,11 +9,11 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, clean_environment, read_result, run_script
+from runs import RECIPES, settings_of
 from shards import write_shard
 
 import train_gpt as tg
 
-RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
 # what the recipe's techniques must add to the model; sizes are overridden, techniques never
 PARAMETERS = {
     "SP4096_LinearLR_DepthRecurrence": {"lane_mix", "ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
@@ -28,11 +28,6 @@ SCALED = {"MODEL_DIM": "64", "MLP_MULT": "2", "EVAL_STRIDE": "0", "TRAIN_BATCH_T
           "MICRO_BATCH_TOKENS": "384", "NUM_LAYERS": "11", "ITERATIONS": "12", "WARMUP_STEPS": "1", "SWA_EVERY": "1",
           "GPTQ_RESERVE_SECONDS": "0", "GPTQ_CALIBRATION_BATCHES": "2", "EVAL_SEQ_LEN": "auto", "CASEOPS_ENABLED": "0",
           "TTT_LORA_RANK": "4", "PHASED_TTT_PREFIX_DOCS": "2", "TTT_CHUNK_TOKENS": "512"}
-
-
-def settings_of(recipe) -> dict[str, str]:
-    lines = (line.partition("#")[0].strip() for line in (recipe / "recipe.env").read_text().splitlines())
-    return dict(line.split("=", 1) for line in lines if line)
 
 
 def published() -> dict[str, dict[str, str]]:

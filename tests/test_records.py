@@ -9,9 +9,7 @@ import numpy as np
 import plot_runs
 import pytest
 from conftest import ROOT, TINY, read_result, run_script
-
-RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
-
+from runs import RECIPES
 
 # ----- plots
 

@@ -1,62 +1,14 @@
 """The scorer and the windows: every target once, with the context it is due, at any number of ranks."""
 
 import math
-import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import shifted
+from helpers import FakeRuntime, a_byte_each, on_ranks, redrawn
 
 import train_gpt as tg
-
-
-class FakeRuntime:
-    """One of several ranks that run as threads of this process."""
-
-    def __init__(self, rank: int = 0, world: int = 1, meeting: SimpleNamespace | None = None):
-        self.rank, self.world, self.meeting = rank, world, meeting
-        self.device = torch.device("cpu")
-
-    def progress(self, items, what, running=None):
-        return items
-
-    def meet(self, value) -> list:
-        """What every rank brings, by rank."""
-        if self.world == 1:
-            return [value]
-        self.meeting.parts[self.rank] = value
-        self.meeting.barrier.wait()
-        brought = [self.meeting.parts[rank] for rank in range(self.world)]
-        self.meeting.barrier.wait()
-        return brought
-
-    def sum_(self, tensor: torch.Tensor, what: str = "") -> torch.Tensor:
-        return tensor.copy_(sum(self.meet(tensor.clone())))
-
-    def share_(self, tensor: torch.Tensor, what: str = "") -> torch.Tensor:
-        return tensor.copy_(self.meet(tensor.clone())[0])
-
-
-def on_ranks(world: int, work) -> list:
-    """work(rt) on every rank at once; the results by rank."""
-    meeting = SimpleNamespace(parts={}, barrier=threading.Barrier(world, timeout=300))
-    results = [None] * world
-
-    def run(rank):
-        try:
-            results[rank] = work(FakeRuntime(rank, world, meeting))
-        except BaseException:
-            meeting.barrier.abort()  # or the others would wait for this one
-            raise
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert None not in results
-    return results
 
 
 def config(length: int, stride: int, rows: int, spare: int = 0) -> tg.Settings:
@@ -123,7 +75,7 @@ def test_windows_of_documents_show_each_token_all_it_is_due(sizes, length, strid
     n, bos = sum(sizes) + 1, 10**6
     tokens = torch.arange(n, dtype=torch.int32)
     tokens[starts] = bos
-    val = tg.Validation(tokens, torch.ones(n, dtype=torch.int32), len(starts), None, bos)
+    val = a_byte_each(tokens, len(starts), bos)
     cfg = tg.Settings(eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length, varlen_enabled=True)
     seen, windows = {}, 0
 
@@ -167,7 +119,7 @@ def test_windows_of_documents_score_as_documents_do_alone():
     tokens = torch.randint(2, 40, (sum(sizes) + 1,), dtype=torch.int32)
     starts = [sum(sizes[:i]) for i in range(len(sizes))]
     tokens[starts] = bos
-    val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), len(sizes), None, bos)
+    val = a_byte_each(tokens, len(sizes), bos)
     evaluator = tg.Evaluator(cfg, FakeRuntime(), model, model, val)
     evaluator.by_windows(3, "test")
     for start, size in zip(starts, sizes):
@@ -329,12 +281,9 @@ def test_sliding_equals_the_model_on_each_context(stride):
     cfg = tg.Settings(num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4,
                       vocab_size=40, eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length)
     generator = torch.Generator().manual_seed(shifted(0))
-    model = tg.GPT(cfg)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 + 0.5 * torch.randn(p.shape, generator=generator))
+    model = redrawn(tg.GPT(cfg), generator, lambda name, p, noise: 0.3 + 0.5 * noise)
     tokens = torch.randint(0, 40, (n,), generator=generator, dtype=torch.int32)
-    val = tg.Validation(tokens, torch.ones(n, dtype=torch.int32), 1, None)
+    val = a_byte_each(tokens, bos=-1)
     evaluator = tg.Evaluator(cfg, FakeRuntime(), model, model, val)
     score = evaluator.by_windows(stride, "test")
     expected = []

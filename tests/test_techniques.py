@@ -1,73 +1,16 @@
-"""Every model technique against a short float64 reference written from its formula, and its absence when it is off.
+"""Every model technique against the float64 reference (reference.py), and its absence when it is off.
 
-The reference works on one span of attention at a time: a packed document alone, or a row of documents without VARLEN.
 All weights are random, none at its initial value, unless a test is about initial values.
 """
 
 import itertools
-import math
 
 import pytest
 import torch
-from conftest import shifted
-from helpers import flat
-from test_scorer import FakeRuntime
+from helpers import ALL, BOS, assert_close, flat, packed_text, random_model, random_share, stored_weights, tiny
+from reference import Reference, by_piece, document_spans, int32, sizes_of_gradients
 
 import train_gpt as tg
-
-BOS = 1
-ALL = {"num_loops": 2, "recur_blend": "ab", "parallel_mode": "crossed", "parallel_start_layer": 4,
-       "bigram_vocab_size": 13, "bigram_dim": 6, "smear_gate_enabled": True, "ve_enabled": True, "ve_dim": 5,
-       "ve_layers": "1,3,5", "sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 1.7, "rope_yarn": True}
-
-
-def tiny(**changes) -> tg.Settings:
-    """Six layers, of which 2 and 3 may loop; 4 query heads on 2 key/value heads; XSA on the last 3 layers."""
-    values = {"num_layers": 6, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 1.5, "rope_dims": 6,
-              "rope_base": 50.0, "xsa_last_n": 3, "logit_softcap": 8.0, "vocab_size": 23, "loop_start": 2,
-              "loop_end": 3, "train_seq_len": 10, "gate_window": 7, "device": "cpu", "dtype": "fp32",
-              "quant_min_weights": 0, "eval_stride": 0, "train_batch_tokens": 460, "micro_batch_tokens": 46}
-    return tg.Settings(**values | changes)
-
-
-def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    """A model none of whose parameters is 0, 1 or constant; a parameter's values depend on its name alone."""
-    model = tg.GPT(cfg, bos=BOS)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(shifted(seed + sum(name.encode()))))
-            if name.endswith("_bank"):
-                p.copy_(noise * 1.5 * p.size(-1) ** -0.5)
-            elif name.endswith("_table") or name in ("tok_emb", "head", "skip_gate", "attn_gate", "smear_weight"):
-                p.copy_(noise)
-            else:
-                p.copy_(0.8 + 0.4 * noise)
-    return model
-
-
-def packed_text(cfg: tg.Settings, rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of 23 tokens: documents of 1 to 14 tokens, the second row not starting with BOS."""
-    generator = torch.Generator().manual_seed(shifted(1))
-    ids = torch.randint(2, cfg.vocab_size, (rows, 23), generator=generator)
-    targets = torch.randint(0, cfg.vocab_size, (rows, 23), generator=generator)
-    ids[0, [0, 3, 4, 18]] = BOS
-    if rows > 1:
-        ids[1, [5, 6, 15, 22]] = BOS
-        targets[1, 0] = tg.IGNORE
-    targets[0, 7] = tg.IGNORE
-    return ids, targets
-
-
-def spans(ids: torch.Tensor, max_len: int) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of every piece of a document, token after token."""
-    found = []
-    for row, tokens in enumerate(ids.tolist()):
-        start = 0
-        for t in range(1, len(tokens) + 1):
-            if t == len(tokens) or tokens[t] == BOS or t - start == max_len:
-                found.append((row, start, t))
-                start = t
-    return found
 
 
 def same_document(ids: torch.Tensor, row: int, start: int) -> list[int]:
@@ -77,217 +20,15 @@ def same_document(ids: torch.Tensor, row: int, start: int) -> list[int]:
     return tokens[first:start]
 
 
-# ----- the reference
-
-
-def rms(x: torch.Tensor) -> torch.Tensor:
-    return x / ((x * x).mean(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    return 1 / (1 + torch.exp(-x))
-
-
-def int32(x: int) -> int:
-    return (x + 2**31) % 2**32 - 2**31
-
-
-class Reference:
-    """Logits of one span of attention in float64, from techniques.md."""
-
-    def __init__(self, cfg: tg.Settings, model: tg.GPT, loops: int = 0, span: int = 1):
-        """`span`: how far attention may reach, which is what YaRN looks at."""
-        self.cfg, self.loops, self.span, self.context = cfg, loops, span, []
-        self.p = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
-
-    def before(self, x: torch.Tensor, ids: list[int]) -> torch.Tensor:
-        """Vector of the token before, 0 where a document starts."""
-        return torch.stack([x[t - 1] if t and ids[t] != BOS else 0 * x[t] for t in range(len(ids))])
-
-    def inputs(self, ids: list[int]) -> torch.Tensor:
-        cfg, p = self.cfg, self.p
-        x = p["tok_emb"][ids]
-        if cfg.embedding_dim:
-            x = x @ p["embed_in_bank"][0].T
-        if cfg.bigram_vocab_size:
-            last, buckets = cfg.bigram_vocab_size - 1, []
-            for t, token in enumerate(ids):
-                pair = int32(int32(36313 * token) ^ int32(27191 * ids[t - 1]))
-                buckets.append(pair % last if t and token != BOS else last)
-            x = x + p["bigram_scale"] * p["bigram_table"][buckets] @ p["bigram_bank"][0].T
-        if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
-            gate = sigmoid(x[:, : cfg.gate_window] @ p["smear_weight"][0])
-            x = x + p["smear_scale"] * gate[:, None] * self.before(x, ids)
-        x = rms(x)
-        if cfg.smear_gate_enabled and cfg.smear_gate_mode == "vector":
-            g = sigmoid(p["smear_theta"])
-            x = (1 - g) * x + g * self.before(x, ids)
-        return x
-
-    def rotated(self, x: torch.Tensor) -> torch.Tensor:
-        """One head's vectors (T, dh), pair by pair."""
-        cfg, r, out = self.cfg, self.cfg.rope_dims, list(x.unbind(-1))
-        base = cfg.rope_base
-        if cfg.rope_yarn and self.span > cfg.train_seq_len:
-            base = base * (self.span / cfg.train_seq_len) ** (r / (r - 2))
-        for i in range(r // 2):
-            angle = torch.arange(len(x), dtype=torch.float64) * base ** (-2 * i / r)
-            a, b = x[:, i], x[:, i + r // 2]
-            out[i], out[i + r // 2] = a * angle.cos() + b * angle.sin(), -a * angle.sin() + b * angle.cos()
-        return torch.stack(out, -1)
-
-    def attention(self, u: torch.Tensor, layer: int, ids: list[int]) -> torch.Tensor:
-        """a ⊙ Attn(rms(u) s)."""
-        cfg, p, layers = self.cfg, self.p, self.cfg.num_layers
-        dh, group = cfg.model_dim // cfg.num_heads, cfg.num_heads // cfg.num_kv_heads
-        n = rms(u) / math.sqrt(layer + 1 if cfg.ln_scale else 1)
-        values = n @ p["kv_bank"][layers + layer].T
-        with_ve = [int(i) for i in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
-        if layer in with_ve:
-            t = p["ve_layer_scale"][with_ve.index(layer)]
-            values = values + t * p["ve_scale"] * p["ve_table"][ids] @ p["ve_bank"][0].T
-        future, heads = torch.ones(len(u), len(u)).triu(1).bool(), []
-        for h in range(cfg.num_heads):
-            mine, shared = slice(h * dh, (h + 1) * dh), slice(h // group * dh, (h // group + 1) * dh)
-            q = p["q_gain"][layer, h] * self.rotated(rms(n @ p["qo_bank"][layer][mine].T))
-            k, v = self.rotated(rms(n @ p["kv_bank"][layer][shared].T)), values[:, shared]
-            y = (q @ k.T / math.sqrt(dh)).masked_fill(future, -math.inf).softmax(-1) @ v
-            if layer >= layers - cfg.xsa_last_n:
-                unit = v / v.norm(dim=-1, keepdim=True)
-                y = y - (y * unit).sum(-1, keepdim=True) * unit
-            if cfg.gated_attn_enabled:
-                y = y * sigmoid(n @ p["attn_gate"][layer, h])[:, None]
-            elif cfg.sparse_attn_gate_enabled:
-                score = n[:, : cfg.gate_window] @ p["attn_gate"][layer, h]
-                y = y * sigmoid(cfg.sparse_attn_gate_scale * score)[:, None]
-            elif cfg.attn_out_gate_enabled:
-                y = y * 2 * sigmoid(n[:, : cfg.gate_window] @ p["attn_gate"][layer, h])[:, None]
-            heads.append(y)
-        return p["attn_scale"][layer] * (torch.cat(heads, -1) @ p["qo_bank"][layers + layer].T)
-
-    def mlp(self, u: torch.Tensor, layer: int) -> torch.Tensor:
-        """b ⊙ MLP(rms(u) s)."""
-        h = rms(u) / math.sqrt(layer + 1 if self.cfg.ln_scale else 1) @ self.p["mlp_up_bank"][layer].T
-        hidden = torch.where(h > 0, h, 0.5 * h) ** 2
-        return self.p["mlp_scale"][layer] * (hidden @ self.p["mlp_down_bank"][layer].T)
-
-    def mixed(self, x: torch.Tensor, x0: torch.Tensor, layer: int) -> torch.Tensor:
-        return self.p["resid_mix"][layer, 0] * x + self.p["resid_mix"][layer, 1] * x0
-
-    def skipped(self, x: torch.Tensor, skip: torch.Tensor, i: int) -> torch.Tensor:
-        skip = self.p["skip_weight"][i] * skip
-        if not self.cfg.skip_gates_enabled:
-            return x + skip
-        gate = sigmoid(self.p["skip_gate"][i])
-        return (1 - gate) * skip + gate * x
-
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        cfg, p = self.cfg, self.p
-        x = x0 = self.inputs(self.context + ids)[len(self.context) :]
-        looped = list(range(cfg.loop_start, cfg.loop_end + 1)) if self.loops else []
-        order = list(range(cfg.num_layers))
-        if looped:
-            order = [*range(looped[0]), *looped * (self.loops + 1), *range(looped[-1] + 1, cfg.num_layers)]
-        half, pushed, last, visits, lanes = len(order) // 2, [], {}, {}, None
-        parallel = cfg.num_layers if cfg.parallel_start_layer is None else cfg.parallel_start_layer
-        for n, layer in enumerate(order):
-            visit = visits[layer] = visits.get(layer, -1) + 1
-            skip = pushed.pop() if n >= half and pushed else None
-            if layer >= parallel and cfg.parallel_mode != "gptj":
-                lanes = self.parallel(lanes, x, x0, layer, skip, n - half)
-                continue
-            x = x if skip is None else self.skipped(x, skip, n - half)
-            u = self.mixed(x, x0, layer)
-            y = u + self.attention(u, layer, ids)
-            y = y + self.mlp(u if layer >= parallel else y, layer)
-            if visit and cfg.recur_blend != "none":
-                w = p["recur_blend"][visit - 1, layer - cfg.loop_start]
-                if cfg.recur_blend == "ab":
-                    y = w[0] * y + w[1] * last[layer]
-                else:
-                    y = x + (w[0] if cfg.recur_blend == "alpha" else sigmoid(w[0])) * (y - x)
-            x = last[layer] = y
-            if n < half:
-                pushed.append(x)
-        if lanes is not None and cfg.parallel_mode == "lanes":
-            x = p["lane_mix"] * lanes[0] + (1 - p["lane_mix"]) * lanes[1]
-        elif lanes is not None:
-            x = {"mean": (lanes[0] + lanes[1]) / 2, "attn": lanes[0], "mlp": lanes[1]}[cfg.parallel_final_lane]
-        x = rms(x)
-        if cfg.embedding_dim:
-            x = x @ p["embed_out_bank"][0].T
-        z = x @ p["tok_emb" if cfg.tie_embeddings else "head"].T
-        return cfg.logit_softcap * torch.tanh(z / cfg.logit_softcap)
-
-    def parallel(self, lanes, x, x0, layer: int, skip, i: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer on two lanes; `lanes` are None at the first one."""
-        cfg, p, ids = self.cfg, self.p, self.ids
-        if lanes is None and cfg.parallel_mode == "lanes":  # the skip of that step is already in
-            x = x if skip is None else self.skipped(x, skip, i)
-            lanes = x, x
-        else:
-            lane0, lane1 = (x, x) if lanes is None else lanes
-            lanes = lane0 if skip is None else self.skipped(lane0, skip, i), lane1
-        lane0, lane1 = lanes
-        u = self.mixed(lane0, x0, layer)
-        a, m = self.attention(u, layer, ids), self.mlp(lane1, layer)
-        if cfg.parallel_mode == "lanes":
-            return u + a, lane1 + m
-        keep, write = (p[name][layer - cfg.parallel_start_layer] for name in ("lane_keep", "lane_write"))
-        return (keep[0] * lane0 + write[0, 0] * a + write[1, 0] * m,
-                keep[1] * lane1 + write[0, 1] * a + write[1, 1] * m)
-
-    def losses(self, ids: list[int], targets: list[int], context: list[int] = ()) -> torch.Tensor:
-        """(T,) nats; 0 where ignored. `context`: tokens before in the document, which attention does not reach."""
-        self.ids, self.context = ids, [*context]
-        logits = self.logits(ids)
-        log_sum = logits.exp().sum(-1).log()
-        return torch.stack([0 * log_sum[t] if w == tg.IGNORE else log_sum[t] - logits[t, w]
-                            for t, w in enumerate(targets)])
-
-
-def by_piece(pieces: list[tuple[int, int, int]], losses_of, share: torch.Tensor, leaves: dict) -> tuple:
-    """Losses of pieces run one by one; by leaf the sum of the pieces' gradients, None without any, and their scale.
-
-    The scale is that of what was summed: a sum may cancel out, and its rounding errors are then all that is left of it.
-    """
-    losses, sums = torch.zeros(share.shape, dtype=torch.float64), dict.fromkeys(leaves)
-    sizes = {name: torch.zeros_like(leaf) for name, leaf in leaves.items()}
-    for row, a, b in pieces:
-        found = losses_of(row, a, b)
-        losses[row, a:b] = found.detach()
-        grads = torch.autograd.grad((found * share[row, a:b]).sum(), list(leaves.values()), allow_unused=True)
-        for name, g in zip(leaves, grads):
-            if g is not None:
-                sums[name] = g if sums[name] is None else sums[name] + g
-                sizes[name] += g.abs()
-    return losses, sums, {name: float(size.max()) for name, size in sizes.items()}
-
-
-def sizes_of_gradients(model: tg.GPT, ids: torch.Tensor, targets: torch.Tensor, share: torch.Tensor) -> dict:
-    """The scale of each parameter's gradient, with whole documents each by itself."""
-    return by_piece(spans(ids, ids.size(1)), lambda row, a, b: model(
-        ids[row : row + 1, a:b], targets[row : row + 1, a:b])[0], share, dict(model.named_parameters()))[2]
-
-
-def assert_close(got: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "",
-                 scale: float | None = None) -> None:
-    """Within tolerance of `scale`, which is the largest value expected unless it is given."""
-    scale = float(expected.abs().max()) if scale is None else scale
-    assert got.shape == expected.shape and scale > 0, what
-    difference = float((got.detach().double() - expected.double()).abs().max()) / scale
-    assert difference <= tolerance, f"{what}: {difference}"
-
-
 def assert_equals_reference(cfg: tg.Settings, max_len: int | None, loops: int) -> None:
     """Losses and all gradients, packed in pieces of max_len or (None) by rows."""
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
     bounds = tg.Bounds.find(ids, BOS, max_len) if max_len else None
-    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
+    share = random_share(targets)
     losses = model(ids, targets, bounds, loops=loops)
     (losses * share).sum().backward()
     reference = Reference(cfg, model, loops, max_len or ids.size(1))
-    pieces = spans(ids, max_len) if max_len else [(row, 0, ids.size(1)) for row in range(len(ids))]
+    pieces = document_spans(ids, max_len) if max_len else [(row, 0, ids.size(1)) for row in range(len(ids))]
     expected, gradients, sizes = by_piece(pieces, lambda row, a, b: reference.losses(
         ids[row, a:b].tolist(), targets[row, a:b].tolist(), same_document(ids, row, a)), share, reference.p)
     assert_close(losses, expected, 2e-5)
@@ -460,10 +201,7 @@ def everything(cfg: tg.Settings, model: tg.GPT, bounds: bool) -> dict[str, torch
 
 def stored_bytes(cfg: tg.Settings, model: tg.GPT) -> dict[str, int]:
     """Name and size of all that the artifact would hold."""
-    hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
-    weights = {n: p.detach() for n, p in model.named_parameters()}
-    stored = tg.quantize(cfg, FakeRuntime(), weights, tg.factorize_all(hessians))
-    return {name: t.numel() * t.element_size() for name, t in flat(stored).items()}
+    return {name: t.numel() * t.element_size() for name, t in flat(stored_weights(cfg, model)).items()}
 
 
 GATE = {"attn_gate.levels", "attn_gate.scales"}  # as stored
@@ -644,7 +382,7 @@ PACKED = LOOPS | {"bigram_vocab_size": 13, "bigram_dim": 6, "smear_gate_enabled"
 def test_packed_documents_equal_documents_alone(changes, max_len):
     cfg = tiny(**PACKED | changes)
     packed, alone, (ids, targets) = random_model(cfg), random_model(cfg), packed_text(cfg)
-    share = 0.1 + torch.rand(targets.shape, generator=torch.Generator().manual_seed(shifted(5)))
+    share = random_share(targets)
     losses = packed(ids, targets, tg.Bounds.find(ids, BOS, max_len))
     (losses * share).sum().backward()
 
@@ -652,7 +390,7 @@ def test_packed_documents_equal_documents_alone(changes, max_len):
         document = ids[row : row + 1, a:b]
         return alone(document, targets[row : row + 1, a:b], tg.Bounds.find(document, BOS, max_len))[0]
 
-    expected, gradients, _ = by_piece(spans(ids, 23), by_itself, share, dict(alone.named_parameters()))
+    expected, gradients, _ = by_piece(document_spans(ids, 23), by_itself, share, dict(alone.named_parameters()))
     assert_close(losses, expected, 2e-5)
     # where attention has no choice some gradients are 0 but for rounding, which whole documents give a scale
     sizes = sizes_of_gradients(alone, ids, targets, share)
@@ -670,7 +408,7 @@ def leaks(cfg: tg.Settings) -> list[int]:
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
     bounds = tg.Bounds.find(ids, BOS, 8)
     before, found = model(ids, targets, bounds), []
-    pieces, documents = ([(row * 23 + a, row * 23 + b) for row, a, b in spans(ids, most)] for most in (8, 23))
+    pieces, documents = ([(row * 23 + a, row * 23 + b) for row, a, b in document_spans(ids, most)] for most in (8, 23))
     assert {b - a for a, b in pieces} >= {1, 3, 6, 8}
     for start, stop in pieces:
         other = ids.flatten().clone()

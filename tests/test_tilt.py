@@ -9,8 +9,8 @@ from collections import Counter
 import pytest
 import torch
 from conftest import shifted
-from test_scorer import FakeRuntime, on_ranks
-from test_ttt import BOS, LENGTHS, Rank, config, farthest, random_model, stream
+from helpers import LENGTHS, FakeRuntime, a_byte_each, farthest, on_ranks, random_model, stream
+from helpers import tiny_ttt as config
 
 import train_gpt as tg
 
@@ -76,7 +76,7 @@ def by_hand(losses: list[float], hint_losses: list[float], hints: list[int], tok
 @pytest.mark.parametrize("hedge", [False, True])
 def test_the_tilt_equals_its_formula(hedge):
     cfg, tokens = config(**ON, hedge_enabled=hedge), stream([40, 60, 30])
-    val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), 3, None, BOS, (2, 0.3))
+    val = a_byte_each(tokens, 3, ngram=(2, 0.3))
     tilt = tg.Tilt.of(cfg, val)
     assert tilt.boosts == ([1.5 * f for f in (0, 0.25, 0.5, 0.75, 1, 1.5, 2)] if hedge else [1.5])
     losses, hint_losses = 3 * torch.rand(2, len(tokens), generator=torch.Generator().manual_seed(shifted(0))) + 0.1
@@ -102,8 +102,8 @@ def test_a_tilted_distribution_adds_up_to_one(boosts):
 
 def evaluate(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None) -> tuple[tg.Score, tg.Scorer]:
     ngram = (cfg.token_order, cfg.token_threshold) if cfg.ngram_tilt_enabled else None
-    val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), 1, None, BOS, ngram)
-    evaluator = tg.Evaluator(cfg, rt or Rank(), model, model, val)
+    val = a_byte_each(tokens, ngram=ngram)
+    evaluator = tg.Evaluator(cfg, rt or FakeRuntime(), model, model, val)
     return evaluator.final(), evaluator.scorer
 
 
@@ -141,14 +141,13 @@ def test_ranks_and_the_order_of_documents_change_no_tilted_score(world, order):
     model = random_model(cfg)
     alone = evaluate(cfg, copy.deepcopy(model), tokens)[0]
     other = dataclasses.replace(cfg, ttt_doc_order=order)
-    scores = on_ranks(world, lambda rt: evaluate(other, copy.deepcopy(model), tokens,
-                                                 Rank(rt.rank, rt.world, rt.meeting))[0])
+    scores = on_ranks(world, lambda rt: evaluate(other, copy.deepcopy(model), tokens, rt)[0])
     assert all(score.val_loss == pytest.approx(alone.val_loss, abs=1e-5) for score in scores)
 
 
 def test_hedge_costs_at_most_the_best_boost_and_the_number_of_boosts():
     tokens = stream([50] * 8)
-    val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), 8, None, BOS, (2, 0.3))
+    val = a_byte_each(tokens, 8, ngram=(2, 0.3))
     losses, hint_losses = 4 * torch.rand(2, len(tokens), generator=torch.Generator().manual_seed(shifted(7)))
     hint_losses = torch.where(val.hints == tokens, losses, hint_losses)
     mixed = tg.Tilt.of(config(**ON, hedge_enabled=True), val)
@@ -164,7 +163,7 @@ def test_without_the_tilt_there_is_nothing_of_it():
         seen.append(options)
         return model(*inputs, **options)
 
-    val = tg.Validation(tokens, torch.ones(len(tokens), dtype=torch.int32), 1, None, BOS)
+    val = a_byte_each(tokens)
     evaluator = tg.Evaluator(cfg, FakeRuntime(), model, forward, val)
     evaluator.final()
     assert seen and all("hints" not in options for options in seen)

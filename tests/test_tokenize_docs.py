@@ -27,6 +27,7 @@ import tokenize_docs
 from conftest import shifted
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from runs import assert_refused
 
 TOOL = Path(tokenize_docs.__file__)
 UNUSUAL = [
@@ -57,14 +58,6 @@ def run(*arguments: object, **options) -> subprocess.CompletedProcess:
     with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as error:
         status = tokenize_docs.main(list(map(str, arguments)))
     return subprocess.CompletedProcess([], status, out.getvalue(), error.getvalue())
-
-
-def assert_refused(done: subprocess.CompletedProcess, *parts: str) -> None:
-    assert done.returncode == 1, done.stderr
-    assert done.stderr.startswith("error: ")
-    assert done.stderr.count("\n") == 1
-    for part in parts:
-        assert part in done.stderr
 
 
 def train_model(**options) -> bytes:

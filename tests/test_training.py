@@ -13,24 +13,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_environment, read_losses, run_script, shifted
+from conftest import ROOT, read_losses, run_script, shifted
+from helpers import BOS, FakeRuntime, a_byte_each, redrawn, small_run, stored_weights
+from runs import run_here
+from shards import write_shard
 
 import train_gpt as tg
 
-BOS = 1
 T = 8
 
 
 def tiny(folder, **changes) -> tg.Settings:
     """Four layers, of which 1 and 2 may loop; six windows of 8 tokens a step; learning rates that show."""
-    values = {"num_layers": 4, "model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.5, "rope_dims": 4,
-              "vocab_size": 29, "train_seq_len": T, "train_batch_tokens": 6 * T, "micro_batch_tokens": 2 * T,
-              "eval_batch_tokens": 2 * T, "eval_stride": 4, "loop_start": 1, "loop_end": 2, "gate_window": 5,
-              "device": "cpu", "dtype": "fp32", "artifact_dir": str(folder / "run"), "data_path": str(folder / "data"),
-              "quant_min_weights": 0, "matrix_lr": 0.05, "muon_momentum_warmup_steps": 4, "ema_decay": 0.0,
-              "qat_lite_layer_start": 1, "iterations": 8, "max_wallclock_seconds": 0.0, "warmup_steps": 1,
-              "train_log_every": 1, "gptq_calibration_batches": 1, "warmdown_frac": 0.0}
-    return tg.Settings(**values | changes)
+    values = {"num_layers": 4, "vocab_size": 29, "eval_batch_tokens": 2 * T, "loop_start": 1, "loop_end": 2,
+              "gate_window": 5, "data_path": str(folder / "data"), "quant_min_weights": 0, "matrix_lr": 0.05,
+              "muon_momentum_warmup_steps": 4, "ema_decay": 0.0, "qat_lite_layer_start": 1, "iterations": 8,
+              "max_wallclock_seconds": 0.0, "warmup_steps": 1, "train_log_every": 1, "gptq_calibration_batches": 1,
+              "warmdown_frac": 0.0}
+    return small_run(folder / "run", **values | changes)
 
 
 EVERYTHING = {"num_loops": 1, "recur_blend": "ab", "parallel_mode": "lanes", "parallel_start_layer": 3,
@@ -54,17 +54,8 @@ def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
     return shards
 
 
-def write_shard(path: Path, tokens: np.ndarray) -> None:
-    header = np.array([20240520, 1, len(tokens)] + [0] * 253, dtype="<i4")
-    path.write_bytes(header.tobytes() + tokens.tobytes())
-
-
 def random_model(cfg: tg.Settings, seed: int = 0) -> tg.GPT:
-    generator, model = torch.Generator().manual_seed(shifted(seed)), tg.GPT(cfg, bos=1)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(0.3 * torch.randn(p.shape, generator=generator) + (0.5 if p.ndim < 3 else 0.0))
-    return model
+    return redrawn(tg.GPT(cfg, bos=BOS), seed, lambda name, p, noise: 0.3 * noise + (0.5 if p.ndim < 3 else 0.0))
 
 
 def random_batches(cfg: tg.Settings, seed: int = 0) -> list[tg.Batch]:
@@ -83,10 +74,6 @@ def rt(tmp_path):
     runtime = tg.Runtime(tiny(tmp_path), tg.Launch())
     yield runtime
     runtime.close()
-
-
-def fake_rt(rank: int = 0, world: int = 1):
-    return type("Rank", (), {"rank": rank, "world": world, "device": torch.device("cpu")})
 
 
 class Stop(Exception):
@@ -413,18 +400,13 @@ QAT = {
 }
 
 
-def identity_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
-    return {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
-
-
 @pytest.mark.parametrize("name", QAT)
 def test_late_qat_is_the_grid_of_the_artifact(rt, tmp_path, name):
     """GPTQ without correlations rounds each weight by itself: what it stores is what late QAT trained with."""
     cfg = tiny(tmp_path, qat_enabled=True, matrix_bits=4, embed_bits=5, attn_clip_sigmas=2.0, mlp_clip_sigmas=2.5,
                matrix_clip_sigmas=3.0, embed_clip_sigmas=2.2, **QAT[name])
     model, rounded = random_model(cfg), random_model(cfg)
-    state = {n: p.detach().clone() for n, p in model.named_parameters()}
-    stored = tg.dequantize(cfg, tg.quantize(cfg, rt, state, tg.factorize_all(identity_hessians(cfg))))
+    stored = tg.dequantize(cfg, stored_weights(cfg, model))
     with torch.no_grad():
         for n, p in rounded.named_parameters():
             if n in model.params_of("matrix") or n in model.params_of("embedding", "head"):
@@ -524,7 +506,7 @@ def test_packed_rows_cover_the_shards_once_an_epoch(tmp_path, few_rows):
     shards = write_shards(tmp_path, [150, 40, 17, 16, 333])
     cfg = tiny(tmp_path, varlen_enabled=True)
     assert cfg.row_tokens == 16  # two windows: what a pass of 16 tokens holds, and six can be dealt into
-    windows = tg.Windows(cfg, fake_rt(), BOS)
+    windows = tg.Windows(cfg, FakeRuntime(), BOS)
     expected = [shard[start : start + 17].tolist() for shard in shards for start in range(0, len(shard) - 16, 16)]
     n = windows.count
     assert n == len(expected) == 9 + 2 + 1 + 0 + 20
@@ -547,11 +529,11 @@ def test_packed_rows_are_long_fit_and_are_many(tmp_path, windows, micro, row):
 def test_packed_rows_are_the_same_for_any_number_of_ranks(tmp_path, few_rows, world):
     write_shards(tmp_path, [150, 40, 17, 16, 333])
     cfg = tiny(tmp_path, varlen_enabled=True, train_batch_tokens=14 * T, micro_batch_tokens=2 * T)
-    alone = tg.Windows(cfg, fake_rt(), BOS)
+    alone = tg.Windows(cfg, FakeRuntime(), BOS)
     plan = tg.StepPlan.of(cfg, world)
     assert plan.windows == 7
     for resumed_at in (0, 4):
-        feeders = [tg.Feeder(tg.Windows(cfg, fake_rt(rank, world), BOS), plan, 7 * resumed_at)
+        feeders = [tg.Feeder(tg.Windows(cfg, FakeRuntime(rank, world), BOS), plan, 7 * resumed_at)
                    for rank in range(world)]
         for step in range(resumed_at, resumed_at + 6):
             rows = []
@@ -751,7 +733,7 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
         run(cfg, rt, model, forward=forward)
         tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(shifted(0)), dtype=torch.int32)
         tokens[::11] = BOS
-        val = tg.Validation(tokens, torch.ones(50, dtype=torch.int32), 5, None, BOS)
+        val = a_byte_each(tokens, 5)
         tg.Evaluator(cfg, rt, model, compiled, val).by_windows(4, "test")
         counts.append((before, len(calls) - before))
     torch._dynamo.reset()
@@ -784,14 +766,6 @@ FULL = {"NUM_LAYERS": "4", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2",
         "SWA_ENABLED": "1", "SWA_EVERY": "2", "SWA_START_SCALE": "0.6", "QAT_ENABLED": "1", "QAT_START_SCALE": "0.5",
         "QAT_LITE_ENABLED": "1", "QAT_LITE_LAYER_START": "1", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_BITS": "4",
         "TRAIN_BATCH_TOKENS": "640", "MICRO_BATCH_TOKENS": "320", "ITERATIONS": "16", "EVAL_STRIDE": "0"}
-
-
-def run_here(settings: dict[str, str]) -> None:
-    """What the script does, in this process, which is there already; on one thread, as run_script() has it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    assert tg.start([], tg.Launch(0, 0, 1), clean_environment(settings)) == 0
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -13,36 +13,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script, shifted
-from test_scorer import FakeRuntime, on_ranks
-from test_techniques import Reference, random_model, rms
-from test_techniques import tiny as model_settings
-from test_training import run_here
+from helpers import BOS, LENGTHS, FakeRuntime, farthest, on_ranks, random_model, stream
+from helpers import tiny_ttt as config
+from reference import Reference, rms
+from runs import run_here
+from shards import write_shard
 
 import train_gpt as tg
 
-BOS = 1
 ROUNDING = 3e-4  # nats: AdamW divides gradients by their own size, where rounding may be most of what there is
-LENGTHS = [9, 1, 23, 4, 14, 8, 2, 17]
 ROLES = ["q", "k", "v", "o", "mlp", "head"]
-SMALL = {"num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "xsa_last_n": 1,
-         "loop_start": 1, "loop_end": 1, "eval_seq_len": 12, "eval_stride": 4, "eval_batch_tokens": 24,
-         "eval_budget_seconds": 0.0, "ttt_mode": "lora", "ttt_batch_size": 3, "ttt_chunk_size": 4,
-         "ttt_eval_seq_len": 10, "ttt_lora_rank": 3, "ttt_lora_alpha": 5.0, "ttt_lora_lr": 0.02, "ttt_lr": 0.05,
-         "ttt_epochs": 2, "ttt_chunk_tokens": 16, "phased_ttt_prefix_docs": 5, "phased_ttt_num_phases": 2,
-         "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 16, "ttt_bucket_window": 4}
-
-
-def config(**changes) -> tg.Settings:
-    return model_settings(**(SMALL | changes))
-
-
-def stream(lengths: list[int], headless: bool = True, tail: bool = True, seed: int = 0) -> torch.Tensor:
-    """Documents of so many tokens; the first without a BOS if `headless`, a last BOS without text if `tail`."""
-    chance = random.Random(shifted(seed))
-    tokens = [t for n in lengths for t in (BOS, *(chance.randrange(2, 23) for _ in range(n - 1)))]
-    if headless:
-        tokens[0] = 7
-    return torch.tensor(tokens + [BOS] * tail, dtype=torch.int32)
 
 
 def validation(tokens: torch.Tensor) -> tg.Validation:
@@ -50,26 +30,9 @@ def validation(tokens: torch.Tensor) -> tg.Validation:
                          BOS)
 
 
-class Rank(FakeRuntime):
-    """A rank with a log and without a GPU."""
-
-    def __init__(self, rank=0, world=1, meeting=None):
-        super().__init__(rank, world, meeting)
-        self.said = []
-
-    def sync(self):
-        pass
-
-    def log(self, message):
-        self.said.append(message)
-
-    def largest(self, value):
-        return max(self.meet(value))
-
-
 def adapt_to(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None, forward=None, loaded=None):
     """(score, losses by position) of test-time training, or with TTT_MODE=none of the sliding window."""
-    val, rt = validation(tokens), rt or Rank()
+    val, rt = validation(tokens), rt or FakeRuntime()
     evaluator = tg.Evaluator(cfg, rt, model, forward or model, val, loaded)
     return evaluator.final(), evaluator.scorer.losses[1:].clone()
 
@@ -82,10 +45,6 @@ def documents_by_hand(tokens: torch.Tensor) -> list[list[int]]:
             found.append([])
         found[-1].append(i + 1)
     return found
-
-
-def farthest(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a.detach().double() - b.detach().double()).abs().max())
 
 
 # ----- documents
@@ -114,9 +73,7 @@ def test_documents_of_random_streams_are_never_cut():
 
 @pytest.mark.parametrize("changes", [{"ttt_mode": "lora"}, {"ttt_mode": "phased"}, {"bos_id": 22}])
 def test_a_bos_that_never_occurs_is_refused(tmp_path, changes):
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, 4
-    (tmp_path / "fineweb_val_000000.bin").write_bytes(header.tobytes() + np.array([1, 5, 6, 7], "<u2").tobytes())
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.array([1, 5, 6, 7], np.uint16))
     table = tg.ByteTable(torch.ones(23, dtype=torch.int32), torch.zeros(23, dtype=torch.int32),
                          torch.zeros(23, dtype=torch.bool), 0, 9)
     cfg = config(data_path=str(tmp_path), **{"ttt_mode": "none"} | changes)
@@ -572,7 +529,7 @@ def test_sgd_equals_its_formula():
     """Momentum SGD on the mean loss, the gradient's norm clipped to 1, over rows of 12 tokens without overlap."""
     cfg, tokens, lr = config(ttt_mode="chunk", ttt_lr=0.3), stream([9, 30]), 0.3
     model = random_model(cfg)
-    net, sgd = copy.deepcopy(model), tg.Sgd(cfg, Rank(), model, model)
+    net, sgd = copy.deepcopy(model), tg.Sgd(cfg, FakeRuntime(), model, model)
     velocity, norms = [0.0 for _ in net.parameters()], []
     for scale, (first, stop) in ((1.0, (0, 31)), (0.4, (20, 38))):
         sgd.step(tokens[first : stop + 1], BOS, scale)
@@ -601,7 +558,7 @@ def test_sgd_of_phases_sees_each_document_by_itself(varlen):
         rows.append(tuple(ids.shape))
         return model(ids, targets, **options)
 
-    tg.Sgd(cfg, Rank(), model, forward).step(tokens[:41], BOS, 0.5)
+    tg.Sgd(cfg, FakeRuntime(), model, forward).step(tokens[:41], BOS, 0.5)
     assert rows == [(1, 40)]
     cuts = [0, 9, 12, 24, 31, 37, 40]  # 24 inside the third
     total = sum(torch.nn.functional.cross_entropy(net(tokens[None, a:b].long())[0], tokens[a + 1 : b + 1].long(),
@@ -620,7 +577,7 @@ def test_ranks_agree_on_score_and_weights(mode, world):
 
     def work(rt):
         own = copy.deepcopy(model)
-        return adapt_to(cfg, own, tokens, Rank(rt.rank, rt.world, rt.meeting))[0], own.state_dict()
+        return adapt_to(cfg, own, tokens, rt)[0], own.state_dict()
 
     alone, weights = work(FakeRuntime())
     assert mode == "lora" or any(not torch.equal(weights[name], p) for name, p in model.state_dict().items())
@@ -639,7 +596,7 @@ def timed(cfg, monkeypatch, lengths, spent=0.0):
 
     `spent`: seconds since the artifact was loaded, before this.
     """
-    clock, starts, rt = SimpleNamespace(now=100.0), [], Rank()
+    clock, starts, rt = SimpleNamespace(now=100.0), [], FakeRuntime()
     model, tokens, reset = random_model(cfg), stream(lengths), tg.DocumentAdapters.reset
 
     def forward(*arguments, **options):
@@ -721,7 +678,7 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
         return model(ids, targets, hooks=hooks, **options)
 
     val, before = validation(torch.full((60,), 22, dtype=torch.int32)), copy.deepcopy(model)
-    tg.Evaluator(cfg, Rank(), model, forward, val).warm_up()
+    tg.Evaluator(cfg, FakeRuntime(), model, forward, val).warm_up()
     assert read and all(int((ids == 22).sum()) < ids.numel() for ids in read)
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
     warm = seen.copy()
@@ -737,8 +694,7 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
 @pytest.mark.parametrize("mode", ["phased", "chunk"])
 def test_every_rank_warms_up(mode):
     """With something to do in each kind of pass."""
-    def work(fake: FakeRuntime) -> set:
-        rank = Rank(fake.rank, fake.world, fake.meeting)
+    def work(rank: FakeRuntime) -> set:
         cfg = config(ttt_mode=mode, ttt_batch_size=2)
         model, seen = random_model(cfg), set()
 
@@ -796,9 +752,7 @@ def results(tiny, tmp_path_factory) -> dict:
     whole = tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_val_000000.bin").tolist()
     starts = [i for i, token in enumerate(whole) if token == whole[0]]
     tokens = [t for i, a in enumerate(starts) for t in whole[a : min(a + 200 + 75 * i, *starts[i + 1 :], len(whole))]]
-    header = np.zeros(256, dtype="<i4")
-    header[:3] = tg.SHARD_MAGIC, tg.SHARD_VERSION, len(tokens)
-    (data / "fineweb_val_000000.bin").write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
+    write_shard(data / "fineweb_val_000000.bin", np.array(tokens, np.uint16))
     for n in (1, 2, 3):
         runs = [{"ARTIFACT_DIR": str(folder / f"{n}-{kind}"), "EVAL_ONLY": str(artifact)} | FAST | changes
                 for kind, changes in KINDS.items() if n == 1 or kind != "still"]
