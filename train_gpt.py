@@ -400,10 +400,8 @@ class Settings:
     def loop_stages(self) -> list[tuple[float, int]]:
         """(from when, loops) in order, of LOOP_SCHEDULE or ENABLE_LOOPING_AT; empty if it does not end in NUM_LOOPS."""
         text = self.loop_schedule or f"{self.enable_looping_at:.17g}:{self.num_loops}"
-        found = re.findall(r"(\d*\.?\d+(?:e-\d+)?|\d+\.):(\d+)", text)
-        stages = [(float(at), int(loops)) for at, loops in found]
-        whole = text == ",".join(f"{at}:{loops}" for at, loops in found)
-        fits = whole and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
+        stages = [(float(at), int(loops)) for at, loops in read_pairs(text, r"\d*\.?\d+(?:e-\d+)?|\d+\.")]
+        fits = stages and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
         return stages if fits and self.num_loops else []
 
     def ttt_chunks(self) -> list[tuple[float, int]]:
@@ -411,9 +409,8 @@ class Settings:
         TTT_CHUNK_SIZE, then of all others; empty if it is not such a list.
         """
         text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
-        found = [(int(longest), int(chunk)) for longest, chunk in re.findall(r"(\d+):(\d+)", text)]
-        fits = text == ",".join(f"{longest}:{chunk}" for longest, chunk in found) and found == sorted(found)
-        usual, fits = self.ttt_chunk_size, fits and all(chunk for _, chunk in found)
+        found, usual = [(int(longest), int(chunk)) for longest, chunk in read_pairs(text, r"\d+")], self.ttt_chunk_size
+        fits = bool(found) == bool(text) and found == sorted(found) and all(chunk for _, chunk in found)
         return [*((longest, min(chunk, usual)) for longest, chunk in found), (math.inf, usual)] if fits else []
 
     @property
@@ -2868,7 +2865,8 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict
             stored[group.name] = stored_half(weight)
         else:
             stored[group.name] = quantize_group(rt, group, weight, factors, steps and steps[group.name])
-    stored |= {name: stored_half(state[name]) for name in state if name not in {group.param for group in groups}}
+    covered = {group.param for group in groups}
+    stored |= {name: stored_half(tensor) for name, tensor in state.items() if name not in covered}
     if cfg.lqer_enabled:
         add_low_rank(cfg, state, stored)
     return {name: Stored(form, sizes, {part: parts[part].cpu() for part in form_parts(form, sizes)})
@@ -2903,9 +2901,8 @@ def dequantize(cfg: Settings, stored: dict[str, Stored]) -> dict[str, Tensor]:
         weight = tensors.pop(group.name)
         if len(weight) != max(group.count, 1):
             raise ValueError(f"{group.name}: {len(weight)} matrices instead of {max(group.count, 1)}")
+        weight = weight if group.count else weight[0]
         state[group.param] = torch.cat((state[group.param], weight)) if group.first else weight
-        if not group.count:
-            state[group.param] = weight[0]
     return state | tensors
 
 
@@ -3027,7 +3024,7 @@ def integer_parts(item: Stored) -> dict[str, torch.dtype]:
 def side_shapes(item: Stored) -> list[list[int]]:
     """Shapes of the integers that are coded before the codes: the other parts, and what gives the codes' sizes."""
     parts = form_parts(item.form, item.sizes)
-    shapes = [shape for part, (shape, dtype) in parts.items() if part != "codes" and not dtype.is_floating_point]
+    shapes = [parts[part][0] for part in integer_parts(item) if part != "codes"]
     if "codes" in parts:
         n, rows, cols = item.sizes
         shapes += [[COMMON_RANK, rows], [COMMON_RANK, cols]] * (item.form in COMMON_APART) + [[n, rows], [n, cols]]
@@ -3744,19 +3741,17 @@ class Evaluator:
         widths. A document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of
         that length.
         """
-        cfg, tokens, usual = self.cfg, self.val.tokens, max(1, self.cfg.ttt_eval_seq_len // 4)
-        sizes = [usual] * len(batch)  # of each document's chunks
+        cfg, tokens = self.cfg, self.val.tokens
+        chunks = cfg.ttt_chunks() if adapters else [(math.inf, max(1, cfg.ttt_eval_seq_len // 4))]
+        usual = chunks[-1][1]
+        rows = [(a, b, next(size for longest, size in chunks if b - a <= longest)) for a, b in batch]
+        rows += [(0, 0, usual)] * (cfg.ttt_batch_size - len(batch))
+        starts, ends, chunk = torch.tensor(rows, device=tokens.device).mT[:, :, None]
         if adapters:
             adapters.reset()
-            usual = cfg.ttt_chunk_size
-            sizes = [next(chunk for most, chunk in cfg.ttt_chunks() if b - a <= most) for a, b in batch]
-        spare = cfg.ttt_batch_size - len(batch)
-        starts, ends = torch.tensor(batch + [(0, 0)] * spare, device=tokens.device).mT[:, :, None]
-        chunk = torch.tensor(sizes + [usual] * spare, device=tokens.device)[:, None]
-        lengths = [(b - a, size) for (a, b), size in zip(batch, sizes)]
-        for i in range(max(-(-length // size) for length, size in lengths)):
+        for i in range(max(-(-(b - a) // size) for a, b, size in rows)):
             low, high, width = i * chunk, (i + 1) * chunk, usual
-            reach = max((i + 1) * size for length, size in lengths if i * size < length)
+            reach = max((i + 1) * size for a, b, size in rows if i * size < b - a)
             while width < min(reach, cfg.ttt_eval_seq_len):
                 width *= 2
             width = min(width, cfg.ttt_eval_seq_len)
@@ -3767,7 +3762,7 @@ class Evaluator:
             goes_on = (starts + high < ends) * (usual / chunk)  # (size, 1), with the loss a mean over the chunk
             with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
                 losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
-            if adapters and any((i + 1) * size < length for length, size in lengths):  # charged; only now learned from
+            if adapters and any((i + 1) * size < b - a for a, b, size in rows):  # charged; only now learned from
                 adapters.learn((losses * goes_on).sum() / usual)
 
     def warm_up(self) -> None:
@@ -3921,6 +3916,12 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
     except (KeyError, ValueError):
         auto = " or auto" if f.default is None else ""
         raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
+
+
+def read_pairs(text: str, left: str) -> list[tuple[str, str]]:
+    """The pairs of a list like 256:8,2000:24, whose left sides match `left`; none if it is not such a list."""
+    pairs = re.findall(rf"({left}):(\d+)", text)
+    return pairs if text == ",".join(map(":".join, pairs)) else []
 
 
 def as_digit(raw: str) -> str:

@@ -269,9 +269,10 @@ class Recorder:
                 self.other += len(place)
             else:
                 self.other += int((asked.flatten().cpu()[real] != self.witness.stream[place]).sum())
-                for hints in self.witness.call[3].get("hints", ())[None] if hint_losses else ():
+                hint = None
+                if hint_losses:
+                    hint, hints = hint_losses[0].detach(), self.witness.call[3]["hints"]
                     self.hints.index_add_(0, place, (hints + 1).clamp(min=0).flatten().cpu()[real])
-                hint = hint_losses[0].detach() if hint_losses else None
                 self.gaps.append(self.witness.ask(positions, losses.detach(), hint, self.predictions).cpu())
         self.inner.add(positions, losses, *hint_losses)
 
@@ -310,15 +311,17 @@ def tilt(witness: Witness, losses: Tensor, hint_losses: Tensor, hints: Tensor, p
     costs, watched = np.zeros(len(boosts)), {t: i for i, t in enumerate(witness.watched)}
     for t in (hint_losses != 0).nonzero().flatten().tolist():
         weights = np.exp(costs.min() - costs)
-        share = weights / weights.sum() / (1 + math.exp(-hint_losses[t]) * np.expm1(boosts))  # of what is no hint
+        weights /= weights.sum()
+        lowered = 1 / (1 + math.exp(-hint_losses[t]) * np.expm1(boosts))  # by boost: the factor of what is no hint
+        raised = lowered * np.exp(boosts)
         if t in watched:
             p, hint = predictions[watched[t]], int(hints[t]) - 1
             p_hint = float(p[hint])
-            p *= share.sum()
-            p[hint] = p_hint * float((share * np.exp(boosts)).sum())
+            p *= (weights * lowered).sum()
+            p[hint] = p_hint * (weights * raised).sum()
         right = hints[t] == witness.stream[t] + 1 if hints[t] else abs(float(hint_losses[t] - losses[t])) < 1e-6
-        chances = math.exp(-losses[t]) * np.exp(boosts * bool(right)) * share * weights.sum() / weights
-        losses[t] = -math.log((chances * weights).sum() / weights.sum())
+        chances = math.exp(-losses[t]) * (raised if right else lowered)
+        losses[t] = -math.log((weights * chances).sum())
         costs -= np.log(chances)
 
 
