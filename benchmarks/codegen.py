@@ -4,10 +4,11 @@
     pip install --target /tmp/cuda 'torch===2.13.0'        # once: on Linux the CUDA build, 5 GB
     PYTHONPATH=/tmp/cuda python benchmarks/codegen.py      # all forms; or those named, as `defaults lora`
 
-The script's own warm_up() and Evaluator.warm_up() make the graphs, at real widths and batches, on fake tensors, through
-Dynamo and AOTAutograd. tests/test_codegen.py shows that a run has no other graphs. Inductor compiles each graph as for
-an H100, up to the code that would launch its kernels. Triton and its ptxas make sm_90 code of every kernel, in each
-variant that Inductor would try, and with FUSED=1 of the script's own kernels too. Nothing is run or timed.
+The script's own warm_up(), Evaluator.warm_windows() and warm_ttt() make the graphs, at real widths and batches, on fake
+tensors, through Dynamo and AOTAutograd. tests/test_codegen.py shows that a run has no other graphs. Inductor compiles
+each graph as for an H100, up to the code that would launch its kernels. Triton and its ptxas make sm_90 code of every
+kernel, in each variant that Inductor would try, and with FUSED=1 of the script's own kernels too. Nothing is run or
+timed.
 
 A form is a set of settings: `defaults`, further sets below, or a recipe. Every form but `layers` has 9 layers, with
 every kind of layer that its own 11 have: more layers would repeat the same kernels with other offsets. Settings in the
@@ -171,10 +172,12 @@ def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -
     with fake_tensors(), mock.patch.object(async_compile.AsyncCompile, "triton", note):
         model = tg.GPT(cfg, plan.make_attention(), torch.bfloat16, 1, ops)
         whole, parts = tg.compile_model(model, backend)
+        nothing = tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1, None, 1)
+        text = tg.random_text(cfg, nothing)
+        tg.Evaluator(cfg, rt, model, whole, text).warm_windows()
         tg.warm_up(cfg, rt, Still(cfg, rt, model, whole))
         if cfg.ttt_mode != "none":
-            val = tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1, None, 1)
-            tg.Evaluator(cfg, rt, model, parts, val).warm_up()
+            tg.Evaluator(cfg, rt, model, parts, text).warm_ttt()
 
 
 # ----- machine code

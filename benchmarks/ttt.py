@@ -64,7 +64,7 @@ def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.N
         cfg = dataclasses.replace(run.cfg, **changes)
         tg.load_weights(run.model, cfg, stored, "the artifact")
         if run.forward is not run.model and cfg.ttt_mode != "none":
-            tg.Evaluator(cfg, rt, run.model, run.final_forward, run.val).warm_up()
+            tg.Evaluator(cfg, rt, run.model, run.final_forward, tg.random_text(cfg, run.val)).warm_ttt()
         forward = run.forward if cfg.ttt_mode == "none" else run.final_forward
         evaluator = tg.Evaluator(cfg, rt, run.model, forward, run.val)
         scores[name] = evaluator.final()

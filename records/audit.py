@@ -201,8 +201,9 @@ class Witness:
         self.call = self.model = None
 
     def __call__(self, model, ids: Tensor, targets: Tensor | None = None, *rest, **options) -> Tensor:
-        if targets is not None:
-            self.model, self.call = model, (ids, targets, rest, options)
+        if targets is not None:  # with a tilt, hints stand behind the targets
+            wanted, *hints = targets if targets.ndim == 3 else [targets]
+            self.model, self.call = model, (ids, wanted, hints[0] if hints else None, rest, options)
         return self.forward(model, ids, targets, *rest, **options)
 
     @torch.no_grad()
@@ -211,8 +212,7 @@ class Witness:
         from -log p: those recorded, those of hints, and those of random other tokens at the same places. If all of them
         agree, p adds up to 1.
         """
-        ids, targets, rest, options = self.call
-        hints, options = options.get("hints"), {name: v for name, v in options.items() if name != "hints"}
+        ids, targets, hints, rest, options = self.call
         watched = torch.tensor(self.watched, device=positions.device)
         which, row, column = (watched[:, None, None] == positions).nonzero(as_tuple=True)
         if not self.verify and not len(which):
@@ -271,7 +271,7 @@ class Recorder:
                 self.other += int((asked.flatten().cpu()[real] != self.witness.stream[place]).sum())
                 hint = None
                 if hint_losses:
-                    hint, hints = hint_losses[0].detach(), self.witness.call[3]["hints"]
+                    hint, hints = hint_losses[0].detach(), self.witness.call[2]
                     self.hints.index_add_(0, place, (hints + 1).clamp(min=0).flatten().cpu()[real])
                 self.gaps.append(self.witness.ask(positions, losses.detach(), hint, self.predictions).cpu())
         self.inner.add(positions, losses, *hint_losses)

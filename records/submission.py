@@ -243,6 +243,8 @@ FEATURES = (
             "training, to {min_lr:g} of the learning rate"),
     Feature(r"linear.{0,12}(warmdown|schedule|decay|\blr\b)", lambda c: c["warmdown_shape"] == "linear",
             "linear warmdown over the last {warmdown_frac:g} of training, to {min_lr:g} of the learning rate"),
+    Feature(r"grow\w* context|progressive.{0,12}context|\bseq\w*.?schedule",
+            lambda c: c["train_seq_schedule"] not in ("", "0"), "growing context: {train_seq_schedule}"),
     Feature(r"\bEMA\b", lambda c: "ema" in c["average"] and c["ema_decay"] > 0, "EMA of the weights, {ema_decay:g}"),
     Feature(r"\bSWA\b|stochastic weight averag", lambda c: "swa" in c["average"],
             "tight SWA, a snapshot each {swa_every} steps below {swa_start_scale:g} of the learning rate"),

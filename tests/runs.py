@@ -118,7 +118,8 @@ def watch(tg, patch, gpu, found: dict) -> None:
 
         patch.setattr(owner, name, call)
 
-    for owner, name in ((tg, "pick_attention"), (tg, "warm_up"), (tg.Evaluator, "warm_up")):
+    for owner, name in ((tg, "pick_attention"), (tg, "warm_up"), (tg.Evaluator, "warm_windows"),
+                        (tg.Evaluator, "warm_ttt")):
         off_the_clock(owner, name)
     train, calibrate, used = tg.train, tg.calibrate, set()
 

@@ -447,7 +447,7 @@ def test_gpu_benchmark_runs_all_its_parts_on_a_cpu(tmp_path):
     for times in parts["families"].values():
         assert set(times) == {*count.FAMILIES, "other", "idle", "all"}
         assert min(times[name] for name in ("projections", "MLP", "attention", "head and loss", "optimizer", "EMA")) > 0
-    assert parts["warm_up"]["graphs"] == 3 and parts["syncs"]["per_step"] == 0
+    assert parts["warm_up"]["graphs"] == 2 and parts["syncs"]["per_step"] == 0
     assert parts["update"]["optimizer_ms"] > 0 and parts["sliding"]["tokens"] == 512
     for mode in ("lora_eager", "lora_compiled"):
         assert parts[mode]["tokens"] == 512 and parts[mode]["rank"] == 4 and parts[mode]["layers"] == "2"

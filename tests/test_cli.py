@@ -117,7 +117,8 @@ def test_a_contradiction_is_blamed_on_what_was_given(given, message):
 def test_a_blank_value_is_an_error_for_every_setting_under_every_name(blank):
     """EVAL_ONLY=" ", the path lost in a shell variable, would train for ten minutes."""
     names = {a for f in tg.Settings.__dataclass_fields__.values() for a in f.metadata["aliases"]}
-    lists = {"LOOP_SCHEDULE", "TTT_SHORT_SCORE_FIRST_STEPS"}  # blank by default: how a recipe's is taken back
+    # blank by default: how a recipe's is taken back
+    lists = {"LOOP_SCHEDULE", "TRAIN_SEQ_SCHEDULE", "TTT_SHORT_SCORE_FIRST_STEPS"}
     assert all(getattr(read(**{name: blank})[0], name.lower()) == "" for name in lists)
     for name in (names | {name.upper() for name in tg.Settings.__dataclass_fields__}) - lists:
         with pytest.raises(tg.RunError, match=f"^{name}=: takes .*, not a blank; unset it for the default$"):
@@ -229,12 +230,13 @@ def test_bad_values_of_aliases_are_refused_under_their_name(environ, words):
     "NGRAM_HINT_PRECOMPUTE_OUTSIDE=1", "ASYM_LOGIT_RESCALE=True", "WITHIN_BOOST=0.75", "LAYER_SCALE_INIT=0.1",
     "SLOT_ENABLED=1",
     "TARGET_MB=15.9", "QRES_ENABLED=1", "ETLB_ENABLED=1", "LAWA_ENABLED=true", "MTP_NUM_HEADS=2", "OPTROT_ENABLED=1",
-    "PREQUANT_TTT_ENABLED=1", "SLIDING_WINDOW_ENABLED=0", "TTT_WARM_START_A=1", "GPTQ_ENABLED=0", "WORD_BOOST=0.5",
-    "GLOBAL_TTT_OPTIMIZER=muon", "QK_BITS=5", "ROPE_TRAIN_SEQ_LEN=1024", "TRAIN_SEQ_SCHEDULE=1024@0.1,2048@1",
+    "PREQUANT_TTT_ENABLED=1", "SLIDING_WINDOW_ENABLED=0", "GPTQ_ENABLED=0", "WORD_BOOST=0.5",
+    "GLOBAL_TTT_OPTIMIZER=muon", "QK_BITS=5", "ROPE_TRAIN_SEQ_LEN=1024", "SMEAR_GATE_BOS_FIX=0", "AWQ_LITE_ENABLED=1",
 ])
 def test_what_this_script_has_not_is_told_by_a_line_of_its_own(given):
     _, notes = read(**dict([given.split("=")]))
-    assert notes.absent == (f"{given}: not in this script",) and not notes.ignored and not notes.explicit
+    why = tg.WHY_NOT.get(given.split("=")[0], "not in this script")
+    assert why.startswith("not ") and notes.absent == (f"{given}: {why}",) and not notes.ignored and not notes.explicit
 
 
 @pytest.mark.parametrize("given", [
@@ -259,7 +261,7 @@ def test_names_of_elsewhere_are_no_settings_of_ours():
 
 def test_config_and_log_tell_what_is_not_here(tiny, tmp_path):
     given = {"ASYM_LOGIT_RESCALE": "1", "WITHIN_BOOST": "0.75", "WORD_BOOST": "0"}
-    lines = ["ASYM_LOGIT_RESCALE=1: not in this script", "WITHIN_BOOST=0.75: not in this script"]
+    lines = [f"ASYM_LOGIT_RESCALE=1: {tg.WHY_NOT['ASYM_LOGIT_RESCALE']}", "WITHIN_BOOST=0.75: not in this script"]
     done = run_script(given, "--config")
     assert done.returncode == 0 and json.loads(done.stdout)["not_here"] == lines
     assert done.stderr.splitlines() == [f"note: {line}" for line in lines]
@@ -308,8 +310,38 @@ COMMANDS = {  # command lines of the field's own scripts (systems.md), and what 
         "sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 0.5, "smear_gate_mode": "input",
         "compressor": "ans", "lqer_enabled": True, "lqer_rank": 4, "lqer_top_k": 3, "lqer_factor_bits": 4,
         "caseops_enabled": True, "data_path": "./data/datasets/fineweb10B_sp8192_caseops"},
+    # PR 2014 and PR 2135
+    "CASEOPS_ENABLED=1 VOCAB_SIZE=8192 ITERATIONS=20000 MAX_WALLCLOCK_SECONDS=600 EVAL_INCLUDE_TAIL=1 "
+    "TRAIN_SEQ_LEN=3072 ROPE_TRAIN_SEQ_LEN=3072 TRAIN_SEQ_SCHEDULE=1024@0.100,2048@0.700,3072@1.000 "
+    "TRAIN_SEQ_SCHEDULE_MODE=wallclock SEQ_CHANGE_WARMUP_STEPS=32 EVAL_SEQ_LEN=3072 EVAL_STRIDE=1536 TTT_ENABLED=1 "
+    "TTT_EVAL_SEQ_LEN=3072 TTT_BATCH_SIZE=24 TTT_CHUNK_SIZE=48 TTT_SHORT_SCORE_FIRST_ENABLED=1 "
+    "TTT_SHORT_DOC_LEN=2000 TTT_SHORT_CHUNK_SIZE=24 TTT_SHORT_SCORE_FIRST_STEPS=256:8,2000:24 TTT_LORA_RANK=80 "
+    "TTT_LORA_LR=0.0001 TTT_LOCAL_LR_MULT=0.75 TTT_MASK=no_qv TTT_Q_LORA=0 TTT_V_LORA=0 TTT_WEIGHT_DECAY=0.5 "
+    "TTT_BETA2=0.99 PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=1 WARMDOWN_FRAC=0.85 BETA2=0.99 "
+    "QK_GAIN_INIT=5.25 SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_SCALE=0.5 GATED_ATTN_QUANT_GATE=1 "
+    "SMEAR_GATE_ENABLED=1 GATE_WINDOW=12 FUSED_CE_ENABLED=1 MATRIX_LR=0.026 MIN_LR=0.1 GRAD_CLIP_NORM=0.3 "
+    "EMBED_BITS=7 EMBED_CLIP_SIGMAS=14.0 MATRIX_CLIP_SIGMAS=12.85 ATTN_CLIP_SIGMAS=13.0 MLP_CLIP_SIGMAS=11.5 "
+    "LQER_ENABLED=1 LQER_RANK=4 LQER_TOP_K=3 LQER_FACTOR_BITS=4 LQER_ASYM_ENABLED=1 LQER_ASYM_GROUP=64 "
+    "AWQ_LITE_ENABLED=1 AWQ_LITE_BITS=8 AWQ_LITE_GROUP_TOP_K=1 AWQ_LITE_GROUP_SIZE=64 ASYM_LOGIT_RESCALE=1 "
+    "GPTQ_RESERVE_SECONDS=4.0 GPTQ_CALIBRATION_BATCHES=16 COMPRESSOR=pergroup VAL_LOSS_EVERY=0": {
+        "train_seq_len": 3072, "train_seq_schedule": "1024@0.100,2048@0.700,3072@1.000", "seq_change_warmup_steps": 32,
+        "ttt_q_lora": False, "ttt_v_lora": False, "ttt_k_lora": True, "ttt_local_lr_mult": 0.75,
+        "ttt_short_score_first_steps": "256:8,2000:24"},
+    "CASEOPS_ENABLED=1 VOCAB_SIZE=8192 ASYM_LOGIT_RESCALE=1 NGRAM_TILT_ENABLED=1 NGRAM_HINT_PRECOMPUTE_OUTSIDE=0 "
+    "TOKEN_ORDER=16 TOKEN_THRESHOLD=0.800 TOKEN_BOOST=2.625 WITHIN_TAU=99.0 WITHIN_BOOST=0.0 WORD_TAU=99.0 "
+    "WORD_BOOST=0.0 AGREE_ADD_BOOST=0.0 SMEAR_GATE_BOS_FIX=0 TTT_LORA_EMA_DECAY=0.0 TTT_UPDATE_EVERY=1 "
+    "PHASED_TTT_PREFIX_DOCS=2500 PHASED_TTT_NUM_PHASES=1 EVAL_SEQ_LEN=2560 TTT_EVAL_SEQ_LEN=2560 "
+    "COMPRESSOR=pergroup MATRIX_CLIP_SIGMAS=12.85 ATTN_CLIP_SIGMAS=13.0 MLP_CLIP_SIGMAS=11.5 EMBED_BITS=7 "
+    "EMBED_CLIP_SIGMAS=14.0 MATRIX_LR=0.028 MIN_LR=0.1 WARMDOWN_FRAC=0.85 BETA2=0.99 FUSED_CE_ENABLED=1 "
+    "SPARSE_ATTN_GATE_ENABLED=1 SPARSE_ATTN_GATE_SCALE=0.5 SMEAR_GATE_ENABLED=1 GATE_WINDOW=12 LQER_ENABLED=1 "
+    "LQER_RANK=4 LQER_TOP_K=3 LQER_FACTOR_BITS=4 LQER_ASYM_ENABLED=1 LQER_ASYM_GROUP=32 TTT_WARM_START_A=1 "
+    "TTT_LORA_RANK=80 TTT_BETA2=0.99 TTT_WEIGHT_DECAY=2.0 TTT_LORA_LR=8e-5 GPTQ_RESERVE_SECONDS=0.5 "
+    "GPTQ_CALIBRATION_BATCHES=32 TTT_K_LORA=0 TTT_O_LORA=1 TTT_MLP_LORA=1 EMA_DECAY=0.9965 SEED=42": {
+        "ngram_tilt_enabled": True, "token_boost": 2.625, "eval_seq_len": 2560, "ttt_warm_start_a": True,
+        "ttt_k_lora": False, "ttt_weight_decay": 2.0, "lqer_asym_group": 32},
 }
-NOT_HERE = {"FUSED_CE_ENABLED"}  # the others are as they always are here: gates are int8, LQER's grids asymmetric
+# the others are as they always are here: gates are int8, LQER's grids asymmetric
+NOT_HERE = {"ASYM_LOGIT_RESCALE", "AWQ_LITE_ENABLED", "SMEAR_GATE_BOS_FIX"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -76,21 +76,11 @@ def test_the_warm_up_makes_all_graphs_of_a_run(data, tmp_path, case):
 
 
 def no_evaluation(tg, patch) -> None:
-    """The warm-up leaves out the pass that scores."""
-    real = tg.warm_up
-
-    def warm_up(cfg, rt, trainer):
-        whole = trainer.forward
-        trainer.forward = lambda *inputs, **options: whole(*inputs, **options) if torch.is_grad_enabled() else None
-        found = real(cfg, rt, trainer)
-        trainer.forward = whole
-        return found
-
-    patch.setattr(tg, "warm_up", warm_up)
+    patch.setattr(tg.Evaluator, "warm_windows", lambda self: None)
 
 
 def no_test_time_training(tg, patch) -> None:
-    patch.setattr(tg.Evaluator, "warm_up", lambda self: None)
+    patch.setattr(tg.Evaluator, "warm_ttt", lambda self: None)
 
 
 @pytest.mark.parametrize("fault, settings", [(no_evaluation, {}), (no_test_time_training, TOGETHER["chunk"])])

@@ -39,7 +39,8 @@ EVERYTHING = {"num_loops": 1, "recur_blend": "ab", "parallel_mode": "lanes", "pa
               "muon_row_normalize": True, "muon_ns": "polar", "ema_decay": 0.7, "swa_enabled": True, "swa_every": 2,
               "swa_start_scale": 0.8, "warmdown_frac": 0.8, "qat_enabled": True, "qat_start_scale": 0.5,
               "qat_lite_enabled": True, "qat_lite_every": 2, "qat_lite_start_frac": 0.2, "qat_lite_lambda": 3.0,
-              "qat_lite_bits": 3, "enable_looping_at": 0.3}
+              "qat_lite_bits": 3, "enable_looping_at": 0.3, "train_seq_schedule": "3@0.25,5@0.7",
+              "seq_change_warmup_steps": 3}
 
 
 def write_shards(folder, sizes: list[int]) -> list[np.ndarray]:
@@ -91,10 +92,10 @@ def run(cfg: tg.Settings, rt: tg.Runtime, model: tg.GPT, crash_after: int | None
     feeder = tg.Feeder(tg.Windows(cfg, rt, BOS), trainer.plan, first * trainer.plan.windows)
     following, count = feeder.next, iter(range(first, 10**6))
 
-    def following_or_crash():
+    def following_or_crash(window):
         if next(count) == crash_after:
             raise Stop
-        return following()
+        return following(window)
 
     feeder.next = following_or_crash
     try:
@@ -122,6 +123,8 @@ OFF = {  # what may be set while it is off; what turns it on; whether that chang
             {"swa_enabled": True, "swa_every": 2, "swa_start_scale": 2.0}, False),
     "ema": ({"average": "ema"}, {"ema_decay": 0.5}, False),
     "warmdown": ({"warmdown_shape": "cosine", "min_lr": 0.3}, {"warmdown_frac": 0.5}, True),
+    "growing": ({"train_seq_schedule": "8@0.5", "seq_change_warmup_steps": 3}, {"train_seq_schedule": "4@0.5"}, True),
+    "rise": ({"seq_change_warmup_steps": 3}, {"train_seq_schedule": "4@0.5", "seq_change_warmup_steps": 3}, True),
     "polar": ({"muon_ns": "quintic"}, {"muon_ns": "polar"}, True),
     "row-normalize": ({"muon_row_normalize": False}, {"muon_row_normalize": True}, True),
     "varlen": ({"varlen_enabled": False}, {"varlen_enabled": True}, True),
@@ -564,6 +567,83 @@ def check_bounds(batch: tg.Batch) -> None:
         assert batch.bounds.segment[start:stop].unique().tolist() == [n]
 
 
+# ----- growing context
+
+
+@pytest.mark.parametrize("schedule, varlen, windows", [
+    ("", False, {0.0: 8, 1.0: 8}), ("0", True, {0.5: 8}),
+    ("2@0.1,5@0.7", False, {0.0: 2, 0.09: 2, 0.1: 5, 0.69: 5, 0.7: 8, 1.0: 8}),
+    ("3@.25,8@1.000", True, {0.2: 3, 0.25: 8, 1.0: 8}), ("5@1", True, {0.0: 5, 1.0: 5}),
+    ("5@0.5,2048@0.9", True, {0.0: 5, 0.5: 8, 0.9: 8}),
+])
+def test_windows_grow_by_share_of_training(tmp_path, schedule, varlen, windows):
+    cfg = tiny(tmp_path, train_seq_schedule=schedule, varlen_enabled=varlen)
+    assert {share: tg.Schedule.at(cfg, 3, share).window for share in windows} == windows
+
+
+@pytest.mark.parametrize("schedule", ["4", "4:0.5", "4@0.5,", "4@0.5,2@0.5", "4@0.5,2@0.4", "1@0.5", "4@1.1",
+                                      "4@0", "four@0.5"])
+def test_a_schedule_that_is_none_is_refused(tmp_path, schedule):
+    with pytest.raises(tg.RunError, match=f"^TRAIN_SEQ_SCHEDULE={schedule}: takes windows, "):
+        tiny(tmp_path, train_seq_schedule=schedule)
+
+
+@pytest.mark.parametrize("varlen", [False, True])
+def test_attention_ends_with_the_window_and_nothing_else_changes(rt, tmp_path, varlen):
+    """Each piece alone, in a model that never saw a longer row, has the losses that it has in the batch."""
+    cfg = tiny(tmp_path, varlen_enabled=varlen, smear_gate_enabled=False, num_loops=1)
+    model, text = random_model(cfg), tg.Windows(cfg, rt, BOS)
+    for window in (2, 3, 8):
+        batch, whole = text.batch(5, 3, 4, window), text.batch(5, 3, 4)
+        for a, b in zip(batch[:2], whole[:2]):
+            assert torch.equal(a.flatten(), b.flatten())  # the rows are the same
+        losses = model(batch.ids, batch.targets, bounds=batch.bounds).view(4, T)
+        for row in range(3):
+            ids, targets = whole.ids[row], whole.targets[row]
+            starts = [0, *(i for i in range(1, T) if varlen and ids[i] == BOS), T]
+            cuts = [*(c for a, b in zip(starts, starts[1:]) for c in range(a, b, window)), T]
+            for a, b in zip(cuts, cuts[1:]):
+                alone = model(ids[None, a:b], targets[None, a:b])[0]
+                torch.testing.assert_close(losses[row, a:b], alone, rtol=1e-5, atol=1e-5)
+        assert not losses[3].any()  # padding
+
+
+def test_batches_follow_the_window_that_is_asked_for(rt, tmp_path):
+    cfg = tiny(tmp_path, varlen_enabled=True)
+    plan = tg.StepPlan.of(cfg, 1)
+    feeder, text = tg.Feeder(tg.Windows(cfg, rt, BOS), plan), tg.Windows(cfg, rt, BOS)
+    for step, window in enumerate((4, 4, 8, 8, 2)):
+        for batch, (first, real) in zip(feeder.next(window), plan.parts(0), strict=True):
+            expected = text.batch(step * plan.windows + first, real, plan.size, window)
+            assert torch.equal(batch.ids, expected.ids) and batch.bounds.max_len == window
+            assert torch.equal(batch.bounds.cu_seqlens, expected.bounds.cu_seqlens)
+    feeder.close()
+
+
+def test_learning_rates_rise_again_when_windows_grow(rt, tmp_path):
+    """SEQ_CHANGE_WARMUP_STEPS=3, of windows that grow at step 2 and step 6 of 8: 1/3, 2/3 and 1 of the usual rate."""
+    cfg = tiny(tmp_path, train_seq_schedule="2@0.25,4@0.75", seq_change_warmup_steps=3, warmdown_frac=1.0)
+    _, trainer = run(cfg, rt, random_model(cfg))
+    got = [json.loads(line) for line in open(rt.path("metrics.jsonl"))]
+    rise = [1, 1, 1 / 3, 2 / 3, 1, 1, 1 / 3, 2 / 3]
+    assert [line["lr_scale"] for line in got] == pytest.approx([(1 - i / 8) * r for i, r in enumerate(rise)])
+    assert (trainer.window, trainer.grown) == (8, 6)
+
+
+def test_the_warm_up_meets_what_training_meets(tmp_path):
+    """PR 2014's schedule with loops from 0.35: four graphs of six; a step number may fall into any window."""
+    cfg = tiny(tmp_path, num_loops=2, enable_looping_at=0.35, train_seq_schedule="2@0.1,4@0.7")
+    met = [(0, 2), (0, 4), (2, 4), (2, 8)]
+    assert [(phase.loops, phase.window) for phase in tg.graphs_of(cfg)] == met
+    late = dataclasses.replace(cfg, qat_enabled=True)
+    assert [(p.loops, p.window, p.qat) for p in tg.graphs_of(late)] == [(*m, qat) for qat in (False, True) for m in met]
+    by_step = dataclasses.replace(cfg, enable_looping_at=9.0)
+    assert {(p.loops, p.window) for p in tg.graphs_of(by_step)} == {(n, w) for n in (0, 2) for w in (2, 4, 8)}
+    for each in (cfg, by_step):
+        seen = {(p.loops, p.window) for step in range(40) for p in [tg.Schedule.at(each, step, step / 40)]}
+        assert seen <= {(p.loops, p.window) for p in tg.graphs_of(each)}
+
+
 # ----- checkpoints
 
 
@@ -725,21 +805,23 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
 
         def forward(*arguments, compiled=compiled, **options):
             if torch.is_grad_enabled():
-                phases.add((options["loops"], options["hooks"].fake_quant is not None))
+                phases.add((options["loops"], options["bounds"].max_len, options["hooks"].fake_quant is not None))
             return compiled(*arguments, **options)
 
-        tg.warm_up(cfg, rt, tg.Trainer(cfg, rt, model, compiled))
-        before = len(calls)
-        run(cfg, rt, model, forward=forward)
         tokens = torch.randint(2, 29, (50,), generator=torch.Generator().manual_seed(shifted(0)), dtype=torch.int32)
         tokens[::11] = BOS
         val = a_byte_each(tokens, 5)
+        if warmup_steps:
+            tg.Evaluator(cfg, rt, model, compiled, tg.random_text(cfg, val)).warm_windows()
+        tg.warm_up(cfg, rt, tg.Trainer(cfg, rt, model, compiled))
+        before = len(calls)
+        run(cfg, rt, model, forward=forward)
         tg.Evaluator(cfg, rt, model, compiled, val).by_windows(4, "test")
         counts.append((before, len(calls) - before))
     torch._dynamo.reset()
     logging.disable(logging.NOTSET)
-    assert phases == {(0, False), (1, False), (1, True), (2, True)}
-    assert counts[0] == (7, 0)  # three numbers of loops with and without QAT, and the score's
+    assert phases == {(0, 3, False), (1, 5, False), (1, 5, True), (1, 8, True), (2, 8, True)}
+    assert counts[0] == (11, 0)  # five of loops and window with and without QAT, and the score's
     assert counts[1] == (0, 2)  # without a warm-up they are made on the way
 
 
@@ -765,6 +847,7 @@ FULL = {"NUM_LAYERS": "4", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2",
         "VE_LAYERS": "1,3", "SPARSE_ATTN_GATE_ENABLED": "1", "MUON_ROW_NORMALIZE": "1", "MUON_NS": "polar",
         "SWA_ENABLED": "1", "SWA_EVERY": "2", "SWA_START_SCALE": "0.6", "QAT_ENABLED": "1", "QAT_START_SCALE": "0.5",
         "QAT_LITE_ENABLED": "1", "QAT_LITE_LAYER_START": "1", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_BITS": "4",
+        "TRAIN_SEQ_SCHEDULE": "16@0.2,24@0.6", "SEQ_CHANGE_WARMUP_STEPS": "3",
         "TRAIN_BATCH_TOKENS": "640", "MICRO_BATCH_TOKENS": "320", "ITERATIONS": "16", "EVAL_STRIDE": "0"}
 
 

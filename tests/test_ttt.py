@@ -176,11 +176,17 @@ def chunk_by_hand(cfg: tg.Settings, length: int) -> int:
     return min([int(chunk) for longest, chunk in pairs if length <= int(longest)], default=cfg.ttt_chunk_size)
 
 
-def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.Tensor:
-    """Losses of targets 1..N-1: documents one by one, chunk by chunk, the optimizer written out."""
-    losses, ids, initial = torch.full((len(tokens),), math.nan, dtype=torch.float64), tokens.tolist(), None
+def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, warm_after: int = 0) -> torch.Tensor:
+    """Losses of targets 1..N-1: documents one by one, chunk by chunk, the optimizer written out.
+
+    After `warm_after` documents, if any, the others begin with the mean of A over these.
+    """
+    losses, ids, ended = torch.full((len(tokens),), math.nan, dtype=torch.float64), tokens.tolist(), []
     initial, lr = initial_adapters(cfg, model), cfg.ttt_lora_lr * cfg.ttt_local_lr_mult
     for targets in documents_by_hand(tokens):
+        if warm_after and len(ended) == warm_after:
+            initial = {site: (sum(pairs[site][0].detach() for pairs in ended) / warm_after, b)
+                       for site, (_, b) in initial.items()}
         net, begin = Adapted(cfg, model, initial), targets[0] - 1
         leaves = [t for pair in net.pairs.values() for t in pair]
         squares, means, steps = [0.0] * len(leaves), [0.0] * len(leaves), 0
@@ -201,9 +207,10 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor) -> torch.
                     if cfg.ttt_optimizer == "adamw":
                         means[i] = cfg.ttt_beta1 * means[i] + (1 - cfg.ttt_beta1) * g
                         squares[i] = cfg.ttt_beta2 * squares[i] + (1 - cfg.ttt_beta2) * g * g
-                        root = (squares[i] / (1 - cfg.ttt_beta2**steps)).sqrt() + 1e-8
+                        root = (squares[i] / (1 - cfg.ttt_beta2**steps)).sqrt() + 1e-10
                         g = means[i] / (1 - cfg.ttt_beta1**steps) / root
                     leaves[i] -= lr * g
+        ended.append(net.pairs)
     return losses[1:]
 
 
@@ -231,6 +238,20 @@ def test_adapters_equal_a_slow_reference(changes):
     if cfg.ttt_lora_o_input == "norm" and "o" in on:
         on = on - {"o"} | {"attn"}
     assert {site.role for site in tg.DocumentAdapters(cfg, model).hooks.adapters} == on
+
+
+@pytest.mark.parametrize("batch, order", [(1, "sequential"), (3, "sorted")])
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_warm_start_is_the_mean_of_what_the_documents_before_ended_with(batch, order, world):
+    """Whatever the batches, their order and the ranks; rows of padding and steps after its end do not count."""
+    cfg = config(ttt_mode="phased", phased_ttt_prefix_docs=4, phased_ttt_num_phases=1, global_ttt_lr=0.0,
+                 ttt_warm_start_a=True, ttt_batch_size=batch, ttt_doc_order=order, ttt_optimizer="sgd",
+                 ttt_lora_lr=0.1)
+    model, tokens = random_model(cfg), stream([9, 13, 5, 4, 23, 8])
+    expected = slow_losses(cfg, model, tokens, warm_after=4)
+    found = on_ranks(world, lambda rt: adapt_to(cfg, copy.deepcopy(model), tokens, rt)[1])
+    assert farthest(sum(found), expected) < 3e-5
+    assert farthest(slow_losses(cfg, model, tokens)[30:], expected[30:]) > 1e-3  # it does something
 
 
 @pytest.mark.parametrize("text", ["5", "5:", "5:0", "9:2,4:1", "4:1;9:2", "4:1,", "x"])
@@ -355,7 +376,8 @@ def test_one_forward_and_one_backward_a_chunk_and_no_learning_before_the_charge(
 
 
 MODES = [{"ttt_mode": "lora"}, {"ttt_mode": "lora", "num_loops": 1, "smear_gate_enabled": True, "bigram_vocab_size": 9},
-         {"ttt_mode": "phased"}, {"ttt_mode": "chunk"}, {"ttt_mode": "chunk", "varlen_enabled": True},
+         {"ttt_mode": "phased"}, {"ttt_mode": "phased", "ttt_warm_start_a": True}, {"ttt_mode": "chunk"},
+         {"ttt_mode": "chunk", "varlen_enabled": True},
          {"ttt_mode": "chunk", "varlen_enabled": True, "ttt_chunk_tokens": 1}]
 
 
@@ -678,7 +700,7 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
         return model(ids, targets, hooks=hooks, **options)
 
     val, before = validation(torch.full((60,), 22, dtype=torch.int32)), copy.deepcopy(model)
-    tg.Evaluator(cfg, FakeRuntime(), model, forward, val).warm_up()
+    tg.Evaluator(cfg, FakeRuntime(), model, forward, tg.random_text(cfg, val)).warm_ttt()
     assert read and all(int((ids == 22).sum()) < ids.numel() for ids in read)
     assert all(p.grad is None and torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters()))
     warm = seen.copy()
@@ -703,7 +725,7 @@ def test_every_rank_warms_up(mode):
             return model(ids, targets, hooks=hooks, **options)
 
         val = validation(torch.full((60,), 22, dtype=torch.int32))
-        tg.Evaluator(cfg, rank, model, forward, val).warm_up()
+        tg.Evaluator(cfg, rank, model, forward, tg.random_text(cfg, val)).warm_ttt()
         return seen
 
     expected = {"chunk": {(False, False), (False, True)}, "phased": {(False, False), (False, True), (True, True)}}
