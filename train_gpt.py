@@ -30,6 +30,7 @@ Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf 
 
 import dataclasses
 import fcntl
+import glob
 import hashlib
 import importlib
 import inspect
@@ -86,15 +87,16 @@ class RunError(Exception):
     """Something the user can mend: main() prints it as one line, `error: ...`, and exits with status 1."""
 
 
-def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases=None) -> Any:
-    """One field of Settings. None as a default means `auto`; numbers lie from `low` to `high`.
+def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases=None, proof="") -> Any:
+    """One field of Settings. None as a default means `auto`; numbers lie from `low` to `high`. `proof`: a record that
+    ran with this default at full size, on three seeds.
 
     `aliases` maps another environment name to {its value: ours}, to a function from one to the other, or to {} when
     it takes the same values. Several of ours, the likeliest first: it allows each of them. Under the field's own name
     the map translates values of the field's other scripts (COMPRESSOR=pergroup).
     """
     meta = {"group": group, "help": meaning, "low": low, "high": high, "choices": choices.split(),
-            "aliases": aliases or {}}
+            "aliases": aliases or {}, "proof": proof}
     return dataclasses.field(default=default, metadata=meta)
 
 
@@ -133,8 +135,8 @@ class Settings:
     tokenizer_path: str | None = setting(None, "data", "SentencePiece model; auto: "
                                          "<DATA_DIR>/tokenizers/fineweb_<VOCAB_SIZE>_bpe[_caseops].model")
     vocab_size: int = setting(8192, "data", "number of tokens in the vocabulary", low=2, high=65536)
-    caseops_enabled: bool = setting(False, "data", "the shards hold CaseOps text (marked capitals); sidecar files give "
-                                    "the bytes of each token")
+    caseops_enabled: bool | None = setting(None, "data", "the shards hold CaseOps text (marked capitals) and have "
+                                           "sidecar files; auto: if there are such shards", proof="PR 1855")
 
     num_layers: int = setting(11, "model", "number of transformer layers; a layer that is looped counts once", low=1)
     model_dim: int = setting(512, "model", "width of the residual stream", low=8)
@@ -149,14 +151,15 @@ class Settings:
     ln_scale: bool = setting(True, "model", "multiply layer n's normalised inputs by 1/sqrt(n+1), with n from 0")
     skip_gates_enabled: bool = setting(True, "model", "blend each U-Net skip into the stream by a learned gate instead "
                                        "of adding it")
-    loop_start: int = setting(3, "model", "first layer of the looped range, counted from 0",
-                              aliases={"RECUR_START": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[0]})
-    loop_end: int = setting(5, "model", "last layer of the looped range, counted from 0",
-                            aliases={"RECUR_END": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[-1]})
-    num_loops: int | None = setting(None, "model", "how often layers LOOP_START to LOOP_END run again; auto: 2 if "
-                                    "RECUR_BLEND is on, else 0",
-                                    aliases={"RECUR_PASSES": {"1": "0", "2": "1", "3": "2", "4": "3"},
-                                             "RECUR_LAYERS": lambda raw: "1"})
+    loop_start: int | None = setting(None, "model", "first layer of the looped range, counted from 0; auto: 3 of "
+                                     "11, or in that proportion", proof="PR 1855",
+                                     aliases={"RECUR_START": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[0]})
+    loop_end: int | None = setting(None, "model", "last layer of the looped range, counted from 0; auto: 5 of 11, or "
+                                   "in that proportion", proof="PR 1855",
+                                   aliases={"RECUR_END": {}, "RECUR_LAYERS": lambda raw: layers_in_a_row(raw)[-1]})
+    num_loops: int = setting(2, "model", "how often layers LOOP_START to LOOP_END run again", proof="PR 1855",
+                             aliases={"RECUR_PASSES": {"1": "0", "2": "1", "3": "2", "4": "3"},
+                                      "RECUR_LAYERS": lambda raw: "1"})
     recur_blend: str = setting("none", "model", "blend a repeated layer's output with its input (alpha, gate) or last "
                                "output (ab)", choices="none alpha ab gate",
                                aliases={"RECUR_ALPHA_ENABLED": {"1": "alpha", "0": "none ab gate"},
@@ -166,28 +169,31 @@ class Settings:
     recur_a_init: float = setting(1.0, "model", "initial weight of the layer's output in RECUR_BLEND=ab", low=-10)
     recur_b_init: float = setting(0.0, "model", "initial weight of the layer's previous output in RECUR_BLEND=ab",
                                   low=-10)
-    parallel_start_layer: int | None = setting(None, "model", "first layer that runs attention and MLP in parallel; "
-                                               "auto: no layer does",
+    parallel_start_layer: int | None = setting(None, "model", "first layer that runs attention and MLP in parallel, "
+                                               "NUM_LAYERS: none; auto: 8 of 11, or in that proportion",
+                                               proof="PR 1855",
                                                aliases={"PARALLEL_RESIDUAL_START": {}, "PARALLEL_RESID_START": {}})
-    parallel_mode: str = setting("gptj", "model", "parallel attention and MLP: on one stream (gptj), one stream each, "
-                                 "or writing to both (crossed)", choices="gptj lanes crossed")
+    parallel_mode: str = setting("crossed", "model", "parallel attention and MLP: on one stream (gptj), one stream "
+                                 "each, or writing to both (crossed)", choices="gptj lanes crossed", proof="PR 1855")
     parallel_final_lane: str = setting("mean", "model", "stream that the head reads with PARALLEL_MODE=crossed; mean: "
                                        "the mean of both", choices="mean attn mlp")
-    varlen_enabled: bool = setting(False, "model", "attention stays inside a document (variable-length attention)")
+    varlen_enabled: bool = setting(True, "model", "attention stays inside a document (variable-length attention)",
+                                   proof="PR 1855")
     bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: no bigram embedding")
     bigram_dim: int = setting(112, "model", "width of the rows of the bigram embedding", low=1)
-    smear_gate_enabled: bool = setting(False, "model", "mix the previous token's embedding into each token's, inside a "
-                                       "document")
+    smear_gate_enabled: bool = setting(True, "model", "mix the previous token's embedding into each token's, inside a "
+                                       "document", proof="PR 1855")
     smear_gate_mode: str = setting("input", "model", "smear gate; input: from GATE_WINDOW inputs, before the norm; "
                                    "vector: by channel, after the norm", choices="input vector")
     ve_enabled: bool = setting(False, "model", "add a learned embedding of the token to attention's values in "
                                "VE_LAYERS")
     ve_dim: int = setting(128, "model", "width of the rows of the value embedding", low=1)
     ve_layers: str = setting("9,10", "model", "layers whose attention values get the value embedding")
-    sparse_attn_gate_enabled: bool = setting(False, "model", "gate each head's output by the first GATE_WINDOW inputs; "
-                                             "every gate starts at 1/2")
-    sparse_attn_gate_scale: float = setting(1.0, "model", "factor inside the sigmoid of SPARSE_ATTN_GATE_ENABLED's "
-                                            "gates")
+    sparse_attn_gate_enabled: bool | None = setting(None, "model", "gate each head's output by the first GATE_WINDOW "
+                                                    "inputs, from 1/2 on; auto: unless another gate is on",
+                                                    proof="PR 1855")
+    sparse_attn_gate_scale: float = setting(0.5, "model", "factor inside the sigmoid of SPARSE_ATTN_GATE_ENABLED's "
+                                            "gates", proof="PR 1855")
     gated_attn_enabled: bool = setting(False, "model", "gate each head's output by all inputs of the layer; gates "
                                        "start near 1/2")
     attn_out_gate_enabled: bool = setting(False, "model", "gate each head's output by the first GATE_WINDOW inputs; "
@@ -214,11 +220,12 @@ class Settings:
     max_wallclock_seconds: float = setting(600.0, "train", "seconds that training and calibration may take; 0: no "
                                            "limit")
     warmup_steps: int = setting(20, "train", "steps on random tokens that compile the model before the clock starts")
-    warmdown_frac: float = setting(0.72, "train", "last share of training, in which the learning rates fall (warmdown)",
-                                   high=1.0)
+    warmdown_frac: float = setting(0.85, "train", "last share of training, in which the learning rates fall (warmdown)",
+                                   high=1.0, proof="PR 1855")
     warmdown_shape: str = setting("linear", "train", "curve by which the learning rates fall in the warmdown",
                                   choices="linear cosine")
-    min_lr: float = setting(0.0, "train", "smallest factor on the learning rates in the warmdown", high=1.0,
+    min_lr: float = setting(0.1, "train", "smallest factor on the learning rates in the warmdown", high=1.0,
+                            proof="PR 1787",
                             aliases={"LR_FLOOR": {}})
     enable_looping_at: float = setting(0.35, "train", "share of training after which layers loop; above 1: a step "
                                        "number", aliases={"RECUR_START_STEP": lambda raw: "0" if raw == "1" else raw})
@@ -229,9 +236,10 @@ class Settings:
     muon_momentum_warmup_start: float = setting(0.92, "train", "Muon momentum at step 0", high=1.0)
     muon_momentum_warmup_steps: int = setting(1500, "train", "steps in which Muon's momentum rises to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "train", "Newton-Schulz iterations in each Muon step", low=1)
-    muon_ns: str = setting("quintic", "train", "Newton-Schulz coefficients of Muon; polar: Polar Express",
-                           choices="quintic polar")
-    muon_row_normalize: bool = setting(False, "train", "MuonEq-R: scale rows to norm 1 before Newton-Schulz",
+    muon_ns: str = setting("polar", "train", "Newton-Schulz coefficients of Muon; polar: Polar Express",
+                           choices="quintic polar", proof="PR 1787")
+    muon_row_normalize: bool = setting(True, "train", "MuonEq-R: scale rows to norm 1 before Newton-Schulz",
+                                       proof="PR 1855",
                                        aliases={"MUON_EQR": {}})
     muon_wd: float = setting(0.095, "train", "decoupled weight decay of the weight matrices")
     tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding and other tables")
@@ -240,7 +248,7 @@ class Settings:
     scalar_lr: float = setting(0.02, "train", "AdamW learning rate of vectors and scalars")
     adam_wd: float = setting(0.02, "train", "weight decay of vectors and scalars")
     beta1: float = setting(0.9, "train", "AdamW beta 1 in training", high=0.999999)
-    beta2: float = setting(0.95, "train", "AdamW beta 2 in training", high=0.999999)
+    beta2: float = setting(0.99, "train", "AdamW beta 2 in training", high=0.999999, proof="PR 1855")
     adam_eps: float = setting(1e-8, "train", "AdamW epsilon in training")
     grad_clip_norm: float = setting(0.3, "train", "largest global gradient norm, to which gradients are clipped; 0: no "
                                     "clipping")
@@ -306,10 +314,10 @@ class Settings:
     eval_seq_len: int | None = setting(None, "eval", "tokens of an evaluation window; auto: TRAIN_SEQ_LEN", low=1)
     eval_budget_seconds: float = setting(600.0, "eval", "seconds from loading the artifact to the last score; TTT "
                                          "stops early to keep them; 0: no limit")
-    eval_stages: str = setting("all", "eval", "scores taken on the evaluation's clock: all of them, or only the final "
+    eval_stages: str = setting("final", "eval", "scores taken on the evaluation's clock: all, or only the final "
                                "one", choices="all final")
-    ttt_mode: str = setting("none", "eval", "test-time training (TTT) on scored text: all weights (chunk), adapters "
-                            "(lora) or both", choices="none chunk lora phased",
+    ttt_mode: str = setting("phased", "eval", "test-time training (TTT) on scored text: all weights (chunk), adapters "
+                            "(lora) or both", choices="none chunk lora phased", proof="PR 1855",
                             aliases={"TTT_ENABLED": {"1": "chunk lora phased", "0": "none"},
                                      "PHASED_TTT_ENABLED": {"1": "phased", "0": "none chunk lora"}})
     ttt_lr: float = setting(0.005, "eval", "TTT_MODE=chunk: SGD learning rate, which falls over the chunks by a half "
@@ -323,7 +331,7 @@ class Settings:
                                   low=1)
     ttt_eval_seq_len: int | None = setting(None, "eval", "TTT adapters: most tokens of a document in a forward pass; "
                                            "auto: EVAL_SEQ_LEN", low=1)
-    ttt_lora_rank: int = setting(96, "eval", "TTT adapters: rank (LoRA)", low=1)
+    ttt_lora_rank: int = setting(80, "eval", "TTT adapters: rank (LoRA)", low=1, proof="PR 1855")
     ttt_lora_alpha: float = setting(144.0, "eval", "TTT adapters: their output is scaled by "
                                     "TTT_LORA_ALPHA/TTT_LORA_RANK")
     ttt_lora_lr: float = setting(1e-4, "eval", "TTT adapters: learning rate")
@@ -335,7 +343,7 @@ class Settings:
     ttt_optimizer: str = setting("adamw", "eval", "TTT adapters: optimizer", choices="adamw sgd",
                                  aliases={"TTT_OPTIMIZER": {"adam": "adamw"}})
     ttt_beta1: float = setting(0.0, "eval", "TTT adapters: AdamW beta 1", high=0.999999)
-    ttt_beta2: float = setting(0.999, "eval", "TTT adapters: AdamW beta 2", high=0.999999)
+    ttt_beta2: float = setting(0.99, "eval", "TTT adapters: AdamW beta 2", high=0.999999, proof="PR 1855")
     ttt_weight_decay: float = setting(0.5, "eval", "TTT adapters: weight decay")
     ttt_q_lora: bool = setting(True, "eval", "TTT adapters: adapt the query matrices",
                                aliases={"TTT_MASK": {"no_qv": "0"}})
@@ -351,8 +359,8 @@ class Settings:
                                  "TTT_BUCKET_WINDOW documents", choices="sequential bucketed sorted")
     ttt_bucket_window: int = setting(512, "eval", "documents that TTT_DOC_ORDER=bucketed sorts by length at a time",
                                      low=1)
-    phased_ttt_prefix_docs: int = setting(2000, "eval", "TTT_MODE=phased: how many first documents the model's weights "
-                                          "train on, once scored", low=1)
+    phased_ttt_prefix_docs: int = setting(10000, "eval", "TTT_MODE=phased: how many first documents the model's "
+                                          "weights train on, once scored", low=1)
     phased_ttt_num_phases: int = setting(1, "eval", "TTT_MODE=phased: how often the weights train during the first "
                                          "PHASED_TTT_PREFIX_DOCS", low=1)
     global_ttt_lr: float = setting(1e-3, "eval", "TTT_MODE=phased: SGD learning rate of the weights, which falls by a "
@@ -369,28 +377,39 @@ class Settings:
     token_boost: float = setting(2.625, "eval", "n-gram tilt: number added to the logit of the raised token", high=20.0)
     hedge_enabled: bool = setting(False, "eval", "n-gram tilt: mix boosts from 0 to twice TOKEN_BOOST, weighted by "
                                   "what each has cost so far")
-    eval_stride: int = setting(64, "eval", "tokens between sliding evaluation windows; 0: no sliding evaluation")
+    eval_stride: int | None = setting(None, "eval", "tokens between sliding evaluation windows; 0: no sliding "
+                                      "evaluation; auto: 64, or 0 with adapters")
     eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward pass in evaluation; auto: "
                                             "MICRO_BATCH_TOKENS", low=1)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
+        n, length = self.num_layers, self.eval_seq_len or self.train_seq_len
+        first = round(3 * n / 11) if self.loop_start is None else self.loop_start
+        last = max(round(5 * n / 11), first) if self.loop_end is None else self.loop_end
+        first = min(first, last) if self.loop_start is None else first
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}-{os.urandom(4).hex()}"
-        case = "_caseops" if self.caseops_enabled else ""
+        marked = self.caseops_enabled
+        if marked is None:
+            usual = os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}_caseops")
+            marked = bool(glob.glob(os.path.join(glob.escape(self.data_path or usual), "fineweb_val_bytes_*.bin")))
+        case = "_caseops" if marked else ""
         for name, value in {
+            "caseops_enabled": marked, "loop_start": first, "loop_end": last,
+            "parallel_start_layer": min(n, max(round(8 * n / 11), last + 1 if self.num_loops else 0)),
+            "sparse_attn_gate_enabled": not (self.gated_attn_enabled or self.attn_out_gate_enabled),
+            "eval_stride": 0 if self.ttt_mode in ("lora", "phased") else min(64, length),
             "run_id": run_id,
             "artifact_dir": os.path.join("logs", run_id),
             "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}{case}"),
             "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe{case}.model"),
-            "num_loops": 2 if self.recur_blend != "none" else 0,
-            "parallel_start_layer": self.num_layers,
             "average": "+".join(n for n, on in (("ema", self.ema_decay), ("swa", self.swa_enabled)) if on) or "ema",
             "attn_clip_sigmas": self.matrix_clip_sigmas,
             "mlp_clip_sigmas": self.matrix_clip_sigmas,
             "eval_seq_len": self.train_seq_len,
-            "ttt_eval_seq_len": self.eval_seq_len or self.train_seq_len,
+            "ttt_eval_seq_len": length,
         }.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -4149,7 +4168,8 @@ def help_text() -> str:
             default = "auto" if f.default is None else shown(f.default)
             choices = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
             also = [a for a in f.metadata["aliases"] if a != name.upper()]
-            alias = f" [also {', '.join(also)}]" if also else ""
+            alias = f" [{f.metadata['proof']}]" if f.metadata["proof"] else ""
+            alias += f" [also {', '.join(also)}]" if also else ""
             kind = kind_of(f).__name__
             lines.append(f"  {name.upper():28}{kind:6}{default!s:11}{f.metadata['help']}{choices}{alias}")
         lines.append("")

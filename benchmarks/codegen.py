@@ -45,7 +45,7 @@ import train_gpt as tg
 RECIPES = {path.parent.name.split("_", 1)[1]: path for path in sorted(
     (Path(__file__).resolve().parent.parent / "records").glob("track_*/*/recipe.env"))}
 FORMS = {"defaults": {}, "lora": {"TTT_MODE": "lora"}, "fused": {"FUSED": "1", "TTT_MODE": "lora"},
-         "layers": {"NUM_LOOPS": "2"}}
+         "layers": {}}
 ONE_GPU = {"MICRO_BATCH_TOKENS": "98304", "TRAIN_BATCH_TOKENS": "98304", "WARMUP_STEPS": "1", "DEVICE": "cpu",
            "MAX_WALLCLOCK_SECONDS": "0"}  # without a clock no calibration in the warm-up: it compiles nothing
 FEW_LAYERS = {"NUM_LAYERS": "9", "LOOP_START": "1", "LOOP_END": "3", "PARALLEL_START_LAYER": "5", "VE_LAYERS": "7,8",
@@ -77,8 +77,8 @@ class Row(NamedTuple):
 def settings_of(form: str) -> dict[str, str]:
     """The settings of a form, as environment variables."""
     given = dict(re.findall(r"^(\w+)=(\S+)", RECIPES[form].read_text(), re.M)) if form in RECIPES else FORMS[form]
-    few = {name: value for name, value in FEW_LAYERS.items() if name in {*given, "NUM_LAYERS"} and form != "layers"}
-    return given | few | ONE_GPU
+    few = {name: value for name, value in FEW_LAYERS.items() if name in given or name[:2] not in ("VE", "QA")}
+    return given | ({} if form == "layers" else few) | ONE_GPU
 
 
 # ----- what stands in for the machine

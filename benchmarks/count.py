@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Count FLOPs and least bytes of one training step by kernel family, and the least time they take on a Hopper GPU.
 
-    NUM_LOOPS=2 python benchmarks/count.py                 prints the tables of benchmarks/README.md
-    NUM_LOOPS=2 python benchmarks/count.py --write         puts them there, with the times of gpu.json beside this file
+    python benchmarks/count.py                 prints the tables of benchmarks/README.md
+    python benchmarks/count.py --write         puts them there, with the times of gpu.json beside this file
     VARLEN_ENABLED=1 python benchmarks/count.py --documents 800 --tokens 65536 --world 4
 
 The settings of train_gpt.py come from the environment. Nothing is run: every figure is arithmetic on shapes.

@@ -62,7 +62,7 @@ TINY = {"num_layers": 2, "loop_start": 1, "loop_end": 1, "num_loops": 1, "model_
         "num_kv_heads": 2, "vocab_size": 384, "rope_dims": 8, "train_seq_len": 32, "train_batch_tokens": 64,
         "micro_batch_tokens": 32, "eval_stride": 16, "gptq_calibration_batches": 2, "quant_min_weights": 2048,
         "ttt_lora_rank": 4, "ttt_chunk_size": 32, "ttt_eval_seq_len": 32, "ttt_batch_size": 4, "dtype": "fp32",
-        "device": "cpu"}
+        "device": "cpu", "caseops_enabled": False}
 BOS = 1
 
 

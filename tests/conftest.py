@@ -10,12 +10,12 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors are tiny: threads would only wait for each other
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, one program after another
-from forked import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment
+from forked import LONGEST, PLAIN, ROOT, TRAIN, ForkedRun, clean_environment
 
 pytest.register_assert_rewrite("helpers", "reference", "runs")  # or what they assert would fail without a word
 sys.path[:0] = [str(ROOT), str(ROOT / "data"), str(ROOT / "records")]
 
-TINY = {
+TINY = PLAIN | {
     "VOCAB_SIZE": "512", "NUM_LAYERS": "3", "MODEL_DIM": "64", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
     "TRAIN_SEQ_LEN": "64", "TRAIN_BATCH_TOKENS": "768", "MICRO_BATCH_TOKENS": "384", "EVAL_BATCH_TOKENS": "4096",
     "ITERATIONS": "20", "MAX_WALLCLOCK_SECONDS": "0", "WARMUP_STEPS": "1", "TRAIN_LOG_EVERY": "1",

@@ -20,6 +20,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "train_gpt.py"
 LONGEST = 900  # seconds: only guards against waiting for ever
+PLAIN = {  # what is on by default, off
+    "CASEOPS_ENABLED": "0", "NUM_LOOPS": "0", "LOOP_START": "3", "LOOP_END": "5", "PARALLEL_START_LAYER": "99",
+    "PARALLEL_MODE": "gptj", "VARLEN_ENABLED": "0", "SMEAR_GATE_ENABLED": "0", "SPARSE_ATTN_GATE_ENABLED": "0",
+    "SPARSE_ATTN_GATE_SCALE": "1", "WARMDOWN_FRAC": "0.72", "MIN_LR": "0", "MUON_NS": "quintic",
+    "MUON_ROW_NORMALIZE": "0", "BETA2": "0.95", "TTT_MODE": "none", "TTT_LORA_RANK": "96", "TTT_BETA2": "0.999",
+    "PHASED_TTT_PREFIX_DOCS": "2000", "EVAL_STRIDE": "64", "EVAL_STAGES": "all"}
 
 
 def clean_environment(settings: dict[str, str]) -> dict[str, str]:

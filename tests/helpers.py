@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 from conftest import shifted
+from forked import PLAIN
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
 
 BOS = 1
+OFF = tg.read_environment(PLAIN).explicit
 
 # ----- settings
 
@@ -30,12 +32,17 @@ TTT = {"num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "rop
        "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 16, "ttt_bucket_window": 4}
 
 
+def bare(**changes) -> tg.Settings:
+    """Everything off that is on by default."""
+    return tg.Settings(**OFF | changes)
+
+
 def tiny(**changes) -> tg.Settings:
     """Six layers, of which 2 and 3 may loop; 4 query heads on 2 key/value heads; XSA on the last 3 layers."""
     values = {"num_layers": 6, "rope_dims": 6, "loop_start": 2, "loop_end": 3, "train_seq_len": 10, "gate_window": 7,
               "device": "cpu", "dtype": "fp32", "quant_min_weights": 0, "eval_stride": 0, "train_batch_tokens": 460,
               "micro_batch_tokens": 46}
-    return tg.Settings(**SIZES | values | changes)
+    return bare(**SIZES | values | changes)
 
 
 def tiny_ttt(**changes) -> tg.Settings:
@@ -48,7 +55,7 @@ def small_run(folder, **changes) -> tg.Settings:
     values = {"model_dim": 16, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 2.5, "rope_dims": 4, "train_seq_len": 8,
               "train_batch_tokens": 48, "micro_batch_tokens": 16, "eval_stride": 4, "device": "cpu", "dtype": "fp32",
               "artifact_dir": str(folder)}
-    return tg.Settings(**values | changes)
+    return bare(**values | changes)
 
 
 # ----- models

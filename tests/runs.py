@@ -7,7 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from forked import ROOT, clean_environment
+from forked import PLAIN, ROOT, clean_environment
 
 MAGIC = 20240520  # of shards
 RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
@@ -25,13 +25,15 @@ SMALL = {
 SCALED = {"LOOP_START": "1", "LOOP_END": "1", "ENABLE_LOOPING_AT": "0.3", "PARALLEL_START_LAYER": "2",
           "VE_LAYERS": "1,2", "VE_DIM": "16", "BIGRAM_DIM": "16", "SWA_EVERY": "1", "SWA_START_SCALE": "0.9",
           "QAT_START_SCALE": "0.9", "QAT_LITE_LAYER_START": "2", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_EVERY": "1"}
+BARE = {name: value for name, value in PLAIN.items() if name not in SMALL}
 TOGETHER = {  # what runs are made of beside recipes
-    "defaults": {}, "sliding": {"EVAL_STRIDE": "16"},
-    "lora": {"TTT_MODE": "lora", "GPTQ_CALIBRATION": "self", "ATTENTION": "sdpa", "VARLEN_ENABLED": "1"},
-    "phased": {"TTT_MODE": "phased", "VARLEN_ENABLED": "1", "NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "2",
-               "TOKEN_THRESHOLD": "0.2", "HEDGE_ENABLED": "1"},
-    "chunk": {"TTT_MODE": "chunk", "GPTQ_CALIBRATION": "random", "VARLEN_ENABLED": "1", "TTT_CHUNK_TOKENS": "114",
-              "EVAL_SEQ_LEN": "100", "EVAL_STRIDE": "20", "EVAL_BATCH_TOKENS": "200"},  # its row is padded
+    "defaults": {}, "sliding": BARE | {"EVAL_STRIDE": "16"},
+    "lora": BARE | {"TTT_MODE": "lora", "GPTQ_CALIBRATION": "self", "ATTENTION": "sdpa", "VARLEN_ENABLED": "1"},
+    "phased": BARE | {"TTT_MODE": "phased", "VARLEN_ENABLED": "1", "NGRAM_TILT_ENABLED": "1", "TOKEN_ORDER": "2",
+                      "TOKEN_THRESHOLD": "0.2", "HEDGE_ENABLED": "1"},
+    "chunk": BARE | {"TTT_MODE": "chunk", "GPTQ_CALIBRATION": "random", "VARLEN_ENABLED": "1",
+                     "TTT_CHUNK_TOKENS": "114", "EVAL_SEQ_LEN": "100", "EVAL_STRIDE": "20",
+                     "EVAL_BATCH_TOKENS": "200"},  # its row is padded
 }
 
 
@@ -87,7 +89,7 @@ def scaled(recipe) -> dict[str, str]:
     """A recipe's settings with all its techniques, at small sizes."""
     settings = settings_of(recipe)
     small = {name: "64" for name in ("BIGRAM_VOCAB_SIZE",) if name in settings}
-    return settings | SMALL | SCALED | small
+    return PLAIN | settings | SMALL | SCALED | small
 
 
 # ----- runs

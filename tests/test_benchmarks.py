@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from helpers import OFF, bare
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -29,7 +30,8 @@ from shards import read_shard
 
 import train_gpt as tg
 
-SMALL = {"num_layers": 6, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4, "vocab_size": 96,
+SMALL = OFF | {
+         "num_layers": 6, "model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "rope_dims": 4, "vocab_size": 96,
          "mlp_mult": 3.0, "train_seq_len": 16, "train_batch_tokens": 64, "eval_stride": 0, "loop_start": 2,
          "loop_end": 3}
 TECHNIQUES = {
@@ -93,8 +95,8 @@ def test_parameters_are_the_models(name):
 
 
 def test_bytes_of_one_layer_are_those_counted_by_hand():
-    cfg = tg.Settings(num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_mult=2.0, vocab_size=32, rope_dims=4,
-                      train_seq_len=4, train_batch_tokens=400, eval_stride=0)
+    cfg = bare(num_layers=1, model_dim=8, num_heads=2, num_kv_heads=1, mlp_mult=2.0, vocab_size=32, rope_dims=4,
+               train_seq_len=4, train_batch_tokens=400, eval_stride=0)
     work = count.count_step(cfg, 100)
     x, ids = 100 * 8 * 2, 100 * 8  # 8 channels in bf16, 4 of them for a key; int64
     by_hand = {
@@ -182,7 +184,6 @@ def test_fused_makes_the_logits_twice_and_mfu_counts_them_once():
 def test_readme_tables_are_what_count_prints_now(capsys, monkeypatch):
     for name in count.tg.Settings.__dataclass_fields__:
         monkeypatch.delenv(name.upper(), raising=False)
-    monkeypatch.setenv("NUM_LOOPS", "2")
     assert count.main([]) == 0
     readme = count.README.read_text()
     printed = capsys.readouterr().out
@@ -192,8 +193,7 @@ def test_readme_tables_are_what_count_prints_now(capsys, monkeypatch):
         assert printed.count("| not run on a GPU |") == 2 * (len(count.FAMILIES) + 1)
 
 
-def test_json_has_the_figures_of_the_tables(capsys, monkeypatch):
-    monkeypatch.setenv("NUM_LOOPS", "2")
+def test_json_has_the_figures_of_the_tables(capsys):
     assert count.main(["--json", "--tokens", "4096", "--world", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [report["layers"] for report in found["reports"]] == [11, 17]
@@ -214,7 +214,6 @@ def test_measured_times_fill_the_last_column_and_those_of_a_cpu_do_not(capsys, t
     path = tmp_path / "gpu.json"
     times = {name: 1.5 + i for i, name in enumerate((*count.FAMILIES, "other", "idle", "all"))}
     path.write_text(json.dumps({"device": "a GPU", "check_only": False, "parts": {"families": {"11": times}}}))
-    monkeypatch.setenv("NUM_LOOPS", "2")
     assert count.main(["--measured", str(path)]) == 0
     eleven, seventeen = capsys.readouterr().out.split("### 17")
     rows = [line.split(" | ")[-1] for line in eleven.splitlines() if line.startswith("| ")]

@@ -28,7 +28,7 @@ def test_help_names_every_setting_with_its_default_and_meaning():
     for name, f in tg.Settings.__dataclass_fields__.items():
         line = next(row for row in done.stdout.splitlines() if row.split()[:1] == [name.upper()])
         assert f.metadata["help"] in line
-        assert f.metadata["help"] and len(line) < 200
+        assert f.metadata["help"] and len(line) < 230 and f.metadata["proof"] in line
         default = "auto" if f.default is None else str(int(f.default) if f.type is bool else f.default)
         assert default == "" or default in line.split()
 
@@ -41,6 +41,34 @@ def test_config_prints_resolved_settings_without_data():
     assert config["tokenizer_path"] == "/nowhere/tokenizers/fineweb_4096_bpe.model"
     assert config["artifact_dir"] == "logs/r" and config["aliases"] == {}
     assert set(config) == set(tg.Settings.__dataclass_fields__) | {"aliases"}
+
+
+@pytest.mark.parametrize("given, expected", [  # the shape of the record, in proportion, and what is given stays
+    ({}, (3, 5, 8)), ({"NUM_LAYERS": 6}, (2, 3, 4)), ({"NUM_LAYERS": 4}, (1, 2, 3)), ({"NUM_LAYERS": 2}, (1, 1, 2)),
+    ({"NUM_LAYERS": 1}, (0, 0, 1)), ({"NUM_LAYERS": 13, "LOOP_END": 4}, (4, 4, 9)), ({"LOOP_START": 6}, (6, 6, 8)),
+    ({"LOOP_END": 9}, (3, 9, 10)), ({"LOOP_END": 1}, (1, 1, 8)), ({"NUM_LOOPS": 0, "LOOP_END": 9}, (3, 9, 8)),
+    ({"PARALLEL_START_LAYER": 11}, (3, 5, 11)),
+])
+def test_loops_and_lanes_scale_with_the_layers(given, expected):
+    cfg, _ = read(**{name: str(value) for name, value in given.items()})
+    assert (cfg.loop_start, cfg.loop_end, cfg.parallel_start_layer) == expected
+
+
+def test_defaults_that_follow_from_other_settings(tmp_path):
+    assert read()[0].sparse_attn_gate_enabled and read(TTT_MODE="none")[0].eval_stride == 64
+    assert read()[0].eval_stride == 0 == read(TTT_MODE="lora")[0].eval_stride
+    assert read(TTT_MODE="none", EVAL_SEQ_LEN="32")[0].eval_stride == 32
+    for other in ("GATED_ATTN_ENABLED", "ATTN_OUT_GATE_ENABLED"):
+        assert not read(**{other: "1"})[0].sparse_attn_gate_enabled
+    marked = tmp_path / "datasets" / "fineweb10B_sp4096_caseops"
+    for there in (False, True):
+        cfg, _ = read(DATA_DIR=str(tmp_path), VOCAB_SIZE="4096")
+        assert cfg.caseops_enabled is there and (cfg.data_path == str(marked)) is there
+        assert cfg.tokenizer_path.endswith("_caseops.model") is there
+        marked.mkdir(parents=True, exist_ok=True)
+        (marked / "fineweb_val_bytes_000000.bin").touch()
+    assert read(DATA_PATH=str(marked))[0].caseops_enabled and not read(DATA_PATH=str(tmp_path))[0].caseops_enabled
+    assert not read(DATA_DIR=str(tmp_path), VOCAB_SIZE="4096", CASEOPS_ENABLED="0")[0].caseops_enabled
 
 
 def test_any_other_argument_is_an_error():
@@ -94,14 +122,15 @@ def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [  # the setting that was given is named, never a default alone
-    ("TRAIN_SEQ_LEN=16", "TRAIN_SEQ_LEN=16: EVAL_STRIDE=64 takes at most EVAL_SEQ_LEN=16"),
-    ("EVAL_SEQ_LEN=32", "EVAL_SEQ_LEN=32: EVAL_STRIDE=64 takes at most EVAL_SEQ_LEN=32"),
+    ("EVAL_SEQ_LEN=32", "EVAL_SEQ_LEN=32: TTT_CHUNK_SIZE=48 takes at most TTT_EVAL_SEQ_LEN=32"),
     ("EVAL_SEQ_LEN=32 EVAL_STRIDE=33", "EVAL_STRIDE=33: takes at most EVAL_SEQ_LEN=32"),
     ("TRAIN_SEQ_LEN=1000", "TRAIN_SEQ_LEN=1000: TRAIN_BATCH_TOKENS=786432 takes a multiple of TRAIN_SEQ_LEN=1000"),
     ("MODEL_DIM=100", "MODEL_DIM=100: NUM_HEADS=8 takes a divisor of MODEL_DIM=100"),
     ("NUM_HEADS=1", "NUM_HEADS=1: NUM_KV_HEADS=4 takes a divisor of NUM_HEADS=1"),
     ("MODEL_DIM=64", "MODEL_DIM=64: ROPE_DIMS=16 takes an even number up to 8, the width of a head"),
-    ("NUM_LAYERS=4 NUM_LOOPS=1", "NUM_LAYERS=4: LOOP_END=5 takes a layer from LOOP_START=3 to 3"),
+    ("NUM_LAYERS=4 LOOP_START=4", "LOOP_START=4: LOOP_END=4 takes a layer from LOOP_START=4 to 3"),
+    ("NUM_LAYERS=4 LOOP_END=4", "LOOP_END=4: takes a layer from LOOP_START=1 to 3"),
+    ("PARALLEL_START_LAYER=5", "PARALLEL_START_LAYER=5: takes more than LOOP_END=5 with PARALLEL_MODE=crossed"),
     ("NUM_LAYERS=4 VE_ENABLED=1", "NUM_LAYERS=4: VE_LAYERS=9,10 takes layers below NUM_LAYERS=4, as 9,10"),
     ("NUM_LAYERS=4 QAT_LITE_ENABLED=1", "NUM_LAYERS=4: QAT_LITE_LAYER_START=7 takes a layer below NUM_LAYERS=4"),
     ("TTT_MODE=lora TRAIN_SEQ_LEN=32 EVAL_STRIDE=0", "TRAIN_SEQ_LEN=32: TTT_CHUNK_SIZE=48 takes at most "

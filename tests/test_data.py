@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import shifted
-from helpers import FakeRuntime
+from helpers import FakeRuntime, bare
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -301,7 +301,7 @@ def data_path(tmp_path):
 def config(data_path, **changes) -> tg.Settings:
     values = {"data_path": str(data_path), "vocab_size": 1000, "train_seq_len": T, "train_batch_tokens": 7 * T,
               "micro_batch_tokens": 2 * T, "eval_stride": 3, "seed": 5}
-    return tg.Settings(**values | changes)
+    return bare(**values | changes)
 
 
 def expected_starts() -> list[int]:

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import shifted
-from helpers import BOS, SIZES, Products, assert_close, packed_text, random_share, random_text, redrawn
+from helpers import BOS, SIZES, Products, assert_close, bare, packed_text, random_share, random_text, redrawn
 from reference import Reference, document_spans, rms
 from torch._dynamo.testing import CompileCounter
 
@@ -16,7 +16,7 @@ ROLES = ("q", "k", "v", "o", "up", "down")
 
 def tiny(**changes) -> tg.Settings:
     """Settings of a model of 5 layers, 4 query heads on 2 key/value heads, XSA on the last 3 layers."""
-    return tg.Settings(**SIZES | {"num_layers": 5, "rope_dims": 4} | changes)
+    return bare(**SIZES | {"num_layers": 5, "rope_dims": 4} | changes)
 
 
 def random_model(cfg: tg.Settings, seed: int = 0, dtype: torch.dtype = torch.float32) -> tg.GPT:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ForkedRun, clean_environment, run_script, shifted
-from helpers import flat, stored_weights
+from helpers import bare, flat, stored_weights
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -31,7 +31,7 @@ NO_NOTES = tg.Notes({}, {}, ())
 def tiny(**changes) -> tg.Settings:
     values = {"num_layers": 2, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "mlp_mult": 2.0, "rope_dims": 4,
               "vocab_size": 30, "device": "cpu"}
-    return tg.Settings(**values | changes)
+    return bare(**values | changes)
 
 
 def codes(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -423,7 +423,7 @@ def stored_settings(**changes) -> dict:
 
 
 def explicit(**values) -> tuple[tg.Settings, tg.Notes]:
-    return tg.Settings(**values), tg.Notes(values, {}, ())
+    return bare(**values), tg.Notes(values, {}, ())
 
 
 def test_artifact_settings_are_adopted():

@@ -17,6 +17,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment, read_losses, read_result, run_script
+from helpers import bare
 
 import train_gpt as tg
 
@@ -323,7 +324,7 @@ def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, setti
         return advance({"quantized": 10, "sliding": 20, "ttt": 40}[name])
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    run = SimpleNamespace(cfg=tg.Settings(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
+    run = SimpleNamespace(cfg=bare(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
                           window_stage=stage, load=lambda *_: advance(3), rt=SimpleNamespace(largest=float),
                           val=tg.Validation(torch.zeros(2), torch.ones(2), 1, None))
     assert tg.Run.score(run, b"", "x") == seconds

@@ -8,7 +8,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, clean_environment, read_result, run_script
+from conftest import PLAIN, ROOT, clean_environment, read_result, run_script
+from helpers import bare
 from runs import RECIPES, settings_of
 from shards import write_shard
 
@@ -138,17 +139,17 @@ def short(tiny, tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_runs_through_compression_and_scoring(recipe, short, tmp_path):
     ours = settings_of(recipe)
-    sizes = short | SCALED
+    sizes = {name: value for name, value in short.items() if PLAIN.get(name) != value} | SCALED
     if float(ours.get("ENABLE_LOOPING_AT", 0)) > 1:
         sizes["ENABLE_LOOPING_AT"] = "4"
     if ours.get("EMA_DECAY") == "0":
         sizes["EMA_DECAY"] = "0"
-    done = run_script(ours | sizes | {"ARTIFACT_DIR": str(tmp_path)})
+    done = run_script(PLAIN | ours | sizes | {"ARTIFACT_DIR": str(tmp_path)})
     assert done.returncode == 0, done.stderr
     result = read_result(tmp_path)
     cfg = tg.Settings(**result["config"])
-    plain = tg.Settings(num_layers=11, model_dim=64, num_heads=4, num_kv_heads=2, vocab_size=512)
-    added = set(dict(tg.GPT(cfg).named_parameters())) - set(dict(tg.GPT(plain).named_parameters()))
+    base = bare(num_layers=11, model_dim=64, num_heads=4, num_kv_heads=2, vocab_size=512)
+    added = set(dict(tg.GPT(cfg).named_parameters())) - set(dict(tg.GPT(base).named_parameters()))
     assert added == PARAMETERS[recipe.name.split("_", 1)[1]]
     log = (tmp_path / "train.log").read_text()
     assert "loops:" in log and result["stages"]["quantized"]["val_bpb"] < 9

@@ -6,14 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import shifted
-from helpers import FakeRuntime, a_byte_each, on_ranks, redrawn
+from helpers import FakeRuntime, a_byte_each, bare, on_ranks, redrawn
 
 import train_gpt as tg
 
 
 def config(length: int, stride: int, rows: int, spare: int = 0) -> tg.Settings:
     """Evaluation of `rows` windows a pass; `spare` tokens of the limit fill no window."""
-    return tg.Settings(eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length + spare)
+    return bare(eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length + spare)
 
 
 def validation(n: int) -> tg.Validation:
@@ -76,7 +76,7 @@ def test_windows_of_documents_show_each_token_all_it_is_due(sizes, length, strid
     tokens = torch.arange(n, dtype=torch.int32)
     tokens[starts] = bos
     val = a_byte_each(tokens, len(starts), bos)
-    cfg = tg.Settings(eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length, varlen_enabled=True)
+    cfg = bare(eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length, varlen_enabled=True)
     seen, windows = {}, 0
 
     def forward(ids, targets, bounds, **_):
@@ -108,7 +108,7 @@ def test_windows_of_documents_show_each_token_all_it_is_due(sizes, length, strid
 
 def test_windows_of_documents_score_as_documents_do_alone():
     """The real model: sliding over packed documents costs what the beginning of each document by itself costs."""
-    cfg = tg.Settings(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, vocab_size=40,
+    cfg = bare(num_layers=2, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, vocab_size=40,
                       train_seq_len=8, train_batch_tokens=8, eval_seq_len=8, eval_stride=3, eval_batch_tokens=24,
                       varlen_enabled=True, smear_gate_enabled=True, gate_window=4)
     torch.manual_seed(shifted(0))
@@ -278,7 +278,7 @@ def test_a_rank_that_leaves_out_its_share_is_noticed():
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_sliding_equals_the_model_on_each_context(stride):
     length, rows, n = 8, 3, 30
-    cfg = tg.Settings(num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4,
+    cfg = bare(num_layers=3, model_dim=16, num_heads=2, num_kv_heads=1, mlp_mult=2.0, rope_dims=4,
                       vocab_size=40, eval_seq_len=length, eval_stride=stride, eval_batch_tokens=rows * length)
     generator = torch.Generator().manual_seed(shifted(0))
     model = redrawn(tg.GPT(cfg), generator, lambda name, p, noise: 0.3 + 0.5 * noise)
@@ -296,7 +296,7 @@ def test_sliding_equals_the_model_on_each_context(stride):
 
 
 def test_evaluation_keeps_no_gradients():
-    cfg = tg.Settings(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, vocab_size=40,
+    cfg = bare(num_layers=1, model_dim=16, num_heads=2, num_kv_heads=1, rope_dims=4, vocab_size=40,
                       eval_seq_len=8, eval_stride=8, eval_batch_tokens=16)
     model, modes = tg.GPT(cfg), []
 

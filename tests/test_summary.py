@@ -5,6 +5,7 @@ import json
 import pytest
 import summary
 from conftest import ROOT
+from helpers import bare
 from shards import write_shard
 
 import train_gpt as tg
@@ -15,7 +16,7 @@ def result(tmp_path):
     """result.json of a run on two small shards, and what is expected of it."""
     for split, tokens in (("train", range(50)), ("val", range(9))):
         write_shard(tmp_path / f"fineweb_{split}_000000.bin", summary.tg.np.array(tokens, dtype="<u2"))
-    config = tg.dataclasses.asdict(tg.Settings(data_path=str(tmp_path), vocab_size=64, max_wallclock_seconds=60.0))
+    config = tg.dataclasses.asdict(bare(data_path=str(tmp_path), vocab_size=64, max_wallclock_seconds=60.0))
     return {"val_bpb": 1.76543, "steps": 490, "config": config}
 
 
