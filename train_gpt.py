@@ -751,7 +751,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def fuse(self, pairs: Sequence[list[int]]) -> None:
-        """Have ids stand for two tokens each, a list of [id, piece, marker]; their rows begin as a mixture (PR 2109)."""
+        """Have ids stand for two tokens, each as [id, piece, marker]; their rows begin as a mixture (PR 2109)."""
         ids, piece, marker = torch.tensor(pairs, device=self.tok_emb.device).T
         rows, norm = 0.4 * self.tok_emb[piece] + 0.6 * self.tok_emb[marker], self.tok_emb.norm(dim=1).mean()
         self.tok_emb[ids] = norm * F.normalize(rows, dim=1)

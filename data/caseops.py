@@ -257,6 +257,8 @@ class Fusion:
     def split(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return `tokens` with pairs split again, and the place of each of `tokens` among the result; int64 arrays."""
         tokens = tokens.astype(np.int64)
+        if not self.pairs:
+            return tokens, np.arange(len(tokens))
         fused = self.first[tokens] >= 0
         ends = (1 + fused).cumsum()
         split = np.repeat(tokens, 1 + fused)
@@ -265,10 +267,11 @@ class Fusion:
 
 
 def rule_of(processor: spm.SentencePieceProcessor, tokens: np.ndarray) -> re.Pattern:
-    """Return the rule by which a CaseOps text was made, MARKED or PUBLISHED, from its `tokens` (n,), none of them fused.
+    """Return the rule by which a CaseOps text was made, MARKED or PUBLISHED, from its `tokens`.
 
-    Where a marked word follows a space, one rule has it behind the marker and the other one before. The more frequent
-    order decides: a text can have any order somewhere, because "▁" in it becomes a space.
+    They are an int64 array of shape (n,), with no pair fused. Where a marked word follows a space, one rule has it
+    behind the marker and the other one before. The more frequent order decides: a text can have any order somewhere,
+    because "\u2581" in it becomes a space.
     """
     ids = list(range(processor.vocab_size()))
     pieces = processor.id_to_piece(ids)

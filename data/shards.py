@@ -5,7 +5,7 @@ little-endian uint16. The shards of a split are called fineweb_<split>_<6 digits
 splits are train, val and val_bytes; the last one holds the bytes that each token of val is charged.
 
 If some ids stand for pairs of tokens (Fusion in data/caseops.py), the header of every train and val shard lists them
-behind the count: a mark of this list, how many pairs there are, then for each pair its id and the ids of its two tokens.
+behind the count: a mark of this list, how many pairs there are, then for each pair its id and its two tokens.
 
 The file manifest.json lists the data sets and the tokenizers of a folder by name. A tool changes its own entries only.
 """

@@ -297,7 +297,7 @@ class Encoder:
                 continue
             if len(charged):
                 charged = np.add.reduceat(charged, starts)
-            tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
+            tokens.append(np.append(self.tokenizer.bos_id(), ids).astype(np.uint16))
             back = restore(back, strict=False) if self.caseops else back
             length = counted = len(back.encode())
             if not self.caseops:
@@ -601,7 +601,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--caseops", action="store_true",
                         help="mark capitals instead of spelling them (see data/caseops.py)")
     parser.add_argument("--fuse-markers", action="store_true",
-                        help="with --caseops, make one token of each of the most frequent pairs of a piece and a marker")
+                        help="with --caseops, make one token of each of the 13 most frequent pairs of a piece and a "
+                             "marker")
     parser.add_argument("--tokenizer-sample-mb", type=float, default=20, metavar="MB",
                         help="train tokenizers on this many million bytes of training documents (default: 20)")
     parser.add_argument("--shard-tokens", type=shards.at_least(1), default=100_000_000, metavar="N",
