@@ -4159,7 +4159,8 @@ class Run:
             rt.log(f"attention: not {why}")
         complete = {None: "unknown, no manifest", True: "yes", False: "NO, unlike the manifest"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
-               f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
+               f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}"
+               f"{f', {len(self.val.pairs)} pairs of tokens fused' if self.val.pairs else ''}")
         self.model = build_model(cfg, rt, self.attention.run, self.val.bos, ops, self.val.pairs)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
         self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)

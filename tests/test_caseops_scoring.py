@@ -213,6 +213,7 @@ def test_a_fused_run_is_scored_by_raw_bytes_and_passes_its_audit(fused, cased, t
     result = read_result(tmp_path / "run")
     assert result["val_bytes"] == sum(len(text.encode()) for text in VAL)
     assert result["val_complete"] is True and failed_checks(tmp_path / "run") == []
+    assert "complete: yes, 13 pairs of tokens fused\n" in (tmp_path / "run/train.log").read_text()
     assert result["val_tokens"] < len(load(cased).tokens) - 20
     for name in ("DATA_PATH", "TOKENIZER_PATH"):  # only what is scored
         shutil.copytree(Path(fused[name]) if name == "DATA_PATH" else Path(fused[name]).parent, tmp_path / name)
