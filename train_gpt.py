@@ -51,7 +51,7 @@ import warnings
 import zipfile
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
@@ -771,6 +771,7 @@ class GPT(nn.Module):
         new("mlp_scale", torch.ones(layers, d), "scalar", "layer")
         new("q_gain", torch.full((layers, cfg.num_heads), cfg.qk_gain_init), "scalar", "layer")
         self.add_techniques(kv)
+        self.register_buffer("is_pair", None, persistent=False)  # (V,) bool: ids that stand for two tokens
         if cfg.ln_scale:  # a tensor: of numbers, torch.compile would make a graph for each layer
             self.register_buffer("norm_scale", torch.arange(1, layers + 1) ** -0.5, persistent=False)
             self.slices["norm_scale"] = ("norm_scale", "layer", 0)
@@ -784,6 +785,14 @@ class GPT(nn.Module):
         if cut:
             names = (roles or name).split()
             self.slices |= {role: (name, cut, i * self.cfg.num_layers) for i, role in enumerate(names)}
+
+    @torch.no_grad()
+    def fuse(self, pairs: Sequence[list[int]]) -> None:
+        """Have ids stand for two tokens, each as [id, piece, marker]; their rows begin as a mixture (PR 2109)."""
+        ids, piece, marker = torch.tensor(pairs, device=self.tok_emb.device).T
+        rows, norm = 0.4 * self.tok_emb[piece] + 0.6 * self.tok_emb[marker], self.tok_emb.norm(dim=1).mean()
+        self.tok_emb[ids] = norm * F.normalize(rows, dim=1)
+        self.is_pair = torch.zeros(len(self.tok_emb), dtype=torch.bool, device=ids.device).index_fill(0, ids, True)
 
     def add_techniques(self, kv: int) -> None:
         """The parameters of what can be off. `kv`: the width of keys and of values, all heads together."""
@@ -878,14 +887,21 @@ class GPT(nn.Module):
         smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
         if smear == "input":  # PR 1667
             gate = torch.sigmoid(linear(x[..., : cfg.gate_window], self.smear_weight, "smear", hooks))
-            x = x + self.smear_scale.to(x.dtype) * gate * previous(x, starts)
+            x = x + self.smear_scale.to(x.dtype) * self.shut(gate, ids, starts) * previous(x, starts)
         x = rms_norm(x)
         if smear == "vector":  # PR 65
-            x = torch.lerp(x, previous(x, starts), torch.sigmoid(self.smear_theta).to(x.dtype))
+            gate = torch.sigmoid(self.smear_theta).to(x.dtype)
+            x = torch.lerp(x, previous(x, starts), self.shut(gate, ids, starts))
         if not cfg.ve_enabled:
             return x, None
         values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
         return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
+
+    def shut(self, gate: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
+        """A smear gate, 0 where the token before stands for two (PR 2109): ids, starts (B, T)."""
+        if self.is_pair is None:
+            return gate
+        return gate.masked_fill(previous(self.is_pair[ids][..., None], starts), 0.0)
 
     def predict(self, x: Tensor, lane: Tensor | None, targets: Tensor | None, hooks: Hooks) -> Tensor:
         """Losses, or logits without targets, from the last residual stream x (B, T, d) and its other lane, if any."""
@@ -1017,10 +1033,14 @@ def orthogonal(count: int, rows: int, cols: int) -> Tensor:
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
 
 
-def build_model(cfg: Settings, rt: "Runtime", attend: Callable, bos: int, ops: Ops = PLAIN) -> GPT:
+def build_model(cfg: Settings, rt: "Runtime", attend: Callable, bos: int, ops: Ops = PLAIN,
+                pairs: Sequence[list[int]] = ()) -> GPT:
     """The model with its initial weights from SEED, drawn on the CPU so that they do not depend on the device."""
     torch.manual_seed(cfg.seed)
-    model = GPT(cfg, attend, rt.dtype, bos, ops).to(rt.device)
+    model = GPT(cfg, attend, rt.dtype, bos, ops)
+    if pairs:
+        model.fuse(pairs)
+    model.to(rt.device)
     for name, p in model.named_parameters():
         rt.share_(p.detach(), name)
     return model
@@ -1713,6 +1733,7 @@ class Clock:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_BYTES = 20240520, 1, 1024
 CASE_MARKERS = "\ue001\ue002\ue003\ue004"  # of CaseOps: a capital and small letters, all capitals, one, no marker
+PAIRS_MARK, PAIRS_START = 20261126, 5  # in a header: how many pairs of tokens are fused follows, then those
 
 
 def read_shard(path: str, vocab_size: int | None = None) -> np.ndarray:
@@ -1782,6 +1803,7 @@ class ByteTable:
     space_after_boundary: int  # bytes of a space that opens a document: 0 where decoding strips it
     bos: int  # id of the token that starts a document, -1 if the tokenizer has none
     case_markers: bool = False  # the pieces include those of CaseOps
+    spare: frozenset[int] = frozenset()  # pieces of bytes that stand in no UTF-8 text, so encoding never gives them
 
     def of(self, tokens: Tensor) -> Tensor:
         """(N,) int32 bytes charged to each token of a stream (N,); the first, which is no target, costs 0."""
@@ -1828,7 +1850,9 @@ def read_tokenizer(path: str, vocab_size: int, bos: int | None = None) -> ByteTa
         boundary[bos], length[bos], space[bos] = 1, 0, 0
     keeps_space = sp.decode_pieces(["▁", "a"]).startswith(" ")
     tensors = torch.from_numpy(length), torch.from_numpy(space), torch.from_numpy(boundary).bool()
-    table = ByteTable(*tensors, int(keeps_space), sp.bos_id() if bos is None else bos, pieces.issuperset(CASE_MARKERS))
+    spare = frozenset(sp.piece_to_id(f"<0x{byte:02X}>") for byte in (0xC0, 0xC1, *range(0xF5, 0x100)))
+    table = ByteTable(*tensors, int(keeps_space), sp.bos_id() if bos is None else bos, pieces.issuperset(CASE_MARKERS),
+                      spare - {sp.unk_id()})
     probe, mark = "Bytes of a probe", max(table.bos, 0)
     ids = sp.encode(probe)
     counted, decoded = int(table.of(torch.tensor([mark, *ids])).sum()), len(sp.decode(ids).encode())
@@ -1869,6 +1893,25 @@ def charged_bytes(cfg: Settings, table: ByteTable, paths: list[str], tokens: Ten
     return charged
 
 
+def fused_pairs(cfg: Settings, table: ByteTable, paths: list[str]) -> list[list[int]]:
+    """[id, piece, marker] of each id that stands for two tokens (data/caseops.py), as the headers of `paths` list them.
+    RunError where one differs from the first, or has pairs that are none of this tokenizer.
+    """
+    found = []
+    for path in paths:
+        header = [*np.fromfile(path, dtype="<i4", count=256).tolist(), *[0] * 256]  # a file may be cut off
+        count = header[PAIRS_START - 1] if header[3] == PAIRS_MARK else 0
+        pairs = [header[i : i + 3] for i in range(PAIRS_START, min(PAIRS_START + 3 * count, 256), 3)]
+        ids, parts = {pair[0] for pair in pairs}, {part for pair in pairs for part in pair[1:]}
+        known = ids <= table.spare and parts <= {*range(cfg.vocab_size)} - ids and len(ids) == count
+        if count and not (cfg.caseops_enabled and known):
+            raise RunError(f"{path}: lists pairs of tokens that are none of TOKENIZER_PATH={cfg.tokenizer_path}")
+        found.append(pairs)
+        if pairs != found[0]:
+            raise RunError(f"{path}: lists other pairs of tokens than {paths[0]}; the shards are of two data sets")
+    return found[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class Validation:
     """The text that is scored, whole."""
@@ -1879,6 +1922,7 @@ class Validation:
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
     ngram: tuple[int, float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
+    pairs: Sequence[list[int]] = ()  # of tokens that are fused, in all shards: id, piece, marker
 
     @classmethod
     def load(cls, cfg: Settings, table: ByteTable, device: str | torch.device = "cpu") -> "Validation":
@@ -1897,7 +1941,8 @@ class Validation:
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
         ngram = (cfg.token_order, cfg.token_threshold) if cfg.ngram_tilt_enabled else None
-        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram)
+        pairs = fused_pairs(cfg, table, paths + ([] if cfg.eval_only else find_shards(cfg.data_path, "train")))
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram, pairs)
 
     @cached_property
     def hints(self) -> Tensor | None:
@@ -4222,8 +4267,9 @@ class Run:
             rt.log(f"attention: not {why}")
         complete = {None: "unknown, no manifest", True: "yes", False: "NO, unlike the manifest"}
         rt.log(f"validation: {self.val.docs} documents, {len(self.val.tokens)} tokens, "
-               f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}")
-        self.model = build_model(cfg, rt, self.attention.run, self.val.bos, ops)
+               f"{int(self.val.bytes.sum(dtype=torch.int64))} bytes, complete: {complete[self.val.complete]}"
+               f"{f', {len(self.val.pairs)} pairs of tokens fused' if self.val.pairs else ''}")
+        self.model = build_model(cfg, rt, self.attention.run, self.val.bos, ops, self.val.pairs)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
         self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
         self.final_forward = self.forward if cfg.ttt_mode == "none" else parts

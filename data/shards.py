@@ -4,6 +4,9 @@ A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token
 little-endian uint16. The shards of a split are called fineweb_<split>_<6 digits>.bin and are numbered from 0. The
 splits are train, val and val_bytes; the last one holds the bytes that each token of val is charged.
 
+If some ids stand for pairs of tokens (Fusion in data/caseops.py), the header of every train and val shard lists them
+behind the count: a mark of this list, how many pairs there are, then for each pair its id and its two tokens.
+
 The file manifest.json lists the data sets and the tokenizers of a folder by name. A tool changes its own entries only.
 """
 
@@ -27,6 +30,7 @@ MAGIC = 20240520
 VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
+PAIRS_MARK = 20261126  # in the header, where other shards have a zero: pairs are listed behind it
 MAX_VOCAB = 1 << 16  # a token is a uint16
 SHARD_NAME = re.compile(r"fineweb_(train|val|val_bytes)_([0-9]{6})\.bin")
 
@@ -74,14 +78,19 @@ def only_one(out: Path) -> Iterator[None]:
 # ----- shards
 
 
-def write_shard(path: str | os.PathLike, tokens: np.ndarray) -> None:
-    """Write `tokens`, a uint16 array of shape (count,), as one shard. Raise ValueError for any other array."""
+def write_shard(path: str | os.PathLike, tokens: np.ndarray, pairs: list[tuple[int, int, int]] = ()) -> None:
+    """Write `tokens`, a uint16 array of shape (count,), as one shard. Raise ValueError for any other array.
+
+    Each of `pairs` is an id among the tokens and the ids of the two tokens for which it stands.
+    """
     if tokens.ndim != 1 or tokens.dtype.kind != "u" or tokens.dtype.itemsize != 2:
         raise ValueError(f"{path}: expected a 1-D uint16 array, found {tokens.ndim}-D {tokens.dtype}")
     if len(tokens) >= 1 << 31:  # the header counts in int32
         raise ValueError(f"{path}: expected fewer than {1 << 31} tokens in a shard, found {len(tokens)}")
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
+    if len(pairs):
+        header[3 : 5 + 3 * len(pairs)] = PAIRS_MARK, len(pairs), *np.ravel(pairs)
     with atomic_write(path) as file:
         file.write(header.tobytes())
         file.write(np.ascontiguousarray(tokens, "<u2").data)
@@ -109,6 +118,24 @@ def read_shard(path: str | os.PathLike, vocab_size: int | None = None) -> np.nda
     if vocab_size is not None and (largest := int(tokens.max())) >= vocab_size:
         raise ValueError(f"{path}: expected tokens below {vocab_size}, found {largest}")
     return tokens
+
+
+def read_pairs(paths: list[Path]) -> list[tuple[int, int, int]]:
+    """Return the pairs that the headers of these shards list: the id of each pair and the ids of its two tokens.
+
+    Raise ValueError if the headers differ, or if one lists more pairs than it has room for.
+    """
+    found = []
+    for path in paths:
+        header = np.fromfile(path, "<i4", HEADER_INTS).tolist()
+        count = header[4] if header[3:4] == [PAIRS_MARK] else 0
+        if not 0 <= count <= (HEADER_INTS - 5) // 3:
+            raise ValueError(f"{path}: its header lists {count} pairs of tokens, expected at most "
+                             f"{(HEADER_INTS - 5) // 3}")
+        found.append([tuple(header[i : i + 3]) for i in range(5, 5 + 3 * count, 3)])
+        if found[-1] != found[0]:
+            raise ValueError(f"{path}: lists other pairs of tokens than {paths[0]}")
+    return found[0] if found else []
 
 
 def shard_names(split: str, count: int) -> list[str]:

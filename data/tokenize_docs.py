@@ -6,6 +6,7 @@ Notable features:
 - The tool trains SentencePiece BPE tokenizers on the training documents, or takes existing ones.
 - One pass over the documents makes the data sets of several tokenizers.
 - With CaseOps the documents are transformed first. The bytes of each validation token are written beside the shards.
+- Frequent pairs of a piece and a marker of CaseOps can become one token each. The headers of the shards list them.
 - The published documents are split as the challenge does: the first 50,000 are validation, and no others.
 - A tokenizer whose bytes cannot be counted exactly is refused. So are training documents that are also in validation.
 - All cores encode, and memory is bounded. The output does not depend on the number of cores.
@@ -23,10 +24,12 @@ The last command writes, below --out:
 
 A data set called <prefix>_sp<N> gets the tokenizer <prefix>_<N>_bpe. An existing tokenizer keeps the name of its file.
 With --caseops both names end in _caseops, and each fineweb_val_<6 digits>.bin has a fineweb_val_bytes_<6 digits>.bin.
-That file holds, as uint16, the bytes of raw text that each token is charged. BOS is charged none.
+That file holds, as uint16, the bytes of raw text that each token is charged. BOS is charged none. With --fuse-markers
+as well, the name of the data set ends in _caseops_fused. The tokenizer is the same one.
 
 The file tokenizers.json is a list with one object for each data set. The object has a "name" (local_sp<N> without one),
-either "vocab_size" or "model", and perhaps "caseops". A relative path of a "model" starts from the folder of the file:
+either "vocab_size" or "model", and perhaps "caseops" and "fuse_markers". A relative path of a "model" starts from the
+folder of the file:
 
     [{"name": "mine_sp4096", "vocab_size": 4096}, {"name": "other_sp8192", "model": "fineweb_8192_bpe.model"},
      {"name": "mine_sp8192", "vocab_size": 8192, "caseops": true}]
@@ -57,7 +60,7 @@ from typing import BinaryIO
 import numpy as np
 import sentencepiece as spm
 import shards
-from caseops import MARKERS, restore, token_bytes, transform
+from caseops import MARKERS, Fusion, restore, token_bytes, transform
 from overlap import ALLOWED, find_overlap
 from tqdm import tqdm
 
@@ -253,7 +256,7 @@ class Encoder:
     def __init__(self, model: bytes, name: str, caseops: bool = False, threads: int = -1) -> None:
         self.model, self.name, self.caseops = model, name, caseops
         self.tokenizer = shards.load_tokenizer(model, name, threads)
-        self.tables = piece_bytes(self.tokenizer)
+        self.tables, self.fusion = piece_bytes(self.tokenizer), Fusion(self.tokenizer)
         if caseops and any(self.tokenizer.is_unknown(self.tokenizer.piece_to_id(marker)) for marker in MARKERS):
             raise ValueError(f"{name}: expected the markers of CaseOps among its pieces, found not all of them")
 
@@ -261,6 +264,10 @@ class Encoder:
         """Return the bytes that the scorer will count for the `tokens` of a document, BOS first, without CaseOps."""
         size, space, boundary = self.tables
         return int(size[tokens[1:]].sum() + (space[tokens[1:]] & ~boundary[tokens[:-1]]).sum())
+
+    def fuse_markers(self, sample: list[str]) -> None:
+        """Fuse from now on the pairs that are the most frequent ones in the texts `sample`."""
+        self.fusion = Fusion.choose(self.tokenizer, self.tokenizer.encode([transform(text) for text in sample]))
 
     def split_texts(self, texts: list[str], split: str) -> list[tuple[list[int], np.ndarray]]:
         """Return the token ids of each text, and the bytes that each id is charged if they do not follow from it."""
@@ -282,12 +289,15 @@ class Encoder:
         nothing = np.zeros(0, np.uint16)
         tokens, charges, numbers = [nothing], [nothing], Counter()
         encoded = self.split_texts([text for _, text in documents], split)
-        decoded = self.tokenizer.decode([ids for ids, _ in encoded])
-        for (place, text), (ids, charged), back in zip(documents, encoded, decoded):
-            if not ids:
+        fused = [self.fusion.fuse(np.array(ids)) for ids, _ in encoded]
+        decoded = self.tokenizer.decode([self.fusion.split(ids)[0].tolist() for ids, _ in fused])
+        for (place, text), (_, charged), (ids, starts), back in zip(documents, encoded, fused, decoded):
+            if not len(ids):
                 numbers["docs_empty"] += 1
                 continue
-            tokens.append(np.array([self.tokenizer.bos_id(), *ids], np.uint16))
+            if len(charged):
+                charged = np.add.reduceat(charged, starts)
+            tokens.append(np.append(self.tokenizer.bos_id(), ids).astype(np.uint16))
             back = restore(back, strict=False) if self.caseops else back
             length = counted = len(back.encode())
             if not self.caseops:
@@ -307,11 +317,12 @@ class Encoder:
 class ShardWriter:
     """Writes a stream of tokens into shards of `shard_tokens`. The last one is shorter.
 
-    Documents are cut where a shard is full, as in the published data. `written` lists the shards for the manifest.
+    Documents are cut where a shard is full, as in the published data. `written` lists the shards for the manifest. The
+    headers list the `pairs` of tokens that are fused.
     """
 
-    def __init__(self, folder: Path, split: str, shard_tokens: int) -> None:
-        self.folder, self.split = folder, split
+    def __init__(self, folder: Path, split: str, shard_tokens: int, pairs: list[tuple[int, int, int]] = ()) -> None:
+        self.folder, self.split, self.pairs = folder, split, pairs
         self.buffer, self.filled = np.empty(shard_tokens, np.uint16), 0
         self.written: list[dict] = []
 
@@ -328,7 +339,7 @@ class ShardWriter:
         """Write what is not yet in a shard."""
         if self.filled:
             path = self.folder / shards.shard_names(self.split, len(self.written) + 1)[-1]
-            shards.write_shard(path, self.buffer[: self.filled])
+            shards.write_shard(path, self.buffer[: self.filled], self.pairs)
             self.written.append({"name": path.name, "tokens": self.filled, "sha256": shards.file_sha256(path)})
             self.filled = 0
 
@@ -342,20 +353,25 @@ class Spec:
     vocab_size: int
     model: bytes | None
     caseops: bool
+    fuse_markers: bool
 
     @classmethod
-    def make(cls, name: str | None, vocab_size: int | None, model: Path | None, caseops: bool) -> "Spec":
+    def make(cls, name: str | None, vocab_size: int | None, model: Path | None, caseops: bool, fuse_markers: bool
+             ) -> "Spec":
         """Make a Spec from either `vocab_size` or the file `model`. Raise ValueError or OSError if that is unusable."""
+        if fuse_markers and not caseops:
+            raise ValueError("--fuse-markers: expected together with --caseops, whose markers it fuses")
         suffix = "_caseops" if caseops else ""
         data = model.read_bytes() if model else None
         if model:
             vocab_size = Encoder(data, str(model), caseops).tokenizer.vocab_size()
-        name = (name or f"local_sp{vocab_size}").removesuffix(suffix) + suffix
+        end = suffix + ("_fused" if fuse_markers else "")
+        name = (name or f"local_sp{vocab_size}").removesuffix(end).removesuffix(suffix) + end
         if not re.fullmatch(r"[\w.+-]*\w", name):
             raise ValueError(f"--name: expected letters, digits and . _ + -, found {name!r}")
-        prefix = re.sub(r"(10B)?(_sp\d+)?$", "", name.removesuffix(suffix))
+        prefix = re.sub(r"(10B)?(_sp\d+)?$", "", name.removesuffix(end))
         tokenizer_name = model.stem if model else f"{prefix}_{vocab_size}_bpe{suffix}"
-        return cls(name, tokenizer_name, vocab_size, data, caseops)
+        return cls(name, tokenizer_name, vocab_size, data, caseops, fuse_markers)
 
 
 class Dataset:
@@ -364,8 +380,9 @@ class Dataset:
     def __init__(self, name: str, encoder: Encoder, folder: Path, shard_tokens: int) -> None:
         self.name, self.encoder, self.folder = name, encoder, folder
         self.numbers = {split: Counter(docs=0, docs_empty=0, docs_lossy=0, bytes=0) for split in SPLITS}
-        self.writers = {split: ShardWriter(folder, split, shard_tokens)
-                        for split in (*SPLITS, *["val_bytes"] * encoder.caseops)}
+        self.writers = {split: ShardWriter(folder, split, shard_tokens, encoder.fusion.pairs) for split in SPLITS}
+        if encoder.caseops:
+            self.writers["val_bytes"] = ShardWriter(folder, "val_bytes", shard_tokens)
         folder.mkdir()
 
     def add(self, split: str, documents: list[tuple[str, str]]) -> None:
@@ -394,6 +411,8 @@ class Dataset:
         entry = {"name": self.name, "tokenizer_name": self.encoder.name}
         if self.encoder.caseops:
             entry["caseops"] = True
+        if self.encoder.fusion.pairs:
+            entry["fuse_markers"] = True
         if docs_sha256:
             entry["docs_sha256"] = docs_sha256
         entry["stats"] = stats | {"docs_val_overlapping": self.count_overlap()}
@@ -424,15 +443,16 @@ def read_specs(path: Path) -> list[Spec]:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{path}: expected a list of objects")
-    types = {"name": str, "vocab_size": int, "model": str, "caseops": bool}
+    types = {"name": str, "vocab_size": int, "model": str, "caseops": bool, "fuse_markers": bool}
     specs = []
     for number, item in enumerate(listed, 1):
         known = isinstance(item, dict) and all(type(value) is types.get(key) for key, value in item.items())
         if not known or ("vocab_size" in item) == ("model" in item):
             raise ValueError(f'{path}: item {number}: expected an object with "vocab_size", a number, or "model", a '
-                             f'file, and perhaps "name" and "caseops", true or false; found {item}')
+                             f'file, and perhaps "name", "caseops" and "fuse_markers", true or false; found {item}')
         model = path.parent / item["model"] if "model" in item else None
-        specs.append(Spec.make(item.get("name"), item.get("vocab_size"), model, item.get("caseops", False)))
+        specs.append(Spec.make(item.get("name"), item.get("vocab_size"), model, item.get("caseops", False),
+                               item.get("fuse_markers", False)))
     return specs
 
 
@@ -455,16 +475,20 @@ def check_names(out: Path, specs: list[Spec]) -> None:
 
 
 def make_encoders(specs: list[Spec], sources: list[Source], sample_mb: float, threads: int) -> list[Encoder]:
-    """Return an encoder for each of `specs`. Tokenizers are trained, where needed, on one sample of the documents."""
-    sample = sample_texts(sources, sample_mb * 1e6) if any(not spec.model for spec in specs) else []
-    encoders = []
+    """Return an encoder for each of `specs`. Tokenizers are trained, and pairs to fuse are chosen, on one sample of the
+    training documents.
+    """
+    needed = any(not spec.model or spec.fuse_markers for spec in specs)
+    sample = sample_texts(sources, sample_mb * 1e6) if needed else []
+    encoders, models = [], {spec.tokenizer_name: spec.model for spec in specs}
     for spec in specs:
-        model = spec.model
-        if not model:
+        if not models[spec.tokenizer_name]:
             print(f"training {spec.tokenizer_name} on {len(sample):,} documents", flush=True)
             texts = [transform(text) for text in sample] if spec.caseops else sample
-            model = train_tokenizer(texts, spec.vocab_size, MARKERS if spec.caseops else ())
-        encoders.append(Encoder(model, spec.tokenizer_name, spec.caseops, threads))
+            models[spec.tokenizer_name] = train_tokenizer(texts, spec.vocab_size, MARKERS if spec.caseops else ())
+        encoders.append(Encoder(models[spec.tokenizer_name], spec.tokenizer_name, spec.caseops, threads))
+        if spec.fuse_markers:
+            encoders[-1].fuse_markers(sample)
     return encoders
 
 
@@ -530,8 +554,8 @@ def tokenize(args: argparse.Namespace) -> None:
     if args.val_docs and not args.docs:
         raise ValueError("--val-docs: expected together with --docs")
     args.val_docs = args.val_docs or DEFAULT_VAL_DOCS
-    if args.specs and (args.name or args.caseops):
-        raise ValueError("--name, --caseops: expected in the file of --specs")
+    if args.specs and (args.name or args.caseops or args.fuse_markers):
+        raise ValueError("--name, --caseops, --fuse-markers: expected in the file of --specs")
     if args.docs:
         sources = [Source(args.docs, args.val_docs)]
     else:
@@ -541,7 +565,7 @@ def tokenize(args: argparse.Namespace) -> None:
     if args.specs:
         specs = read_specs(args.specs)
     else:
-        specs = [Spec.make(args.name, args.vocab_size, args.tokenizer, args.caseops)]
+        specs = [Spec.make(args.name, args.vocab_size, args.tokenizer, args.caseops, args.fuse_markers)]
     args.out.mkdir(parents=True, exist_ok=True)
     with shards.only_one(args.out):
         check_names(args.out, specs)
@@ -576,6 +600,9 @@ def main(argv: list[str] | None = None) -> int:
     choice.add_argument("--specs", type=Path, metavar="FILE", help="make the data sets that this JSON file lists")
     parser.add_argument("--caseops", action="store_true",
                         help="mark capitals instead of spelling them (see data/caseops.py)")
+    parser.add_argument("--fuse-markers", action="store_true",
+                        help="with --caseops, make one token of each of the 13 most frequent pairs of a piece and a "
+                             "marker")
     parser.add_argument("--tokenizer-sample-mb", type=float, default=20, metavar="MB",
                         help="train tokenizers on this many million bytes of training documents (default: 20)")
     parser.add_argument("--shard-tokens", type=shards.at_least(1), default=100_000_000, metavar="N",

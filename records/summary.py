@@ -12,11 +12,13 @@ import lzma
 import sys
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import caseops
+from shards import read_pairs
 
 import train_gpt as tg
 
@@ -68,14 +70,17 @@ def validation_text(config: dict) -> bytes:
     """UTF-8 of the validation documents before tokenization, one after another."""
     sp = sentencepiece.SentencePieceProcessor(model_file=config["tokenizer_path"])
     cfg = tg.Settings(data_path=config["data_path"], vocab_size=config["vocab_size"])
-    tokens = [t for path in tg.shard_paths(cfg, "val") for t in tg.read_shard(path, cfg.vocab_size).tolist()]
+    paths = tg.shard_paths(cfg, "val")
+    tokens = np.concatenate([tg.read_shard(path, cfg.vocab_size) for path in paths])
+    tokens = caseops.Fusion(sp, read_pairs(paths)).split(tokens)[0]
+    rule, tokens = caseops.rule_of(sp, tokens), tokens.tolist()
     documents, start = [], 0
     for end in [i for i, t in enumerate(tokens) if t == sp.bos_id() and i] + [len(tokens)]:
         documents.append(tokens[start:end])
         start = end
     texts = sp.decode(documents)
     if config["caseops_enabled"]:
-        texts = [caseops.restore(text, strict=False) for text in texts]
+        texts = [caseops.restore(text, False, rule) for text in texts]
     return "".join(texts).encode()
 
 

@@ -29,11 +29,17 @@ class Reference:
     def __init__(self, cfg: tg.Settings, model: tg.GPT, loops: int = 0, span: int = 1):
         """`span`: how far attention may reach, which is what YaRN looks at."""
         self.cfg, self.loops, self.span, self.context = cfg, loops, span, []
+        self.pairs = set() if model.is_pair is None else set(model.is_pair.nonzero().flatten().tolist())
         self.p = {name: p.detach().double().requires_grad_() for name, p in model.named_parameters()}
 
     def before(self, x: torch.Tensor, ids: list[int]) -> torch.Tensor:
         """Vector of the token before, 0 where a document starts."""
         return torch.stack([x[t - 1] if t and ids[t] != BOS else 0 * x[t] for t in range(len(ids))])
+
+    def smeared(self, ids: list[int]) -> torch.Tensor:
+        """(T, 1) 0 for each token whose predecessor in the document stands for two tokens, 1 for the others."""
+        return torch.tensor([[0.0 if t and ids[t] != BOS and ids[t - 1] in self.pairs else 1.0]
+                             for t in range(len(ids))]).double()
 
     def inputs(self, ids: list[int]) -> torch.Tensor:
         cfg, p = self.cfg, self.p
@@ -48,10 +54,10 @@ class Reference:
             x = x + p["bigram_scale"] * p["bigram_table"][buckets] @ p["bigram_bank"][0].T
         if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
             gate = sigmoid(x[:, : cfg.gate_window] @ p["smear_weight"][0])
-            x = x + p["smear_scale"] * gate[:, None] * self.before(x, ids)
+            x = x + self.smeared(ids) * p["smear_scale"] * gate[:, None] * self.before(x, ids)
         x = rms(x)
         if cfg.smear_gate_enabled and cfg.smear_gate_mode == "vector":
-            g = sigmoid(p["smear_theta"])
+            g = self.smeared(ids) * sigmoid(p["smear_theta"])
             x = (1 - g) * x + g * self.before(x, ids)
         return x
 

@@ -3,6 +3,7 @@ import this module before that GPU is in place.
 """
 
 import json
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -63,6 +64,22 @@ def export_topics(folder: Path, val: list[str], *options: str) -> None:
                                  str(folder), "--vocab-size", "512", "--name", "topics_sp512", "--workers", "1",
                                  *options])
     assert status == 0
+
+
+def published_caseops(text: str) -> str:
+    """What the published CaseOps data has for a text, by the rule in the words of PR 1729: letters A to Z, by words."""
+    marked, title, allcaps, cap, escape = "", "\ue001", "\ue002", "\ue003", "\ue004"
+    for word in re.findall("[A-Za-z]+|[^A-Za-z]", text):
+        if word in (title, allcaps, cap, escape):
+            marked += escape + word
+        elif not word.isascii() or word.islower() or not word.isalpha():
+            marked += word
+        elif len(word) > 1 and word.isupper():
+            marked += allcaps + word.lower()
+        else:
+            first = (title if word[0].isupper() else "") + word[0].lower()
+            marked += first + "".join((cap if c.isupper() else "") + c.lower() for c in word[1:])
+    return marked
 
 
 def short_data(tiny: dict[str, str], folder: Path) -> dict[str, str]:

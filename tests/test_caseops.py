@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import random
 import re
 import sys
@@ -10,10 +11,25 @@ import caseops
 import numpy as np
 import pytest
 import sentencepiece as spm
-from caseops import ALLCAPS, CAP, ESCAPE, MARKERS, TITLE, restore, restored_bytes, token_bytes, transform
+from caseops import (
+    ALLCAPS,
+    CAP,
+    ESCAPE,
+    MARKED,
+    MARKERS,
+    PUBLISHED,
+    TITLE,
+    Fusion,
+    restore,
+    restored_bytes,
+    rule_of,
+    token_bytes,
+    transform,
+)
 from conftest import shifted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from runs import published_caseops
 
 CODE_POINTS = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code <= 0xDFFF]
 READABLE = str.maketrans({TITLE: "^", ALLCAPS: "#", CAP: "+", ESCAPE: "\\"})
@@ -225,3 +241,139 @@ def test_markers_cost_nothing_and_bytes_are_shared(identity):
 def test_a_text_of_which_nothing_is_left():
     ids, counts = token_bytes(train(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True), "  ")
     assert len(ids) == len(counts) == 0
+
+
+# ----- pairs of a piece and a marker
+
+
+PAIRED = st.lists(st.sampled_from(["A", "the", " The", ". The", ".", " I", "\n", ", A", "NASA", " ", "\u00e9",
+                                   "\U0001f600A", "<0xC0>", "\u2581A", *MARKERS])).map("".join)
+
+
+@pytest.fixture(scope="module")
+def fusion(identity) -> Fusion:
+    return Fusion.choose(identity, identity.encode([transform(text) for text in SENTENCES]))
+
+
+def spare(processor: spm.SentencePieceProcessor) -> set[int]:
+    """Ids of bytes that no text has: what no code point begins or goes on with."""
+    used = {byte for c in CODE_POINTS[::64] + CODE_POINTS[:0x800] for byte in c.encode()}
+    return {processor.piece_to_id(f"<0x{byte:02X}>") for byte in range(256) if byte not in used}
+
+
+def fused_by_hand(ids: list[int], pairs: dict[tuple[int, int], int]) -> list[tuple[int, int]]:
+    """(id, place) of each token, from left to right."""
+    out, i = [], 0
+    while i < len(ids):
+        pair = tuple(ids[i : i + 2])
+        out.append((pairs.get(pair, ids[i]), i))
+        i += 2 if pair in pairs else 1
+    return out
+
+
+def test_the_most_frequent_pairs_are_chosen(identity, fusion):
+    texts = [identity.encode(transform(text)) for text in SENTENCES]
+    markers, counts = {identity.piece_to_id(marker) for marker in MARKERS}, {}
+    for a, b in (pair for ids in texts for pair in itertools.pairwise(ids)):
+        if b in markers and a not in markers and not identity.is_byte(a):
+            counts[a, b] = counts.get((a, b), 0) + 1
+    assert len(fusion.pairs) == 13 == len(spare(identity)) < len(counts)
+    assert {token for token, _, _ in fusion.pairs} == spare(identity)
+    chosen = [counts.pop(pair[1:]) for pair in fusion.pairs]
+    assert min(chosen) >= max(counts.values()) and len({identity.id_to_piece(m) for _, _, m in fusion.pairs}) > 1
+
+
+@given(ANY | PAIRED)
+@settings(max_examples=1000, deadline=None)
+@example("".join(SENTENCES))
+@example("")
+def test_pairs_are_fused_and_split_without_loss(identity, fusion, text):
+    """Of every text: the same tokens, and each is charged what its parts were, to the last byte."""
+    ids, counts = token_bytes(identity, text)
+    fused, starts = fusion.fuse(ids)
+    by_hand = fused_by_hand(ids.tolist(), {pair[1:]: pair[0] for pair in fusion.pairs})
+    assert list(zip(fused.tolist(), starts.tolist())) == by_hand
+    split, places = fusion.split(fused)
+    assert split.tolist() == ids.tolist() and places.tolist() == starts.tolist()
+    assert restore(identity.decode(split.tolist()), strict=False) == text.replace("\u2581", " ")
+    ends = [*starts.tolist(), len(ids)][1:]
+    charged = [sum(counts[a:b].tolist()) for a, b in zip(starts.tolist(), ends)]
+    assert not len(ids) or np.add.reduceat(counts, starts).tolist() == charged
+    assert sum(charged) == len(text.replace("\u2581", " ").encode())
+    assert not set(ids.tolist()) & spare(identity)
+
+
+def test_no_code_point_needs_the_id_of_a_pair(any_processor):
+    """All 1.1 million, at the start, after a capital and before one."""
+    for before, after in (("", ""), ("A", ""), ("", "A")):
+        text = "\n".join(before + c + after for c in CODE_POINTS)
+        assert not set(any_processor.encode(transform(text))) & spare(any_processor)
+
+
+@given(st.lists(st.integers(0, 359)))
+@settings(max_examples=300, deadline=None)
+def test_any_tokens_that_have_no_fused_id_come_back(fusion, ids):
+    """Also those that no text is encoded by; and what has fused ids splits into both parts of each."""
+    parts = {token: [piece, marker] for token, piece, marker in fusion.pairs}
+    split, places = fusion.split(np.array(ids, np.uint16))
+    assert split.tolist() == [part for token in ids for part in parts.get(token, [token])]
+    assert places.tolist() == [sum(len(parts.get(t, [t])) for t in ids[:i]) for i in range(len(ids))]
+    again, _ = fusion.fuse(split)
+    assert fusion.split(again)[0].tolist() == split.tolist() and len(again) <= len(ids)
+    nothing = Fusion(train())
+    assert nothing.fuse(np.array(ids, np.uint16))[0].tolist() == nothing.split(np.array(ids))[0].tolist() == ids
+
+
+@pytest.mark.parametrize("change", [
+    lambda sp, p: [(sp.piece_to_id("<0x41>"), *p[0][1:])],
+    lambda sp, p: [(sp.piece_to_id("the"), *p[0][1:])],
+    lambda sp, p: [(p[0][0], sp.piece_to_id(TITLE), p[0][2])],
+    lambda sp, p: [(p[0][0], sp.piece_to_id("<0x41>"), p[0][2])],
+    lambda sp, p: [(p[0][0], sp.bos_id(), p[0][2])],
+    lambda sp, p: [(p[0][0], 360, p[0][2])],
+    lambda sp, p: [(p[0][0], -1, p[0][2])],
+    lambda sp, p: [(*p[0][:2], p[0][1])],
+    lambda sp, p: [p[0], (p[0][0], *p[1][1:])],
+    lambda sp, p: [p[0], (p[1][0], *p[0][1:])],
+])
+def test_what_are_no_pairs_of_a_tokenizer_is_refused(identity, fusion, change):
+    Fusion(identity, fusion.pairs[:2])
+    with pytest.raises(ValueError, match="^the pairs? of tokens") as caught:
+        Fusion(identity, change(identity, fusion.pairs))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_markers_there_is_nothing_to_choose(identity):
+    with pytest.raises(ValueError, match="no pair of a piece and a marker"):
+        Fusion.choose(identity, identity.encode(["the them", ""]))
+
+
+# ----- the published order of markers
+
+
+@given(ANY | PAIRED)
+@settings(max_examples=1000, deadline=None)
+@example("AB\u023a AB\u2c65 iPhone HTTPServer I A\u00e9")
+def test_the_published_rule_is_read_without_loss(text):
+    marked = published_caseops(text)
+    assert restore(marked, False, PUBLISHED) == text
+    assert restored_bytes(marked, PUBLISHED).sum() == len(text.encode())
+    assert restored_bytes(text, PUBLISHED).sum() == len(restore(text, False, PUBLISHED).encode())
+
+
+def test_the_two_rules_differ():
+    """Or there would be no need to know which one made a text: an A to Z word ends where another letter begins."""
+    marked = published_caseops("AB\u2c65")
+    assert restore(marked, False) == "AB\u023a" and restored_bytes(marked).sum() == 4
+    assert restored_bytes(marked, PUBLISHED).sum() == 5
+
+
+@pytest.mark.parametrize("literal", ["", "\u2581T\u2581X "])
+def test_the_order_of_markers_tells_the_rule(any_processor, literal):
+    """By tokenizers that put a space in front, put none or drop spaces; also of a literal "\u2581"."""
+    bos, texts = any_processor.bos_id(), [*SENTENCES, "The end", literal + "A"]
+    for rule, marked in ((MARKED, transform), (PUBLISHED, published_caseops)):
+        tokens = [t for text in texts for t in (bos, *any_processor.encode(marked(text)))]
+        assert rule_of(any_processor, np.array(tokens)) is rule
+    for tokens in ([], [bos], [bos, *any_processor.encode("\ue001the")], [bos] * 3):
+        assert rule_of(any_processor, np.array(tokens, np.int64)) is MARKED

@@ -20,9 +20,11 @@ def same_document(ids: torch.Tensor, row: int, start: int) -> list[int]:
     return tokens[first:start]
 
 
-def assert_equals_reference(cfg: tg.Settings, max_len: int | None, loops: int) -> None:
+def assert_equals_reference(cfg: tg.Settings, max_len: int | None, loops: int, pairs=()) -> None:
     """Losses and all gradients, packed in pieces of max_len or (None) by rows."""
     model, (ids, targets) = random_model(cfg), packed_text(cfg)
+    if pairs:
+        model.fuse(pairs)
     bounds = tg.Bounds.find(ids, BOS, max_len) if max_len else None
     share = random_share(targets)
     losses = model(ids, targets, bounds, loops=loops)
@@ -106,6 +108,64 @@ def test_evaluation_loops_as_often_as_the_model_has():
     losses = [model(ids, targets, loops=loops) for loops in (None, 2, 1, 0)]
     assert torch.equal(losses[0], losses[1])
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(losses[1:], 2))
+
+
+# ----- ids that stand for two tokens
+
+
+def some_pairs(cfg: tg.Settings) -> list[list[int]]:
+    """Pairs under ids of packed_text(); two of them end a document, and BOS follows."""
+    ids, _ = packed_text(cfg)
+    fused = sorted({int(ids[0, 17]), int(ids[1, 4]), int(ids[0, 8]), int(ids[1, 18])} - {BOS})
+    others = [token for token in range(2, cfg.vocab_size) if token not in fused]
+    return [[token, others[i], others[-1 - i % 2]] for i, token in enumerate(fused)]
+
+
+@pytest.mark.parametrize("max_len", [14, None], ids=["packed", "rows"])
+@pytest.mark.parametrize("name", ["plain", "smear-input", "smear-vector", "bigram", "all-with-crossed",
+                                  "all-with-lanes"])
+def test_fused_pairs_equal_the_reference(name, max_len):
+    cfg = tiny(**TECHNIQUES[name])
+    assert_equals_reference(cfg, max_len, cfg.num_loops, some_pairs(cfg))
+
+
+@pytest.mark.parametrize("changes", [{}, {"embedding_dim": 9}, {"tie_embeddings": False}])
+def test_rows_of_fused_pairs_begin_as_a_mixture(rt, changes):
+    cfg = tiny(**changes)
+    pairs = some_pairs(cfg)
+    plain, empty, fused = (tg.build_model(cfg, rt, tg.attend_sdpa, BOS, pairs=p) for p in ((), [], pairs))
+    table = plain.tok_emb.detach().double()
+    norms = [float((row * row).sum()) ** 0.5 for row in table]
+    for token, piece, marker in pairs:
+        row = 0.4 * table[piece] + 0.6 * table[marker]
+        row = row * (sum(norms) / len(norms)) / float((row * row).sum()) ** 0.5
+        assert_close(fused.tok_emb[token], row, 1e-6)
+    others = [token for token in range(cfg.vocab_size) if token not in {pair[0] for pair in pairs}]
+    assert torch.equal(fused.tok_emb[others], plain.tok_emb[others])
+    for name, p in plain.named_parameters():
+        assert torch.equal(dict(empty.named_parameters())[name], p)
+        assert name == "tok_emb" or torch.equal(dict(fused.named_parameters())[name], p), name
+    assert plain.is_pair is None and empty.is_pair is None
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", ["input", "vector"])
+def test_the_smear_gate_is_off_after_a_fused_pair(mode):
+    """There the inputs are to the bit those of a model without the gate; elsewhere those of a model without pairs."""
+    cfg, (ids, _) = tiny(smear_gate_enabled=True, smear_gate_mode=mode), packed_text(tiny())
+    plain, pairs = random_model(cfg), some_pairs(cfg)
+    fused, without = random_model(cfg), random_model(tiny())
+    fused.fuse(pairs)
+    for model in (plain, without):
+        model.load_state_dict({k: v for k, v in fused.state_dict().items() if k in model.state_dict()})
+    with torch.no_grad():
+        smeared, got, bare = (model.embed(ids, tg.NO_HOOKS)[0] for model in (plain, fused, without))
+    after = torch.zeros_like(ids, dtype=torch.bool)
+    for row, t in itertools.product(range(2), range(1, 23)):
+        after[row, t] = int(ids[row, t]) != BOS and int(ids[row, t - 1]) in {pair[0] for pair in pairs}
+    assert 2 <= after.sum() < 20
+    assert torch.equal(got[after], bare[after]) and torch.equal(got[~after], smeared[~after])
+    assert ((smeared - bare)[after].abs().amax(-1) > 1e-3).sum() > 1
 
 
 # ----- depth recurrence

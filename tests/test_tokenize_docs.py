@@ -117,6 +117,32 @@ def test_shard_bytes(tmp_path):
     assert shards.read_shard(path).shape == (0,)
 
 
+def test_pairs_stand_in_the_header(tmp_path):
+    """And nowhere else; without pairs the header is that of all other programs."""
+    paths, pairs = [tmp_path / "a.bin", tmp_path / "b.bin"], [(195, 300, 4), (196, 301, 5)]
+    for path in paths:
+        shards.write_shard(path, np.array([7, 8], np.uint16), pairs)
+    header = struct.pack("<256i", 20240520, 1, 2, 20261126, 2, 195, 300, 4, 196, 301, 5, *[0] * 245)
+    assert paths[0].read_bytes() == header + struct.pack("<2H", 7, 8)
+    assert shards.read_shard(paths[0]).tolist() == [7, 8]
+    assert shards.read_pairs(paths) == shards.read_pairs(paths[:1]) == pairs
+    assert shards.read_pairs([]) == []
+    shards.write_shard(paths[1], np.array([7, 8], np.uint16), pairs[::-1])
+    with pytest.raises(ValueError, match="b.bin: lists other pairs of tokens than .*a.bin"):
+        shards.read_pairs(paths)
+    shards.write_shard(paths[1], np.array([7, 8], np.uint16), [])
+    assert paths[1].read_bytes() == struct.pack("<256i", 20240520, 1, 2, *[0] * 253) + struct.pack("<2H", 7, 8)
+    assert shards.read_pairs(paths[1:]) == []
+    with pytest.raises(ValueError, match="b.bin: lists other pairs"):
+        shards.read_pairs(paths)
+    paths[1].write_bytes(struct.pack("<3i", 20240520, 1, 0))  # cut off: read_shard() refuses it
+    assert shards.read_pairs(paths[1:]) == []
+    for count in (-1, 84):
+        paths[1].write_bytes(struct.pack("<256i", 20240520, 1, 0, 20261126, count, *[0] * 251))
+        with pytest.raises(ValueError, match=f"b.bin: its header lists {count} pairs of tokens, expected at most 83"):
+            shards.read_pairs(paths[1:])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -627,6 +653,8 @@ def test_several_tokenizers_in_one_pass(several, several_built, tmp_path, monkey
         ([{"vocab_size": 300, "vocab": 1}], ("item 1: expected an object", "'vocab': 1")),
         ([{"vocab_size": 300, "caseops": 1}], ("item 1: expected an object", "'caseops': 1")),
         ([{"model": "absent.model"}], ("absent.model: No such file",)),
+        ([{"vocab_size": 300, "caseops": True, "fuse_markers": 1}], ("item 1: expected an object",)),
+        ([{"vocab_size": 300, "fuse_markers": True}], ("--fuse-markers: expected together with --caseops",)),
         ([{"vocab_size": 300, "name": "../x"}], ("--name: expected",)),
         ([{"vocab_size": 300}, {"vocab_size": 300}], ("local_sp300: two data sets of this name",)),
         ([{"vocab_size": 300, "name": "taken"}], ("taken: downloaded by data/cached_challenge_fineweb.py",)),
@@ -712,6 +740,80 @@ def test_caseops_charges_what_the_tokens_give_back(rule):
             if split == "val":
                 assert int(charges.sum(dtype=int)) == numbers["bytes"]
         assert not keeps or back == text.replace("\u2581", " ")
+
+
+def stream(folder: Path, split: str) -> tuple[list[int], list[tuple[int, ...]]]:
+    """All tokens of a split, and what the header of each of its shards has behind the count."""
+    tokens, rests = [], []
+    for path in sorted(folder.glob(f"fineweb_{split}_0*.bin")):
+        data = path.read_bytes()
+        _, _, count, *rest = struct.unpack("<256i", data[:1024])
+        rests.append(tuple(rest))
+        tokens += struct.unpack(f"<{count}H", data[1024:])
+    return tokens, rests
+
+
+def test_fused_markers(corpus, tmp_path):
+    """The same documents, tokenizer and bytes with and without; a fused token is charged what its two parts are."""
+    train = corpus[1][:400] + [text.title() for text in corpus[1][:200]]
+    val = CASED + ["A literal\u2581MARKER\u2581"] + [text.title() for text in corpus[2]]
+    (tmp_path / "train.jsonl").write_bytes(jsonl(train))
+    (tmp_path / "val.jsonl").write_bytes(jsonl(val))
+    both = [{"vocab_size": 420, "caseops": True}, {"vocab_size": 420, "caseops": True, "fuse_markers": True}]
+    (tmp_path / "specs.json").write_text(json.dumps(both))
+    done = run("--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--out", tmp_path, "--specs",
+               tmp_path / "specs.json", "--shard-tokens", 3_000, "--workers", 1)
+    assert done.returncode == 0 and done.stdout.count("training local") == 1, done.stderr
+    plain, fused = (tmp_path / f"datasets/local_sp420_caseops{end}" for end in ("", "_fused"))
+    model = tmp_path / "tokenizers/local_420_bpe_caseops.model"
+    tokenizer = spm.SentencePieceProcessor(model_file=str(model))
+    headers, places = set(), {}
+    for split in ("train", "val", "val_bytes"):
+        expected, nothing = stream(plain, split)
+        tokens, rests = stream(fused, split)
+        assert not any(map(any, nothing)) and len(rests) > 1
+        if split == "val_bytes":  # of each token, and of the parts of each
+            assert not any(map(any, rests))
+            assert tokens == [sum(expected[a:b]) for a, b in zip(places["val"], [*places["val"][1:], None])]
+            continue
+        headers |= set(rests)
+        mark, count, *rest = rests[0]
+        pairs = {rest[3 * i]: rest[3 * i + 1 : 3 * i + 3] for i in range(count)}
+        assert mark == 20261126 and not any(rest[3 * count :])
+        parts = [pairs.get(token, [token]) for token in tokens]
+        assert [token for part in parts for token in part] == expected
+        places[split] = np.cumsum([0, *map(len, parts)])[:-1].tolist()
+        assert len(tokens) < 0.99 * len(expected) and len(set(tokens) & set(pairs)) > 3
+    assert len(headers) == 1 and count == 13
+    assert {tokenizer.id_to_piece(token) for token in pairs} == {f"<0x{b:02X}>" for b in (
+        0xC0, 0xC1, *range(0xF5, 0x100))}
+    assert {tokenizer.id_to_piece(marker) for _, marker in pairs.values()} <= set(caseops.MARKERS)
+
+    manifest = json.loads((tmp_path / "manifest.json").read_bytes())
+    first, second = manifest["datasets"]
+    assert second["name"] == "local_sp420_caseops_fused" and second["fuse_markers"] is True
+    assert "fuse_markers" not in first and len(manifest["tokenizers"]) == 1
+    same = ("bytes_val", "bytes_train", "docs_val", "docs_lossy_val", "docs_train")
+    assert [first["stats"][name] for name in same] == [second["stats"][name] for name in same]
+    cached_challenge_fineweb.check_set(fused, second, model, 420)  # as the downloader checks such a set
+
+    again = run("--train", tmp_path / "train.jsonl", "--val", tmp_path / "val.jsonl", "--out", tmp_path / "again",
+                "--tokenizer", model, "--caseops", "--fuse-markers", "--shard-tokens", 3_000, "--workers", 2)
+    assert again.returncode == 0, again.stderr
+    assert tree(tmp_path / "again/datasets/local_sp420_caseops_fused") == tree(fused)
+
+
+def test_markers_that_cannot_be_fused(corpus, model, tmp_path):
+    common = ["--train", corpus[0] / "train.jsonl", "--val", corpus[0] / "val.jsonl", "--out", tmp_path]
+    done = run(*common, "--vocab-size", 420, "--fuse-markers")
+    assert_refused(done, "--fuse-markers: expected together with --caseops")
+    done = run(*common, "--specs", tmp_path / "none.json", "--fuse-markers")
+    assert_refused(done, "--name, --caseops, --fuse-markers: expected in the file of --specs")
+    (tmp_path / "small.jsonl").write_bytes(jsonl(["no capital is in this"] * 200))
+    done = run("--train", tmp_path / "small.jsonl", *common[2:], "--vocab-size", 290, "--caseops", "--fuse-markers",
+               "--workers", 1)
+    assert_refused(done, "no pair of a piece and a marker to fuse")
+    assert not (tmp_path / "datasets").exists() or not list((tmp_path / "datasets").iterdir())
 
 
 def test_tokenizer_without_markers_is_refused_for_caseops(corpus, model, tmp_path):
