@@ -335,8 +335,10 @@ class Settings:
     ttt_lora_alpha: float = setting(144.0, "eval", "TTT adapters: their output is scaled by "
                                     "TTT_LORA_ALPHA/TTT_LORA_RANK")
     ttt_lora_lr: float = setting(1e-4, "eval", "TTT adapters: learning rate")
-    ttt_warm_start_a: bool = setting(False, "eval", "TTT_MODE=phased: documents after a phase begin with the mean of "
-                                   "what the adapters' A matrices became in those before")
+    ttt_warm_start_a: bool = setting(False, "eval", "TTT adapters: each TTT_WARM_START_DOCS documents begin with the "
+                                   "mean of what A became in those before them")
+    ttt_warm_start_docs: int = setting(4096, "eval", "TTT adapters: documents that begin alike with TTT_WARM_START_A",
+                                       low=1)
     ttt_local_lr_mult: float = setting(1.0, "eval", "TTT adapters: factor on TTT_LORA_LR")
     ttt_short_score_first_steps: str = setting("", "eval", "TTT adapters: chunks of short documents; 256:8,2000:24: 8 "
                                                "tokens up to 256, 24 up to 2000")
@@ -386,9 +388,8 @@ class Settings:
         for f in dataclasses.fields(self):
             check_range(f, getattr(self, f.name))
         n, length = self.num_layers, self.eval_seq_len or self.train_seq_len
-        first = round(3 * n / 11) if self.loop_start is None else self.loop_start
-        last = max(round(5 * n / 11), first) if self.loop_end is None else self.loop_end
-        first = min(first, last) if self.loop_start is None else first
+        last = max(round(5 * n / 11), self.loop_start or 0) if self.loop_end is None else self.loop_end
+        first = min(round(3 * n / 11), last) if self.loop_start is None else self.loop_start
         given = {f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
         run_id = self.run_id or f"{datetime.now():%Y%m%d-%H%M%S}-seed{self.seed}-{os.urandom(4).hex()}"
         marked = self.caseops_enabled
@@ -3652,6 +3653,14 @@ class Budget:
         self.done, self.left = self.done + work, self.left - work
         return not self.over
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens meanwhile takes time, but says nothing about how fast the work goes."""
+        start = time.perf_counter()
+        yield
+        self.rt.sync()
+        self.began += time.perf_counter() - start
+
 
 def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
     """(first, last + 1) input token of each document of a stream (N,): from its BOS to the next one, which it predicts.
@@ -3741,14 +3750,15 @@ class DocumentAdapters:
         self.seen += ends.sum()
 
     def warm_start(self, rt: Runtime) -> None:
-        """Have documents from now on begin with the mean, over all documents on all ranks, of what A became in each.
+        """Have documents from now on begin with the mean of what A became in those since the last call, on all ranks.
 
         In PR 1767 a document takes over the A of the one before it in its row of the batch. The mean is the same
-        whatever the batches, the order of documents and the number of ranks.
+        whatever the batches, the order of documents in them and the number of ranks.
         """
         flat = rt.sum_(torch.cat([self.seen, *(t.flatten() for t in self.sums)]))
         means = (flat[1:] / flat[0]).float().split([t.numel() for t in self.sums])
         self.initial[::2] = [mean.view_as(total) for mean, total in zip(means, self.sums)]
+        torch._foreach_zero_([self.seen, *self.sums])
 
     def learn(self, loss: Tensor) -> None:
         """One step. The loss is a sum over documents, so a document's adapters get gradients from its text alone."""
@@ -3841,32 +3851,36 @@ class Evaluator:
     def lora_ttt(self) -> int:
         """Score documents with adapters of their own; phased: between parts of the first documents, train all weights.
 
-        Documents are dealt whole to ranks. When the rest would not end within EVAL_BUDGET_SECONDS, it is scored without
-        adapters. Returns how many tokens were.
+        Documents are dealt whole to ranks, between cuts that hang on settings alone, never on what is still to come.
+        When the rest would not end within EVAL_BUDGET_SECONDS, it is scored without adapters. Returns how many tokens
+        were.
         """
         cfg, rt, val = self.cfg, self.rt, self.val
         documents, adapters = find_documents(val.tokens, val.bos), DocumentAdapters(cfg, self.model)
-        cuts = [0, len(documents)]
-        if cfg.ttt_mode == "phased":  # cut by the settings alone, never by how many documents are still to come
-            phases = range(1, cfg.phased_ttt_num_phases + 1)
-            cuts[1:1] = [min(cfg.phased_ttt_prefix_docs * i // len(phases), len(documents)) for i in phases]
+        phases = range(1, cfg.phased_ttt_num_phases + 1) if cfg.ttt_mode == "phased" else ()
+        ends = {cfg.phased_ttt_prefix_docs * i // len(phases) for i in phases}  # of phases
+        warm = range(0, len(documents), cfg.ttt_warm_start_docs) if cfg.ttt_warm_start_a else ()
+        cuts = sorted({0, len(documents), *warm, *(end for end in ends if end < len(documents))})
+        dealt = [document_batches(cfg, documents[low:high], rt.world)[rt.rank] for low, high in pairwise(cuts)]
+        work = sum(padded_tokens(batch) for mine in dealt for batch in mine)
+        budget = Budget(cfg, rt, self.scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
         over, plain = False, 0
-        for i, (low, high) in enumerate(pairwise(cuts)):
-            mine = document_batches(cfg, documents[low:high], rt.world)[rt.rank]
-            work = sum(padded_tokens(batch) for batch in mine)
-            budget = Budget(cfg, rt, self.scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
-            for batch in rt.progress(mine, f"ttt {i + 1}/{len(cuts) - 1}", self.scorer.running):
+        for i, (high, mine) in enumerate(zip(cuts[1:], dealt)):
+            for batch in rt.progress(mine, f"ttt {i + 1}/{len(dealt)}", self.scorer.running):
                 over = not budget.spend(padded_tokens(batch)) or over
                 plain += sum(b - a for a, b in batch) if over else 0
                 self.score_documents(batch, None if over else adapters)
             over = rt.largest(float(over)) > 0
-            if low < high < len(documents) and not over:
-                if cfg.ttt_warm_start_a:
-                    adapters.warm_start(rt)
+            if high == len(documents) or over:
+                continue
+            if cfg.ttt_warm_start_a:
+                adapters.warm_start(rt)
+            if high in ends:
                 sgd, size = Sgd(cfg, rt, self.model, self.forward), cfg.global_ttt_chunk_tokens
                 last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
-                for step in range(last):
-                    sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
+                with budget.paused():
+                    for step in range(last):
+                        sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
         return int(rt.sum_(torch.tensor(plain, device=rt.device)))
 
     def score_documents(self, batch: list[tuple[int, int]], adapters: DocumentAdapters | None) -> None:

@@ -126,6 +126,16 @@ def test_every_published_name_is_understood(request_):
     assert tg.read_environment(published()[request_]).explicit
 
 
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipe_does_not_hang_on_the_defaults(recipe):
+    """It is the same where all that is on by default is off, but for settings of what it has off itself."""
+    mine, other = (tg.read_settings(before | settings_of(recipe) | {"RUN_ID": "r"})[0] for before in ({}, PLAIN))
+    differ = {name for name in vars(mine) if getattr(mine, name) != getattr(other, name)} - {"eval_stages"}
+    idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
+            **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs"), mine.ttt_mode == "phased")}
+    assert not {name for name in differ if idle.get(name, True)}
+
+
 @pytest.fixture(scope="module")
 def short(tiny, tmp_path_factory) -> dict[str, str]:
     """The tiny data set with only the first tokens of its validation text: test-time training goes token by token."""
