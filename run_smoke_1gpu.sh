@@ -16,6 +16,7 @@ machine="$("$PYTHON" records/gpu_check.py)"  # a wrong setting ends here too
 echo "$machine"
 if [ -n "${EVAL_ONLY:-}" ]; then default ARTIFACT_DIR logs/smoke_eval; fi  # beside the training's result, not over it
 default ARTIFACT_DIR "logs/${RUN_ID:-smoke}"
+default EVAL_STAGES all
 if [ "$machine" != "no GPU is used" ]; then
     recipe
     default VOCAB_SIZE 8192
@@ -45,7 +46,12 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
     average="${EMA_DECAY:-}" looping="${ENABLE_LOOPING_AT:-}"
     recipe
     default NUM_LAYERS 4
-    if [ -z "$RECIPE" ]; then  # what learned most in so few steps (docs/log.md)
+    if [ -z "$RECIPE" ]; then  # what learned most in so few steps (docs/log.md); defaults are for 5,000
+        default NUM_LOOPS 0
+        default PARALLEL_START_LAYER "$NUM_LAYERS"
+        default SPARSE_ATTN_GATE_ENABLED 0
+        default WARMDOWN_FRAC 0.72
+        default TTT_MODE none
         default BIGRAM_VOCAB_SIZE 4096
         default BIGRAM_DIM 64
         default VARLEN_ENABLED 1

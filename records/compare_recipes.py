@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"BIGRAM_VOCAB_SIZE": "0", "VARLEN_ENABLED": "0", "SMEAR_GATE_ENABLED": "0", "MUON_NS": "quintic",
-         "MUON_ROW_NORMALIZE": "0"}  # without what the smoke run adds of its own
+         "MUON_ROW_NORMALIZE": "0", "MIN_LR": "0", "BETA2": "0.95"}  # without what the smoke run has
 
 
 def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
