@@ -21,9 +21,9 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   reading          environment variables to settings: other names, misspelt ones, contradictions, --help
   main             the run from start to result.json; records/audit.py judges it from outside
 
-The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, tied
-embedding. Off by default, each by its settings: depth recurrence, parallel residuals, attention inside documents,
-hashed bigrams, smear gate, value embeddings, output gates, untied or factorised embeddings.
+The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, depth
+recurrence, parallel residuals, attention inside documents, smear and output gates, tied embedding. Off by default, each
+by its settings: hashed bigrams, value embeddings, blends of the recurrence, untied or factorised embeddings.
 
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
@@ -337,7 +337,7 @@ class Settings:
     ttt_lora_lr: float = setting(1e-4, "eval", "TTT adapters: learning rate")
     ttt_warm_start_a: bool = setting(False, "eval", "TTT adapters: each TTT_WARM_START_DOCS documents begin with the "
                                    "mean of what A became in those before them")
-    ttt_warm_start_docs: int = setting(4096, "eval", "TTT adapters: documents that begin alike with TTT_WARM_START_A",
+    ttt_warm_start_docs: int = setting(16384, "eval", "TTT adapters: documents that begin alike with TTT_WARM_START_A",
                                        low=1)
     ttt_local_lr_mult: float = setting(1.0, "eval", "TTT adapters: factor on TTT_LORA_LR")
     ttt_short_score_first_steps: str = setting("", "eval", "TTT adapters: chunks of short documents; 256:8,2000:24: 8 "
@@ -357,7 +357,7 @@ class Settings:
                                     "input; attention: the heads' output", choices="norm attention")
     ttt_mlp_lora: bool = setting(True, "eval", "TTT adapters: one beside each MLP")
     ttt_head_lora: bool = setting(True, "eval", "TTT adapters: adapt the output head")
-    ttt_doc_order: str = setting("bucketed", "eval", "order of documents in TTT; bucketed: sorted by length within "
+    ttt_doc_order: str = setting("sorted", "eval", "order of documents in TTT; bucketed: sorted by length within "
                                  "TTT_BUCKET_WINDOW documents", choices="sequential bucketed sorted")
     ttt_bucket_window: int = setting(512, "eval", "documents that TTT_DOC_ORDER=bucketed sorts by length at a time",
                                      low=1)

@@ -132,7 +132,8 @@ def test_recipe_does_not_hang_on_the_defaults(recipe):
     mine, other = (tg.read_settings(before | settings_of(recipe) | {"RUN_ID": "r"})[0] for before in ({}, PLAIN))
     differ = {name for name in vars(mine) if getattr(mine, name) != getattr(other, name)} - {"eval_stages"}
     idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
-            **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs"), mine.ttt_mode == "phased")}
+            **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs", "ttt_doc_order"),
+                            mine.ttt_mode == "phased")}
     assert not {name for name in differ if idle.get(name, True)}
 
 
