@@ -659,15 +659,18 @@ def stage_names(config: dict[str, Any]) -> list[str]:
 def other_documents(subject: Subject, sample: Sample, tokens: np.ndarray, base: Evaluation, names: list[str]
                     ) -> tuple[float, str]:
     """How far one half of the documents changes the other half, if `tokens` replaces the first half: where documents
-    are scored by themselves, and in one forward pass that is told where documents start.
+    are scored by themselves, and in one forward pass that is told where documents start. What learns from earlier
+    documents by design is off meanwhile.
     """
     c, half, model, bos = subject.config, sample.half, base.model, sample.text.bos
     alone = [c["ttt_mode"] == "lora" if name == "ttt" else c["varlen_enabled"] for name in names]
     worst = (0.0, "")
     if any(alone):
-        new = subject.evaluate(sample.text.replaced(tokens), **sample.changes).stages
+        off = {name: False for name in ("ngram_tilt_enabled", "ttt_warm_start_a") if c.get(name)}
+        old = subject.evaluate(sample.text, **sample.changes | off).stages if off else base.stages
+        new = subject.evaluate(sample.text.replaced(tokens), **sample.changes | off).stages
         worst = max((farthest(a.losses[half + 1 :], b.losses[half + 1 :]), f"another document, {name}")
-                    for name, a, b, by_itself in zip(names, new, base.stages, alone) if by_itself)
+                    for name, a, b, by_itself in zip(names, new, old, alone) if by_itself)
     if model is None or sample.text.tokens[half] != bos:
         return worst
     device, low = next(model.parameters()).device, max(0, half - 64)
