@@ -225,7 +225,7 @@ class Settings:
     warmdown_shape: str = setting("linear", "train", "curve by which the learning rates fall in the warmdown",
                                   choices="linear cosine")
     min_lr: float = setting(0.1, "train", "smallest factor on the learning rates in the warmdown", high=1.0,
-                            proof="PR 1787",
+                            proof="PR 1855",
                             aliases={"LR_FLOOR": {}})
     enable_looping_at: float = setting(0.35, "train", "share of training after which layers loop; above 1: a step "
                                        "number", aliases={"RECUR_START_STEP": lambda raw: "0" if raw == "1" else raw})
@@ -237,7 +237,7 @@ class Settings:
     muon_momentum_warmup_steps: int = setting(1500, "train", "steps in which Muon's momentum rises to MUON_MOMENTUM")
     muon_backend_steps: int = setting(5, "train", "Newton-Schulz iterations in each Muon step", low=1)
     muon_ns: str = setting("polar", "train", "Newton-Schulz coefficients of Muon; polar: Polar Express",
-                           choices="quintic polar", proof="PR 1787")
+                           choices="quintic polar", proof="PR 1855")
     muon_row_normalize: bool = setting(True, "train", "MuonEq-R: scale rows to norm 1 before Newton-Schulz",
                                        proof="PR 1855",
                                        aliases={"MUON_EQR": {}})

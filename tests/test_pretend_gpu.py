@@ -266,7 +266,7 @@ CAUGHT = {
     ("common_part_as_it_comes", "no_checks_in_runtime"): (
         2, {}, "error", "ValueError: Tensors must be contiguous .broadcast"),
     ("padding_with_the_last_token",): (1, TOGETHER["chunk"], "graphs", r"layer True \[\(2, 100, 32\)"),
-    ("calibration_not_warmed_up",): (1, {}, "first_used", r"aten\.index_add_"),
+    ("calibration_not_warmed_up",): (1, {}, "first_used", r"aten\.addmm_"),
     ("nccl_refuses",): (2, {}, "error", "RunError: updates of a bank over ranks: refused\nas ever$"),
     ("nccl_refuses", "no_checks_in_runtime"): (2, {}, "error", "^ValueError: refused"),
     ("used_before_waited_for",): (
@@ -277,7 +277,7 @@ CAUGHT = {
     ("int16_exchanged", "no_checks_in_runtime"): (2, {}, "error", "data type is not supported .*: torch.int16"),
     ("made_on_the_cpu",): (1, {}, "error", "all tensors to be on the same device, .* cpu, cuda:0!"),
     ("loss_read_in_the_step",): (1, {}, "waits", "_local_scalar_dense: loss_read_in_the_step.*step"),
-    ("batches_not_pinned",): (1, {}, "waits", "copy between devices: Windows.batch"),
+    ("batches_not_pinned",): (1, {}, "waits", "copy between devices: Batch.to"),
 }
 
 
