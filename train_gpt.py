@@ -327,8 +327,8 @@ class Settings:
     ttt_chunk_tokens: int = setting(32768, "eval", "TTT_MODE=chunk: tokens that are scored before the model trains on "
                                     "them", low=1)
     ttt_batch_size: int = setting(64, "eval", "TTT adapters: documents in a batch, each with its own adapters", low=1)
-    ttt_chunk_size: int = setting(48, "eval", "TTT adapters: tokens of a document that are scored before each step",
-                                  low=1)
+    ttt_chunk_size: int | None = setting(None, "eval", "TTT adapters: tokens of a document that are scored before each "
+                                         "step; auto: 48, or TTT_EVAL_SEQ_LEN if that is less", low=1)
     ttt_eval_seq_len: int | None = setting(None, "eval", "TTT adapters: most tokens of a document in a forward pass; "
                                            "auto: EVAL_SEQ_LEN", low=1)
     ttt_lora_rank: int = setting(80, "eval", "TTT adapters: rank (LoRA)", low=1, proof="PR 1855")
@@ -407,10 +407,10 @@ class Settings:
             "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}{case}"),
             "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe{case}.model"),
             "average": "+".join(n for n, on in (("ema", self.ema_decay), ("swa", self.swa_enabled)) if on) or "ema",
-            "attn_clip_sigmas": self.matrix_clip_sigmas,
-            "mlp_clip_sigmas": self.matrix_clip_sigmas,
+            **dict.fromkeys(("attn_clip_sigmas", "mlp_clip_sigmas"), self.matrix_clip_sigmas),
             "eval_seq_len": self.train_seq_len,
             "ttt_eval_seq_len": length,
+            "ttt_chunk_size": min(48, self.ttt_eval_seq_len or length),
         }.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)

@@ -58,6 +58,8 @@ def test_defaults_that_follow_from_other_settings(tmp_path):
     assert read()[0].sparse_attn_gate_enabled and read(TTT_MODE="none")[0].eval_stride == 64
     assert read()[0].eval_stride == 0 == read(TTT_MODE="lora")[0].eval_stride
     assert read(TTT_MODE="none", EVAL_SEQ_LEN="32")[0].eval_stride == 32
+    for given, chunk in ({}, 48), ({"EVAL_SEQ_LEN": "32"}, 32), ({"TTT_EVAL_SEQ_LEN": "40"}, 40):
+        assert read(**given)[0].ttt_chunk_size == chunk
     for other in ("GATED_ATTN_ENABLED", "ATTN_OUT_GATE_ENABLED"):
         assert not read(**{other: "1"})[0].sparse_attn_gate_enabled
     marked = tmp_path / "datasets" / "fineweb10B_sp4096_caseops"
@@ -122,7 +124,8 @@ def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
 
 
 @pytest.mark.parametrize(("given", "message"), [  # the setting that was given is named, never a default alone
-    ("EVAL_SEQ_LEN=32", "EVAL_SEQ_LEN=32: TTT_CHUNK_SIZE=48 takes at most TTT_EVAL_SEQ_LEN=32"),
+    ("EVAL_SEQ_LEN=32 TTT_CHUNK_SIZE=48", "TTT_CHUNK_SIZE=48: takes at most TTT_EVAL_SEQ_LEN=32"),
+    ("TRAIN_SEQ_LEN=32 TTT_MODE=none EVAL_STRIDE=64", "EVAL_STRIDE=64: takes at most EVAL_SEQ_LEN=32"),
     ("EVAL_SEQ_LEN=32 EVAL_STRIDE=33", "EVAL_STRIDE=33: takes at most EVAL_SEQ_LEN=32"),
     ("TRAIN_SEQ_LEN=1000", "TRAIN_SEQ_LEN=1000: TRAIN_BATCH_TOKENS=786432 takes a multiple of TRAIN_SEQ_LEN=1000"),
     ("MODEL_DIM=100", "MODEL_DIM=100: NUM_HEADS=8 takes a divisor of MODEL_DIM=100"),
@@ -133,8 +136,6 @@ def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
     ("PARALLEL_START_LAYER=5", "PARALLEL_START_LAYER=5: takes more than LOOP_END=5 with PARALLEL_MODE=crossed"),
     ("NUM_LAYERS=4 VE_ENABLED=1", "NUM_LAYERS=4: VE_LAYERS=9,10 takes layers below NUM_LAYERS=4, as 9,10"),
     ("NUM_LAYERS=4 QAT_LITE_ENABLED=1", "NUM_LAYERS=4: QAT_LITE_LAYER_START=7 takes a layer below NUM_LAYERS=4"),
-    ("TTT_MODE=lora TRAIN_SEQ_LEN=32 EVAL_STRIDE=0", "TRAIN_SEQ_LEN=32: TTT_CHUNK_SIZE=48 takes at most "
-     "TTT_EVAL_SEQ_LEN=32"),
 ])
 def test_a_contradiction_is_blamed_on_what_was_given(given, message):
     with pytest.raises(tg.RunError) as error:
