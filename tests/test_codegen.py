@@ -83,7 +83,8 @@ def no_test_time_training(tg, patch) -> None:
     patch.setattr(tg.Evaluator, "warm_ttt", lambda self: None)
 
 
-@pytest.mark.parametrize("fault, settings", [(no_evaluation, {}), (no_test_time_training, TOGETHER["chunk"])])
+@pytest.mark.parametrize("fault, settings", [(no_evaluation, TOGETHER["sliding"]),
+                                             (no_test_time_training, TOGETHER["chunk"])])
 def test_a_graph_that_the_warm_up_lacks_is_seen(data, tmp_path, fault, settings):
     assert graphs_of(settings | LAYERS | data, tmp_path, fault)[1]
 

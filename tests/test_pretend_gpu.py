@@ -227,16 +227,20 @@ def check_run(answers: list[dict], calibration: str = "train") -> None:
         assert answer["graphs"] == [] and answer["unfinished"] == []
 
 
-@pytest.mark.parametrize("case", [*TOGETHER, *RECIPE_OF])
+# of the stacks that are alike, the one with the most in it
+CASES = [*TOGETHER, *(name for name in RECIPE_OF if name not in ("SP8192_PR1855_Stack", "SP8192_PR2135_Stack"))]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_a_run_is_one_that_gpus_take(ranks, case):
-    """On two ranks; defaults and recipes on one too, which give the same up to the rounding of bf16."""
+    """On two ranks; some on one too, which give the same up to the rounding of bf16."""
     settings = scaled(RECIPE_OF[case]) if case in RECIPE_OF else TOGETHER[case]
     answers, folder = ranks.run(2, settings)
     result, calibration = read_result(folder), settings.get("GPTQ_CALIBRATION", "train")
     check_run(answers, calibration)
     assert (result["device"], result["attention"]) == ("NVIDIA H100 80GB HBM3", settings.get("ATTENTION", "fa3"))
     assert ("ttt" in result["stages"]) == (result["config"]["ttt_mode"] != "none")
-    if case in ("defaults", *RECIPE_OF):
+    if case in ("defaults", "11L_GPTQ_XSA11_BigramHash3072"):
         answers, folder = ranks.run(1, settings)
         check_run(answers, calibration)
         assert read_result(folder)["val_loss"] == pytest.approx(result["val_loss"], rel=2e-3)

@@ -143,7 +143,7 @@ def short(tiny, tmp_path_factory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("short")
     shutil.copy(f"{tiny['DATA_PATH']}/fineweb_train_000000.bin", folder)
     tokens = tg.read_shard(f"{tiny['DATA_PATH']}/fineweb_val_000000.bin")
-    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens[:300], tokens[:200], tokens[:100]]))
+    write_shard(folder / "fineweb_val_000000.bin", np.concatenate([tokens[:130], tokens[:80], tokens[:40]]))
     return tiny | {"DATA_PATH": str(folder)}
 
 
