@@ -16,7 +16,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import ROOT, clean_environment, read_losses, read_result
-from runs import RECIPE_OF, SMALL, TOGETHER, scaled, short_data, watch
+from runs import BARE, RECIPE_OF, SMALL, TOGETHER, scaled, short_data, watch
 
 # ----------------------------------------------------------------------------------------------------------------------
 # In the processes of the ranks
@@ -288,7 +288,7 @@ CAUGHT = {
 @pytest.mark.parametrize("faults", CAUGHT, ids=" and ".join)
 def test_a_fault_is_caught(ranks, faults):
     world, settings, where, said = CAUGHT[faults]
-    answers, _ = ranks.run(world, settings, *faults)
+    answers, _ = ranks.run(world, BARE | settings, *faults)
     for answer in answers:
         found = "\n".join([answer["error"], *(answer[where] if where != "error" else ())])
         assert re.search(said, found), (answer, found)
