@@ -1953,7 +1953,7 @@ class Validation:
     def over(self, tokens: Tensor, charged: Tensor | None = None) -> "Validation":
         """Another stream (N,) in place of this one, with the bytes `charged` to each token; None: one each."""
         charged = torch.ones(len(tokens), dtype=torch.int32) if charged is None else charged
-        return Validation(tokens, charged, int((tokens == self.bos).sum()), None, self.bos, self.ngram)
+        return Validation(tokens, charged, int((tokens == self.bos).sum()), None, self.bos, self.ngram, self.pairs)
 
 
 def manifest_stats(data_path: str) -> dict[str, int]:
@@ -2677,8 +2677,8 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
                     ids = sample_text(cfg, model, rows, cfg.row_tokens + 1, generator)
                 else:
                     ids = torch.randint(cfg.vocab_size, (rows, cfg.row_tokens + 1), generator=generator).to(rt.device)
-                bounds = Bounds.find(ids[:, :-1], model.bos, cfg.train_seq_len) if cfg.varlen_enabled else None
-                drawn = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), bounds)
+                ids, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+                drawn = Batch.of(cfg, ids, targets, model.bos, cfg.train_seq_len)
             add_statistics(model, stats, drawn)
         rt.sync()
         longest = max(longest, rt.largest(clock.seconds()) - before)
@@ -3911,7 +3911,7 @@ class Evaluator:
             goes_on = (starts + high < ends) * (usual / chunk)  # (size, 1), with the loss a mean over the chunk
             with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
                 losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
-            if cfg.ttt_warm_start_a and adapters:
+            if cfg.ttt_warm_start_a and adapters and any(i * size < b - a <= (i + 1) * size for a, b, size in rows):
                 adapters.remember((starts + low < ends) & (starts + high >= ends))
             if adapters and any((i + 1) * size < b - a for a, b, size in rows):  # charged; only now learned from
                 adapters.learn((losses * goes_on).sum() / usual)

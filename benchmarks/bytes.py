@@ -74,8 +74,8 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
     rt.open_logs(append=False)
     cfg = tg.fit_to_device(dataclasses.replace(cfg, quant_allocation="auto", gptq_reserve_seconds=0.0), rt)
     val = tg.Validation.load(cfg, tg.read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
-    pairs, val = val.pairs, val.over(val.tokens[: args.tokens], val.bytes[: args.tokens])
-    model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype).run, val.bos, pairs=pairs)
+    val = val.over(val.tokens[: args.tokens], val.bytes[: args.tokens])
+    model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype).run, val.bos, pairs=val.pairs)
     model.load_state_dict(torch.load(args.model, map_location=rt.device, weights_only=True))
     trained = {name: p.detach().clone() for name, p in model.named_parameters()}
     clock = tg.Clock(rt, 0.0, 0.0)

@@ -77,8 +77,7 @@ class Row(NamedTuple):
 def settings_of(form: str) -> dict[str, str]:
     """The settings of a form, as environment variables."""
     given = dict(re.findall(r"^(\w+)=(\S+)", RECIPES[form].read_text(), re.M)) if form in RECIPES else FORMS[form]
-    few = {name: value for name, value in FEW_LAYERS.items() if name in given or name[:2] not in ("VE", "QA")}
-    return given | ({} if form == "layers" else few) | ONE_GPU
+    return given | ({} if form == "layers" else FEW_LAYERS) | ONE_GPU
 
 
 # ----- what stands in for the machine
