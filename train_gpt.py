@@ -2689,10 +2689,10 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Quantization
+# Rounding
 #
-# In: weights, and the statistics of calibration. Out: integers with step sizes, by GPTQ on a grid that the statistics
-# (auto) or each row's spread (sdclip) give, and the weights that they stand for.
+# In: matrices, a grid for each, and the second moments of their inputs. Out: integers on these grids, by GPTQ or by a
+# trellis. Here it is decided how errors make up for each other, not which grid a matrix has.
 
 
 def clip_scales(weight: Tensor, bits: int, sigmas: float) -> Tensor:
@@ -2727,13 +2727,16 @@ def on_grid(weight: Tensor, bits: int, sigmas: float) -> Tensor:
 Factors = tuple[Tensor, Tensor]  # of a Hessian, by `factorize`
 
 
-def factorize(hessian: Tensor) -> Factors:
+def factorize(hessian: Tensor, sort: bool = True) -> Factors:
     """Column order (n, cols), descending diag(H), and in it the upper Cholesky factor of H⁻¹, (n, cols, cols) fp32.
 
-    hessian (n, cols, cols) = Σ x xᵀ; 1 % of the mean diagonal is added to it.
+    hessian (n, cols, cols) = Σ x xᵀ; 1 % of the mean diagonal is added to it. Not sorted: columns as they stand. For
+    weighted steps, which follow the factor, the order makes no difference, and a trellis runs along it.
     """
     diagonal = hessian.double().diagonal(dim1=-2, dim2=-1)
-    order = diagonal.argsort(dim=-1, descending=True, stable=True)
+    order = torch.arange(hessian.size(-1), device=hessian.device).expand_as(diagonal)
+    if sort:
+        order = diagonal.argsort(dim=-1, descending=True, stable=True)
     h = hessian.double().gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None].expand_as(hessian))
     mean = diagonal.mean(-1, keepdim=True)
     h.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, 0.01 * mean, 1.0))
@@ -2743,8 +2746,8 @@ def factorize(hessian: Tensor) -> Factors:
     return order, torch.linalg.solve_triangular(lower, eye, upper=False).flip(-1, -2).float()
 
 
-def factorize_all(hessians: dict[str, Tensor]) -> dict[str, Factors]:
-    return {role: factorize(hessian) for role, hessian in hessians.items()}
+def factorize_all(hessians: dict[str, Tensor], sort: bool = True) -> dict[str, Factors]:
+    return {role: factorize(hessian, sort) for role, hessian in hessians.items()}
 
 
 def code_type(bits: int) -> torch.dtype:
@@ -2777,6 +2780,101 @@ def gptq(weight: Tensor, factors: Factors, scale: Tensor, bits: int, block: int 
     return torch.empty_like(codes).scatter_(2, order[:, None].expand_as(codes), codes)
 
 
+# The trellis of eight states of JPEG 2000 (ISO/IEC 15444-2). At a state a code is even or odd as its number is; the
+# next state is here, by bit 1 of the code. So the ways into a state t are from t // 2 and from t // 2 + 4.
+STATE_AFTER = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))
+
+
+CACHED_ROWS = 2048  # whose survivors a core's caches hold
+
+
+def trellis(weight: Tensor, upper: Tensor, step: Tensor) -> Tensor:
+    """Codes (n, rows, cols) int16 along each row by trellis-coded quantization (Marcellin and Fischer, 1990), errors
+    being passed on as GPTQ does.
+
+    weight (n, rows, cols); step (n, cols), of the finer grid, which the codes of both parities make; upper (n, cols,
+    cols), the factor of columns as they stand. A code's parity is given by those before it, so that it takes the bits
+    of a grid of double steps. Its error is that of steps 1.1 dB finer than those, since a row is rounded as a whole.
+    """
+    if weight.device.type != "cpu":
+        return round_rows(weight, upper, step)
+    codes, together = torch.empty_like(weight, dtype=torch.int16), max(1, CACHED_ROWS // weight.size(1))
+    pieces = [(slice(i, i + together), slice(first, first + CACHED_ROWS)) for i in range(0, len(weight), together)
+              for first in range(0, weight.size(1), CACHED_ROWS)]
+
+    def run(piece: tuple[slice, slice]) -> None:
+        codes[piece] = round_rows(weight[piece], upper[piece[0]], step[piece[0]])
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(run, pieces))
+    torch.set_num_threads(threads)
+    return codes
+
+
+@torch.no_grad()
+def round_rows(weight: Tensor, upper: Tensor, step: Tensor, block: int = 128) -> Tensor:
+    """trellis(), all rows at once."""
+    w, codes = weight.float().mT.contiguous(), []
+    state = torch.zeros_like(w[:, 0], dtype=torch.int64)
+    for start in range(0, w.size(1), block):
+        here = slice(start, start + block)
+        errors, state = best_path(w[:, here], upper[:, here, here], step[:, here], state)
+        spread = upper[:, here, here].mT @ errors  # what they add to each column of the block, their own one included
+        codes.append(((w[:, here] - spread) / step[:, here, None]).round().to(torch.int16))
+        w[:, start + block :] -= upper[:, here, start + block :].mT @ errors
+    return torch.cat(codes, 1).mT.contiguous()
+
+
+def best_path(w: Tensor, upper: Tensor, step: Tensor, state: Tensor, short: int = 16) -> tuple[Tensor, Tensor]:
+    """Errors over diag(upper), (n, cols, rows), of the codes for w (n, cols, rows) whose squares have the least sum,
+    and the states (n, rows) that they end in; by Viterbi's algorithm from `state` on.
+
+    Each of the eight survivors has errors of its own, and so another rest of its row to round. They are kept up to
+    date within `short` columns, and over those by one product.
+    """
+    (n, cols, rows), device = w.shape, w.device
+    states = torch.arange(8, device=device)[:, None]
+    swap = torch.tensor([after[0] % 2 for after in STATE_AFTER], device=device, dtype=torch.int32)[:, None]
+    cell = (2 * step / upper.diagonal(dim1=-2, dim2=-1))[..., None, None]
+    cost = torch.full((n, 8, rows), math.inf, device=device).scatter_(1, state[:, None], 0.0)
+    errors = w.new_empty(n, 8, rows, 0)  # of the survivors, in the order of their states
+    for first in range(0, cols, short):
+        last = min(first + short, cols)
+        rest = w[:, first:last, None].expand(n, last - first, 8, rows)
+        if first:
+            rest = rest - (errors @ upper[:, None, :first, first:last]).movedim(3, 1)
+        ways, found = [], []
+        for j in range(first, last):
+            place = rest[:, 0] * (0.5 / step[:, j, None, None]) - states % 2 / 2  # its codes are at the integers
+            code = place.round()
+            near = place - code
+            far, odd = near - torch.copysign(torch.ones_like(near), near), ((code.to(torch.int32) ^ swap) & 1).bool()
+            error = torch.stack((torch.where(odd, far, near), torch.where(odd, near, far)), 2).mul_(cell[:, j, None])
+            total = cost[:, :, None] + error.square()  # (n, 8, 2, rows): of the way to the first, to the second state
+            ways.append(total[:, 4:] < total[:, :4])
+            cost = torch.where(ways[-1], total[:, 4:], total[:, :4]).flatten(1, 2)
+            found.append(torch.where(ways[-1], error[:, 4:], error[:, :4]).flatten(1, 2))
+            if j + 1 < last:
+                kept = torch.where(ways[-1][:, None], rest[:, 1:, 4:, None], rest[:, 1:, :4, None]).flatten(2, 3)
+                rest = kept - found[-1][:, None] * upper[:, j, j + 1 : last, None, None]
+        ancestor = states.expand(n, 8, rows)
+        for k in reversed(range(last - first)):
+            found[k] = found[k].gather(1, ancestor)
+            ancestor = (ancestor >> 1) + 4 * ways[k].flatten(1, 2).gather(1, ancestor)
+        old = (ancestor + 8 * torch.arange(n, device=device)[:, None, None]) * rows + torch.arange(rows, device=device)
+        errors = torch.cat((errors.flatten(0, 2)[old.flatten()].view(n, 8, rows, first), torch.stack(found, 3)), 3)
+    state = cost.argmin(1)
+    return errors.gather(1, state[:, None, :, None].expand(n, 1, rows, cols))[:, 0].mT, state
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Quantization
+#
+# In: weights, and the statistics of calibration. Out: integers with step sizes, which the statistics (auto) or each
+# row's spread (sdclip) give, and the weights that they stand for.
+
+
 def octaves(exponents: Tensor) -> Tensor:
     """2^(k/4), fp32, for int8 k (...): by a table of square roots, which every machine rounds alike."""
     half, quarter = math.sqrt(2.0), math.sqrt(math.sqrt(2.0))
@@ -2789,7 +2887,7 @@ class Curvature(NamedTuple):
 
     row: Tensor  # (n, rows) fp32, log2
     col: Tensor  # (n, cols) int8, quarters of an octave
-    least: Tensor  # (n, rows) fp32, log2: steps that keep codes within int16, over those of the columns
+    least: Tensor  # (n, rows) fp32, log2: steps whose halves keep codes within int16, over those of the columns
 
 
 @torch.no_grad()
@@ -2824,7 +2922,7 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
             read += unseen * read.mean(-1, keepdim=True)
             squared += read / mean if group.hessian else read
         col = (4 * col).round()
-        least = ((weight.abs() * (2.0 ** (col / 4))[:, None]).amax(2) / 30000).clamp(min=2.0**-30).log2()
+        least = ((weight.abs() * (2.0 ** (col / 4))[:, None]).amax(2) / 15000).clamp(min=2.0**-30).log2()
         found[group.name] = Curvature(0.5 * squared.clamp(min=1e-30).log2(), col.to(torch.int8), least)
     return found
 
@@ -2839,7 +2937,7 @@ def weighted_steps(curvature: Curvature, finest: float) -> tuple[Tensor, Tensor]
     """
     rows = torch.arange(curvature.row.size(1), device=curvature.row.device)
     row = (4 * (finest - curvature.row) + rows * 0.6180339887 % 1).floor()
-    return torch.maximum(row, (4 * curvature.least).ceil()).clamp(-127, 127).to(torch.int8), -curvature.col
+    return torch.maximum(row, (4 * curvature.least).ceil()).clamp(-123, 127).to(torch.int8), -curvature.col
 
 
 COMMON_RANK, COMMON_UNIT = 2, 256
@@ -2877,7 +2975,8 @@ def form_parts(form: str, sizes: list[int]) -> dict[str, tuple[list[int], torch.
     """The table of how things are stored: for a form and its sizes the shape and dtype of each part.
 
     half: any tensor. scaled, of each kind of group: codes times a step for each row, as SDClip has it. weighted: steps
-    2^((row + col)/4); of a table also factors of what its rows have in common. gate: levels times a step for each row.
+    2^((row + col)/4); of a table also factors of what its rows have in common. trellis: the same, of codes whose parity
+    those before them in the row give, which only `ans` makes use of. gate: levels times a step for each row.
     low rank: a part of a matrix's error by LQER, two factors of which `group` numbers share a step and a least value.
     """
     if form == "half":
@@ -2891,7 +2990,8 @@ def form_parts(form: str, sizes: list[int]) -> dict[str, tuple[list[int], torch.
     weighted = {"codes": (sizes, torch.int16), "row": ([n, rows], torch.int8), "col": ([n, cols], torch.int8)}
     common = {"left": ([COMMON_RANK, rows], torch.int8), "right": ([COMMON_RANK, cols], torch.int16)}
     return {"scaled matrix": scaled, "scaled table": scaled, "scaled head": scaled, "weighted matrix": weighted,
-            "weighted table": weighted | common, "weighted head": weighted,
+            "weighted table": weighted | common, "weighted head": weighted, "trellis matrix": weighted,
+            "trellis table": weighted | common, "trellis head": weighted,
             "gate": {"levels": scaled["codes"], "scales": scaled["scales"]}}[form]
 
 
@@ -2938,30 +3038,35 @@ def add_low_rank(cfg: Settings, state: dict[str, Tensor], stored: dict[str, Stor
 
 
 def quantize_group(rt: Runtime, group: QuantGroup, weight: Tensor, factors: dict[str, Factors],
-                   steps: tuple[Tensor, Tensor] | None) -> Stored:
-    """Matrices (n, rows, cols) by GPTQ, each on one rank, with SDClip's steps or with `steps` by row and column."""
+                   steps: tuple[Tensor, Tensor] | None, chained: bool) -> Stored:
+    """Matrices (n, rows, cols) by GPTQ, each on one rank, with SDClip's steps or with `steps` by row and column; or by
+    a trellis on half of those, which takes as many bits.
+    """
     share = slice(rt.rank, None, rt.world)
     if steps:
-        form, parts, bits = f"weighted {group.kind}", dict(zip(("row", "col"), steps)), 16
-        scales = octaves(steps[0])[..., None] * octaves(steps[1])[:, None]
+        row, col = steps[0] - 4 * chained, steps[1]
+        form, bits = f"{'trellis' if chained else 'weighted'} {group.kind}", 16
+        scales, parts = octaves(row)[..., None] * octaves(col)[:, None], {"row": row, "col": col}
     else:
         scales, bits = clip_scales(weight, group.bits, group.sigmas), group.bits
         form, parts = f"scaled {group.kind}", {"scales": scales}
     order, upper = factors[group.hessian] if group.hessian else factorize(
         torch.eye(weight.size(2), device=weight.device)[None])
     codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
-    if form == "weighted table":
+    if steps and group.kind == "table":
         left, right = (rt.share_(part.int(), "common part") for part in common_part(weight[0] / scales[0]))
         parts |= {"left": left.to(torch.int8), "right": right.to(torch.int16)}  # shared as int32: NCCL has no int16
         weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
-    if len(codes[share]):
+    if chained and len(codes[share]):
+        codes[share] = trellis(weight[share] / octaves(row[share])[..., None], upper[share], octaves(col[share]))
+    elif len(codes[share]):
         codes[share] = gptq(weight[share], (order[share], upper[share]), scales[share], bits)
     return Stored(form, list(codes.shape), parts | {"codes": rt.sum_(codes.int(), "codes").to(codes.dtype)})
 
 
 @torch.no_grad()
 def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict[str, Factors],
-             steps: dict[str, tuple[Tensor, Tensor]] | None = None) -> dict[str, Stored]:
+             steps: dict[str, tuple[Tensor, Tensor]] | None = None, chained: bool = False) -> dict[str, Stored]:
     """Everything the artifact stores, by group or by parameter, on the CPU of every rank, each having done its share.
 
     A group whose matrices have fewer than QUANT_MIN_WEIGHTS weights, and what is in no group, is stored in fp16.
@@ -2977,7 +3082,7 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict
         elif weight[0].numel() < cfg.quant_min_weights:
             stored[group.name] = stored_half(weight)
         else:
-            stored[group.name] = quantize_group(rt, group, weight, factors, steps and steps[group.name])
+            stored[group.name] = quantize_group(rt, group, weight, factors, steps and steps[group.name], chained)
     covered = {group.param for group in groups}
     stored |= {name: stored_half(tensor) for name, tensor in state.items() if name not in covered}
     if cfg.lqer_enabled:
@@ -2999,7 +3104,7 @@ def rebuild(item: Stored) -> Tensor:
     else:
         scales = octaves(parts["row"])[..., None] * octaves(parts["col"])[:, None]
     weight = parts["levels" if form == "gate" else "codes"].float() * scales
-    if form == "weighted table":
+    if "left" in parts:
         weight = weight + scales * (parts["left"].float().T @ parts["right"].float() / COMMON_UNIT)
     return weight
 
@@ -3061,54 +3166,91 @@ def table_model(entries: np.ndarray):
 
 
 # Lowest bits of codes that take no table: evenly spread, seen from a context of expected size 2^4 and above
-PLAIN_BITS = tuple(max(0, context // 4 - 12) for context in range(96))
+PLAIN_BITS = tuple(max(0, context // 8 - 12) for context in range(192))
+Turn = tuple[np.ndarray, np.ndarray]  # symbols int16 and contexts uint8, that are read together
+EMPTY_TURN = (np.zeros(0, dtype=np.int16), np.zeros(0, dtype=np.uint8))
 
 
-def encode_integers(symbols: np.ndarray, contexts: np.ndarray, plain: tuple[int, ...] = (0,) * 256
-                    ) -> tuple[bytes, bytes]:
-    """Tables, by LZMA, and words of asymmetric numeral systems (arXiv 1311.2540) for symbols (n,) int16 in contexts
-    (n,) uint8. Each context has the table of its own frequencies; its lowest plain[context] bits take none.
+def encode_integers(turns: Sequence[Turn], plain: tuple[int, ...] = (0,) * 256) -> tuple[bytes, bytes]:
+    """Tables, by LZMA, and words of asymmetric numeral systems (arXiv 1311.2540) for symbols in contexts, turn by turn.
+
+    Each context has the table of its own frequencies over all turns; its lowest plain[context] bits take none.
     """
     constriction = import_packer("constriction")
-    coder, tables = constriction.stream.stack.AnsCoder(), []
+    coder, tables, models = constriction.stream.stack.AnsCoder(), [], []
+    symbols, contexts = (np.concatenate(arrays) for arrays in zip(*turns))
     ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
-    for (low, high), bits in reversed([*zip(pairwise([0, *ends.tolist()]), plain)]):  # the last is decoded first
-        part = ordered[low:high].astype(np.int32)
-        if len(part) and bits:
-            uniform = constriction.stream.model.Uniform(1 << bits)
-            coder.encode_reverse(part & (1 << bits) - 1, uniform)
-            part = part >> bits
+    for (low, high), bits in zip(pairwise([0, *ends.tolist()]), plain):
+        part = ordered[low:high].astype(np.int32) >> bits
         least = int(part.min()) if len(part) else 0
         counts = np.bincount(part - least, minlength=2) if len(part) else np.zeros(0)
         with np.errstate(divide="ignore"):
             entries = (8 * np.log2(counts.max(initial=0) / counts)).round().clip(0, 254)
         entries = np.where(counts > 0, entries, 255).astype(np.uint8)
         tables.append(np.array([least, len(entries)], dtype="<i4").tobytes() + entries.tobytes())
-        if len(part):
-            coder.encode_reverse(part - least, table_model(entries))
-    return compress(b"".join(reversed(tables)), "lzma"), coder.get_compressed().tobytes()
+        models.append((least, table_model(entries)) if len(part) else None)
+    for symbols, contexts in reversed(turns):  # what is encoded last is decoded first
+        ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
+        for context, (low, high) in reversed([*enumerate(pairwise([0, *ends.tolist()]))]):
+            if low < high:
+                part, bits, (least, model) = ordered[low:high].astype(np.int32), plain[context], models[context]
+                if bits:
+                    coder.encode_reverse(part & (1 << bits) - 1, constriction.stream.model.Uniform(1 << bits))
+                coder.encode_reverse((part >> bits) - least, model)
+    return compress(b"".join(tables), "lzma"), coder.get_compressed().tobytes()
 
 
-def decode_integers(contexts: np.ndarray, tables: bytes, words: bytes, plain: tuple[int, ...] = (0,) * 256
-                    ) -> np.ndarray:
-    """Inverse of encode_integers: symbols (n,) int16. ValueError when words or tables are left over."""
-    constriction = import_packer("constriction")
-    coder = constriction.stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
-    tables = decompress(tables, "lzma")
-    symbols, parts, place = np.empty(len(contexts), dtype=np.int16), [np.zeros(0, dtype=np.int16)], 0
-    for count, bits in zip(np.bincount(contexts).tolist(), plain):
-        least, size = np.frombuffer(tables, dtype="<i4", count=2, offset=place).tolist()
-        entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 8)
-        place += 8 + size
-        if count:
-            part = coder.decode(table_model(entries), count) + least
-            if bits:
-                part = (part << bits) + coder.decode(constriction.stream.model.Uniform(1 << bits), count)
-            parts.append(part.astype(np.int16))
-    if place != len(tables) or not coder.is_empty():
-        raise ValueError("more is coded than its header says")
-    symbols[np.argsort(contexts, kind="stable")] = np.concatenate(parts)
-    return symbols
+class IntegerReader:
+    """Inverse of encode_integers."""
+
+    def __init__(self, tables: bytes, words: bytes, plain: tuple[int, ...] = (0,) * 256):
+        self.uniform = import_packer("constriction").stream.model.Uniform
+        self.coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
+        self.models, self.plain, place, tables = [], plain, 0, decompress(tables, "lzma")
+        while place < len(tables):
+            least, size = np.frombuffer(tables, dtype="<i4", count=2, offset=place).tolist()
+            entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 8)
+            self.models.append((least, table_model(entries)) if size else None)
+            place += 8 + size
+
+    def read(self, contexts: np.ndarray) -> np.ndarray:
+        """The next turn's symbols (n,) int16."""
+        symbols, parts = np.empty(len(contexts), dtype=np.int16), [np.zeros(0, dtype=np.int16)]
+        for context, count in enumerate(np.bincount(contexts).tolist()):
+            if count:
+                bits, (least, model) = self.plain[context], self.models[context]
+                part = self.coder.decode(model, count) + least
+                if bits:
+                    part = (part << bits) + self.coder.decode(self.uniform(1 << bits), count)
+                parts.append(part.astype(np.int16))
+        symbols[np.argsort(contexts, kind="stable")] = np.concatenate(parts)
+        return symbols
+
+    def close(self) -> None:
+        """ValueError when words are left over."""
+        if not self.coder.is_empty():
+            raise ValueError("more is coded than its header says")
+
+
+def walk_trellis(sizes: list[np.ndarray], visit: Callable[[int, list[int], np.ndarray], np.ndarray]
+                 ) -> list[np.ndarray]:
+    """Codes (cols, rows) int16 of matrices that trellis() has rounded, column by column: half of each, rounded down,
+    from `visit`, and its parity from those before it in its row.
+
+    sizes: contexts (cols, rows) uint8, even ones, by size alone. visit takes the column, which matrices have it, and
+    the contexts of theirs, one after the other, those of odd codes being one more.
+    """
+    after, codes = np.array(STATE_AFTER, dtype=np.uint8), [np.empty(size.shape, dtype=np.int16) for size in sizes]
+    states = [np.zeros(size.shape[1], dtype=np.uint8) for size in sizes]
+    for column in range(max([0, *map(len, sizes)])):
+        which = [i for i, size in enumerate(sizes) if column < len(size)]
+        state = np.concatenate([states[i] for i in which])
+        halves = visit(column, which, np.concatenate([sizes[i][column] for i in which]) + state % 2)
+        found, state = 2 * halves + state % 2, after[state, halves & 1]
+        ends = np.cumsum([len(states[i]) for i in which])[:-1]
+        for i, part, states[i] in zip(which, np.split(found, ends), np.split(state, ends)):
+            codes[i][column] = part
+    return codes
 
 
 def step_exponents(item: Stored) -> list[np.ndarray]:
@@ -3119,8 +3261,8 @@ def step_exponents(item: Stored) -> list[np.ndarray]:
 
 
 def size_contexts(row: np.ndarray, col: np.ndarray) -> np.ndarray:
-    """(n · rows · cols,) uint8 contexts of codes of expected size 2^((row + col)/4): quarters of an octave."""
-    return (row[:, :, None] + col[:, None] + 32).clip(0, 95).astype(np.uint8).ravel()
+    """(n, rows, cols) uint8 contexts, even ones, of codes of expected size 2^((row + col)/4): quarters of an octave."""
+    return 2 * (row[:, :, None] + col[:, None] + 32).clip(0, 95).astype(np.uint8)
 
 
 def whole_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -3146,11 +3288,11 @@ def side_shapes(item: Stored) -> list[list[int]]:
 
 def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
     """Four streams for integers. Codes (n, rows, cols) are coded under tables for their expected size by row and
-    column. Before them come all other integers and what gives that size: the spread of the weights of each row and
-    column, in quarters of an octave, which with the step makes that of the codes. What the rows of a table have
-    in common is coded apart, if quantize() has not stored it so.
+    column; those of a trellis column by column, also by parity. Before them come all other integers and what gives that
+    size: the spread of the weights of each row and column, in quarters of an octave, which with the step makes that of
+    the codes. What the rows of a table have in common is coded apart, if quantize() has not stored it so.
     """
-    side, codes, contexts = [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.int16)], [np.zeros(0, dtype=np.uint8)]
+    side, flat, columns, sizes = [np.zeros(0, dtype=np.int16)], [EMPTY_TURN], [], []
     for item in stored.values():
         side += [item.parts[part].numpy().astype(np.int16) for part in integer_parts(item) if part != "codes"]
         if "codes" not in item.parts:
@@ -3164,35 +3306,53 @@ def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
         col = (2 * np.log2((square / 2 ** (row / 2)[:, :, None]).mean(1) + 1e-3)).round()
         row, col = row.astype(np.int16), col.astype(np.int16)
         side += [size + step for size, step in zip((row, col), step_exponents(item))]
-        codes.append(array.ravel())
-        contexts.append(size_contexts(row, col))
+        if item.form.startswith("trellis"):
+            columns += [*array.transpose(0, 2, 1)]
+            sizes += [*size_contexts(row - 4, col).transpose(0, 2, 1)]  # of halves
+        else:
+            flat.append((array.ravel(), size_contexts(row, col).ravel()))
+    turns = [tuple(np.concatenate(arrays) for arrays in zip(*flat))]
+
+    def visit(column: int, which: list[int], contexts: np.ndarray) -> np.ndarray:
+        turns.append((np.concatenate([columns[i][column] for i in which]) >> 1, contexts))
+        return turns[-1][0]
+
+    if any((a != b).any() for a, b in zip(walk_trellis(sizes, visit), columns)):
+        raise ValueError("codes that no path through the trellis has")
     which = np.repeat(np.arange(len(side)).astype(np.uint8), [a.size for a in side])
-    return [*encode_integers(np.concatenate([a.ravel() for a in side]), which),
-            *encode_integers(np.concatenate(codes), np.concatenate(contexts), PLAIN_BITS)]
+    return [*encode_integers([(np.concatenate([a.ravel() for a in side]), which)]),
+            *encode_integers(turns, PLAIN_BITS)]
 
 
 def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
     """Inverse of pack_integers: gives their integer parts to things of these forms and sizes, in order."""
     shapes = [[0], *(shape for item in stored.values() for shape in side_shapes(item))]
     counts = [math.prod(shape) for shape in shapes]
-    which = np.repeat(np.arange(len(shapes)).astype(np.uint8), counts)
-    arrays = np.split(decode_integers(which, *streams[:2]), np.cumsum(counts)[:-1])
+    reader, codes = IntegerReader(*streams[:2]), IntegerReader(*streams[2:], PLAIN_BITS)
+    arrays = np.split(reader.read(np.repeat(np.arange(len(shapes)).astype(np.uint8), counts)), np.cumsum(counts)[:-1])
+    reader.close()
     side = iter([array.reshape(shape) for array, shape in zip(arrays, shapes)][1:])
-    common, contexts = {}, [np.zeros(0, dtype=np.uint8)]
+    common, sizes = {}, {}
     for name, item in stored.items():
         dtypes = integer_parts(item)
         item.parts.update({part: torch.from_numpy(next(side)).to(dtypes[part]) for part in dtypes if part != "codes"})
         if "codes" in dtypes:
             common[name] = whole_part(next(side), next(side)) if item.form in COMMON_APART else np.int16(0)
             row, col = (next(side) - step for step in step_exponents(item))
-            contexts.append(size_contexts(row, col))
-    contexts = np.concatenate(contexts)
-    codes, place = decode_integers(contexts, *streams[2:], PLAIN_BITS), 0
-    for name, part in common.items():
-        form, sizes, parts = stored[name]
-        array = codes[place : place + math.prod(sizes)].reshape(sizes) + part
-        parts["codes"] = torch.from_numpy(array).to(form_parts(form, sizes)["codes"][1])
-        place += array.size
+            sizes[name] = size_contexts(row - 4 * item.form.startswith("trellis"), col)
+    chained = [name for name in sizes if stored[name].form.startswith("trellis")]
+    flat = codes.read(np.concatenate([EMPTY_TURN[1], *(sizes[name].ravel() for name in sizes if name not in chained)]))
+    columns = iter(walk_trellis([size for name in chained for size in sizes[name].transpose(0, 2, 1)],
+                                lambda column, which, contexts: codes.read(contexts)))
+    codes.close()
+    for name, size in sizes.items():
+        if name in chained:
+            array = np.stack([next(columns).T for _ in size])
+        else:
+            array, flat = np.split(flat, [size.size])
+            array = array.reshape(size.shape) + common[name]
+        parts = stored[name].parts
+        parts["codes"] = torch.from_numpy(array).to(form_parts(stored[name].form, stored[name].sizes)["codes"][1])
 
 
 def to_stream(tensor: Tensor) -> bytes:
@@ -3218,7 +3378,7 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 # data and a ZIP application, and weights from the container again; loading one runs nothing of it.
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 3
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 4
 MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
 COMPRESSORS = ("brotli", "lzma", "ans")
 
@@ -3334,9 +3494,12 @@ FINEST_BITS = 6.0  # of a weight: more buy nothing that can be measured
 @torch.no_grad()
 def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Statistics, room: int) -> bytes:
     """The artifact with the finest weighted steps that take at most `room` bytes, on every rank; by secants of exact
-    sizes until it takes 99.9 % of them. If none fits, the smallest one tried.
+    sizes until it takes 99.8 % of them. If none fits, the smallest one tried.
+
+    With `ans` its codes are a trellis's. Those take as many bytes as plain codes of double steps, to one percent, and
+    longer to find, so the search begins with plain ones.
     """
-    factors, settings = factorize_all(stats.hessians), artifact_settings(cfg)
+    factors, settings = factorize_all(stats.hessians, sort=False), artifact_settings(cfg)
     curved = curvatures(cfg, state, stats, factors)
     for t in (t for curvature in curved.values() for t in curvature):
         rt.share_(t, "curvatures")  # rank 0's: a last bit could differ, and turn a step
@@ -3345,27 +3508,31 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
                              .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
     bits = octaves_wide + math.log2(4.133)  # entropy of a Gaussian weight over steps from c = 2^0 on: √(2πe) = 4.133
-    finest, tried, best = bits - FINEST_BITS, [], b""
+    finest, tried, best, chained = bits - FINEST_BITS, [], b"", False
     at = max(finest, bits - 8 * room / max(count, 1))
     for _ in range(12):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
-        stored = quantize(cfg, rt, state, factors, steps)
+        stored = quantize(cfg, rt, state, factors, steps, chained)
         artifact = rt.share_bytes(write_artifact(settings, stored, cfg.compressor) if rt.rank == 0 else None)
         size = len(artifact)
-        rt.log(f"steps from 2^{at:.3f}: {size} bytes of {room}")
+        rt.log(f"steps from 2^{at:.3f}{', trellis' if chained else ''}: {size} bytes of {room}")
         if not best or (size <= room and (size > len(best) or len(best) > room)) or size < len(best) > room:
             best = artifact
         hopeless = any(at > t + 0.5 and size > max(room, 0.99 * other) for t, other in tried)  # no more to save
-        if not count or hopeless or (size <= room and (size >= 0.999 * room or at <= finest)):
+        done = not count or hopeless or (size <= room and (size >= 0.998 * room or at <= finest))
+        to_trellis = cfg.compressor == "ans" and not chained and (done or abs(size - room) < 0.1 * room)
+        if done and not (to_trellis and count):
             break
         slope = -count / 8  # bytes an octave
         if tried:
             slope = min(max((size - tried[-1][1]) / (at - tried[-1][0]), 2 * slope), 0.2 * slope)
         tried.append((at, size))
-        at += (0.9996 * room - size) / slope
+        if to_trellis:
+            tried, best, chained = [], b"", True
+        at = max(at + (0.9992 * room - size) / slope, finest)
         above = max((t for t, other in tried if other > room), default=finest)
         below = min((t for t, other in tried if other <= room), default=math.inf)
-        if not above < at < below:
+        if tried and not above < at < below:
             at = (above + below) / 2 if below < math.inf else max(at, finest)
     return best
 

@@ -48,6 +48,18 @@ def halves(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(shifted(seed))).half()
 
 
+def path_codes(n: int, rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    """int16, such as a trellis has: each row's codes are even or odd as those before them say."""
+    chance = np.random.default_rng(shifted(seed))
+    found = np.zeros((n, rows, cols), dtype=np.int16)
+    for row in found.reshape(-1, cols):
+        state = 0
+        for j in range(cols):
+            half = round(chance.normal(0, 3))
+            row[j], state = 2 * half + state % 2, tg.STATE_AFTER[state][half % 2]
+    return torch.from_numpy(found)
+
+
 def make(form: str, *sizes: int, seed: int = 0, **parts: torch.Tensor) -> tg.Stored:
     """Something of this form with random parts, but for those given."""
     draw = {torch.float16: halves, torch.int8: codes, torch.int16: wide_codes}
@@ -63,10 +75,13 @@ def half(tensor: torch.Tensor) -> tg.Stored:
 def sample() -> dict[str, tg.Stored]:
     """All forms, odd shapes, extremes, a tensor without elements and one without dimensions."""
     small = (codes(2, 9, 4, seed=3) // 16).short()
+    paths = {"t": make("trellis matrix", 2, 9, 4, codes=path_codes(2, 9, 4)),
+             "u": make("trellis table", 1, 40, 21, codes=path_codes(1, 40, 21)),
+             "v": make("trellis head", 1, 7, 13, codes=path_codes(1, 7, 13))}
     return {"a": make("scaled matrix", 3, 5, 7), "b": make("weighted matrix", 2, 9, 4, codes=small),
             "one": make("gate", 1, 1, 1), "c": make("weighted table", 1, 40, 21), "d": make("scaled table", 1, 40, 9),
             "e": make("scaled head", 1, 30, 5), "f": make("weighted head", 1, 30, 6),
-            "a.1": make("low rank", 2, 5, 7, 3),
+            "a.1": make("low rank", 2, 5, 7, 3), **paths,
             "gate": make("gate", 3, 4, 2), "vector": half(halves(13, seed=1)), "empty": half(halves(2, 0)),
             "wide": make("scaled matrix", 1, 2, 301, seed=2), "scalar": half(torch.tensor(2.5)),
             "extreme": half(torch.tensor([65504.0, -65504.0, 6e-8, -0.0, 0.0])), "deep": half(halves(2, 1, 3, 2))}
@@ -84,7 +99,8 @@ def seal(body: bytes) -> bytes:
 
 def with_header(header, streams: bytes = b"", compressor: str = "lzma") -> bytes:
     head = tg.compress(header if isinstance(header, bytes) else json.dumps(header).encode(), compressor)
-    return seal(bytes([3, ("brotli", "lzma", "ans").index(compressor)]) + struct.pack("<I", len(head)) + head + streams)
+    kind = bytes([tg.ARTIFACT_VERSION, ("brotli", "lzma", "ans").index(compressor)])
+    return seal(kind + struct.pack("<I", len(head)) + head + streams)
 
 
 def assert_refused(data: bytes) -> None:
@@ -242,13 +258,34 @@ def test_damaged_ans_streams_under_a_right_checksum(monkeypatch, streams):
 
 
 @hypothesis_settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(-127, 127), st.integers(0, 95)), max_size=300), st.integers(-3000, 3000))
-def test_integers_round_trip(pairs, shift):
+@given(st.lists(st.tuples(st.integers(-127, 127), st.integers(0, 191)), max_size=300), st.integers(-3000, 3000),
+       st.lists(st.integers(0, 300), max_size=4))
+def test_integers_round_trip(pairs, shift, ends):
     symbols = np.array([a + shift for a, _ in pairs], dtype=np.int16)
     contexts = np.array([b for _, b in pairs], dtype=np.uint8)
+    turns = [*zip(np.split(symbols, sorted(ends)), np.split(contexts, sorted(ends)))]
     for plain in ((0,) * 256, tg.PLAIN_BITS):
-        back = tg.decode_integers(contexts, *tg.encode_integers(symbols, contexts, plain), plain)
-        assert back.dtype == np.int16 and np.array_equal(back, symbols)
+        reader = tg.IntegerReader(*tg.encode_integers(turns, plain), plain)
+        for part, where in turns:
+            back = reader.read(where)
+            assert back.dtype == np.int16 and np.array_equal(back, part)
+        reader.close()
+
+
+def test_integers_that_are_left_over_are_refused():
+    turns = [(np.arange(300, dtype=np.int16), np.zeros(300, dtype=np.uint8))]
+    reader = tg.IntegerReader(*tg.encode_integers(turns))
+    reader.read(np.zeros(200, dtype=np.uint8))
+    with pytest.raises(ValueError):
+        reader.close()
+
+
+def test_codes_that_leave_the_trellis_are_not_packed():
+    stored = {"t": make("trellis matrix", 2, 9, 4, codes=path_codes(2, 9, 4))}
+    pack("ans", stored)
+    stored["t"].parts["codes"][1, 3, 2] += 1
+    with pytest.raises(ValueError, match="no path"):
+        pack("ans", stored)
 
 
 def weights_like(n: int, rows: int, cols: int, seed: int = 0) -> dict[str, tg.Stored]:
@@ -268,7 +305,7 @@ def test_ans_takes_what_its_tables_say_and_less_than_the_others():
     side_tables, side_words, tables, words = tg.pack_integers(stored)
     codes, row, col = (stored["w"].parts[part].numpy().astype(np.int64) for part in ("codes", "row", "col"))
     which = np.repeat(np.arange(5), [0, 1200, 900, 1200, 900])
-    side = tg.decode_integers(which.astype(np.uint8), side_tables, side_words).astype(np.int64)
+    side = tg.IntegerReader(side_tables, side_words).read(which.astype(np.uint8)).astype(np.int64)
     size = (side[2100:3300].reshape(3, 400) - row)[:, :, None] + (side[3300:].reshape(3, 300) - col)[:, None]
     contexts, bits = np.clip(size + 32, 0, 95), 0.0
     for context in np.unique(contexts):  # by the tables' definition, in plain floating point
@@ -332,8 +369,8 @@ def test_a_missing_package_is_named_with_a_way_out(monkeypatch, missing, words):
 # ----- malice
 
 
-@pytest.mark.parametrize("body", [b"", b"\3", b"\3\1", b"\3\1\0\0", b"\3\1\0\0\0\0", b"\3\1\xff\xff\xff\xff",
-                                  b"\3\3" + bytes(9), b"\2\1" + bytes(9), b"\4\1" + bytes(9)])
+@pytest.mark.parametrize("body", [b"", b"\4", b"\4\1", b"\4\1\0\0", b"\4\1\0\0\0\0", b"\4\1\xff\xff\xff\xff",
+                                  b"\4\3" + bytes(9), b"\3\1" + bytes(9), b"\5\1" + bytes(9)])
 def test_short_or_foreign_bodies_are_refused(body):
     assert_refused(seal(body))
 

@@ -285,7 +285,7 @@ def test_weighted_steps_fill_the_budget_and_never_exceed_it(finished, tiny, tmp_
         # of so small a model one step of one row can change what a table's rows share, and with it 150 bytes
         assert result["fits"] and budget - 200 <= result["bytes_total"] <= budget
         sizes.append(result["stages"]["quantized"]["val_loss"] - result["stages"]["pre_quant"]["val_loss"])
-    assert sizes[1] < sizes[0]  # more bytes, less loss
+    assert abs(sizes[1]) < abs(sizes[0])  # more bytes, and the loss changes less
 
 
 def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp_path):
