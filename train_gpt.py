@@ -292,8 +292,8 @@ class Settings:
                                        "embedding tables and the head", low=0.1)
     quant_allocation: str = setting("auto", "quant", "auto: step sizes from the loss's sensitivity, as fine as the "
                                     "budget allows; sdclip: from each row's std", choices="auto sdclip")
-    lqer_enabled: bool = setting(False, "quant", "LQER: store low-rank corrections of the matrices with the largest "
-                                 "errors")
+    quant_trellis: bool = setting(True, "quant", "QUANT_ALLOCATION=auto with COMPRESSOR=ans: round along a trellis")
+    lqer_enabled: bool = setting(False, "quant", "LQER: low-rank corrections of the matrices with the largest errors")
     lqer_rank: int = setting(4, "quant", "rank of an LQER correction", low=1)
     lqer_top_k: int = setting(3, "quant", "number of matrices that get an LQER correction", low=1)
     lqer_factor_bits: int = setting(4, "quant", "bits of each number in LQER's factors", low=1, high=7)
@@ -3496,8 +3496,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     """The artifact with the finest weighted steps that take at most `room` bytes, on every rank; by secants of exact
     sizes until it takes 99.8 % of them. If none fits, the smallest one tried.
 
-    With `ans` its codes are a trellis's. Those take as many bytes as plain codes of double steps, to one percent, and
-    longer to find, so the search begins with plain ones.
+    With QUANT_TRELLIS its codes are a trellis's, if `ans` packs them. Those take as many bytes as plain codes of double
+    steps, to one percent, and longer to find, so the search begins with plain ones.
     """
     factors, settings = factorize_all(stats.hessians, sort=False), artifact_settings(cfg)
     curved = curvatures(cfg, state, stats, factors)
@@ -3509,8 +3509,9 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
                              .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
     bits = octaves_wide + math.log2(4.133)  # entropy of a Gaussian weight over steps from c = 2^0 on: √(2πe) = 4.133
     finest, tried, best, chained = bits - FINEST_BITS, [], b"", False
+    wanted = cfg.quant_trellis and cfg.compressor == "ans" and count > 0
     at = max(finest, bits - 8 * room / max(count, 1))
-    for _ in range(12):
+    for turns_left in reversed(range(12)):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
         stored = quantize(cfg, rt, state, factors, steps, chained)
         artifact = rt.share_bytes(write_artifact(settings, stored, cfg.compressor) if rt.rank == 0 else None)
@@ -3520,14 +3521,14 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
             best = artifact
         hopeless = any(at > t + 0.5 and size > max(room, 0.99 * other) for t, other in tried)  # no more to save
         done = not count or hopeless or (size <= room and (size >= 0.998 * room or at <= finest))
-        to_trellis = cfg.compressor == "ans" and not chained and (done or abs(size - room) < 0.1 * room)
-        if done and not (to_trellis and count):
+        switch = wanted and not chained and turns_left and (done or abs(size - room) < 0.1 * room)
+        if done and not switch:
             break
         slope = -count / 8  # bytes an octave
         if tried:
             slope = min(max((size - tried[-1][1]) / (at - tried[-1][0]), 2 * slope), 0.2 * slope)
         tried.append((at, size))
-        if to_trellis:
+        if switch:
             tried, best, chained = [], b"", True
         at = max(at + (0.9992 * room - size) / slope, finest)
         above = max((t for t, other in tried if other > room), default=finest)

@@ -1,24 +1,25 @@
 #!/usr/bin/env python3
 """Measure loss against bytes for every way to quantize and to pack, on one trained model and the same tensors.
 
-    DATA_PATH=... TOKENIZER_PATH=... NUM_LAYERS=... python benchmarks/bytes.py logs/smoke/final_model.pt
+    SAVE_MODEL=1 ./run_smoke_1gpu.sh && python benchmarks/bytes.py logs/smoke
 
-The environment has to give the settings with which the model was trained (SAVE_MODEL=1 writes final_model.pt). The gap
-is the rise of the loss, in nats a token, over the trained model. `weighted` stands for QUANT_ALLOCATION=auto: it fills
-the bytes of GPTQ + SDClip with its best packer, and then 85 and 70 % of them. If lrzip is installed, it is measured
+It takes the folder of a run with SAVE_MODEL=1 and that run's settings, and calibrates on the training text that comes
+after it. The gap is the rise of the loss, in nats a token, over the trained model. `weighted` stands for
+QUANT_ALLOCATION=auto: it fills the bytes of GPTQ + SDClip with its best packer, and then 85 and 70 % of them, or those
+given, with codes rounded one by one and along a trellis (QUANT_TRELLIS=0 and 1). If lrzip is installed, it is measured
 too, since submissions to the challenge use it: `lrzip -z -L 9` on the codes of each group, by rows or by columns.
 """
 
 import argparse
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,10 +29,12 @@ import train_gpt as tg
 
 def packed_sizes(cfg: tg.Settings, stored: dict[str, tg.Stored]) -> dict[str, int]:
     """Bytes of the whole artifact by packer. For packers other than `ans` this is the Brotli artifact with its codes
-    packed by that packer, in the one of two orders that is smaller.
+    packed by that packer, in the one of two orders that is smaller. Codes of a trellis are for `ans` alone.
     """
     settings = tg.artifact_settings(cfg)
     sizes = {"ans": len(tg.write_artifact(settings, stored, "ans"))}
+    if any(item.form.startswith("trellis") for item in stored.values()):
+        return sizes
     codes = [item.parts[part] for item in stored.values() for part in tg.integer_parts(item)]
     orders = [[tg.to_stream(t if by_column else t.mT) for t in codes] for by_column in (False, True)]
     whole = len(tg.write_artifact(settings, stored, "brotli"))
@@ -56,31 +59,34 @@ def lrzip(data: bytes) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("model", type=Path, help="final_model.pt of a run with SAVE_MODEL=1")
+    parser.add_argument("run", type=Path, help="folder of a run with SAVE_MODEL=1")
     parser.add_argument("--tokens", type=int, default=500_000, help="validation tokens to score (default: 500000)")
+    parser.add_argument("--bytes", type=int, nargs="+", help="sizes of weighted artifacts, instead of shares")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return measure(dataclasses.replace(tg.read_settings(dict(os.environ))[0], artifact_dir=folder), args)
-    except (tg.RunError, OSError) as error:
+            return measure(json.loads((args.run / "result.json").read_text()), folder, args)
+    except (tg.RunError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
 
-def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
+def measure(result: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
     """Calibrate, then quantize, pack and score in every way, and print the table."""
+    cfg = tg.Settings(**result["config"] | {"artifact_dir": folder, "quant_allocation": "auto",
+                                            "gptq_reserve_seconds": 0.0, "seed": result["seed"]})
     rt = tg.Runtime(cfg, tg.Launch())
     rt.open_logs(append=False)
-    cfg = tg.fit_to_device(dataclasses.replace(cfg, quant_allocation="auto", gptq_reserve_seconds=0.0), rt)
+    cfg = tg.fit_to_device(cfg, rt)
     val = tg.Validation.load(cfg, tg.read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
     val = val.over(val.tokens[: args.tokens], val.bytes[: args.tokens])
     model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype).run, val.bos, pairs=val.pairs)
-    model.load_state_dict(torch.load(args.model, map_location=rt.device, weights_only=True))
+    model.load_state_dict(torch.load(args.run / "final_model.pt", map_location=rt.device, weights_only=True))
     trained = {name: p.detach().clone() for name, p in model.named_parameters()}
-    clock = tg.Clock(rt, 0.0, 0.0)
+    clock, after = tg.Clock(rt, 0.0, 0.0), result["steps"] * cfg.train_batch_tokens // cfg.row_tokens
     clock.start()
-    stats = tg.calibrate(cfg, rt, model, tg.Windows(cfg, rt, val.bos), 0, clock)
+    stats = tg.calibrate(cfg, rt, model, tg.Windows(cfg, rt, val.bos), after, clock)
 
     def loss(stored: dict[str, tg.Stored] | None) -> float:
         with torch.no_grad():
@@ -110,10 +116,14 @@ def measure(cfg: tg.Settings, args: argparse.Namespace) -> int:
     row("GPTQ, SDClip", plain)
     most = min(rows[-1]["bytes"].values())
     row("GPTQ, SDClip, LQER", tg.quantize(dataclasses.replace(cfg, lqer_enabled=True), rt, trained, factors))
-    for share in (1.0, 0.85, 0.7):
-        artifact = tg.fill_budget(dataclasses.replace(cfg, compressor="ans"), rt, trained, stats, int(share * most))
-        row(f"GPTQ, weighted, {share:.0%}", tg.read_artifact(artifact, "the table")[1])
-    weighted = tg.read_artifact(artifact, "the table")[1]
+    for room in args.bytes or [int(share * most) for share in (1.0, 0.85, 0.7)]:
+        for way, chained in (("GPTQ", False), ("trellis", True)):
+            start = time.perf_counter()
+            artifact = tg.fill_budget(dataclasses.replace(cfg, compressor="ans", quant_trellis=chained), rt, trained,
+                                      stats, room)
+            seconds[f"fill, {way}"] = time.perf_counter() - start
+            weighted = tg.read_artifact(artifact, "the table")[1]
+            row(f"{way}, weighted, {room / most:.0%}", weighted)
     start = time.perf_counter()
     again = tg.write_artifact(tg.artifact_settings(cfg), weighted, "ans")
     seconds["pack"] = time.perf_counter() - start
