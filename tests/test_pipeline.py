@@ -478,6 +478,6 @@ def test_errors_of_pytorch_in_one_line(error, said):
 
 
 def test_a_model_that_does_not_fit_the_memory_is_one_line(tiny, tmp_path):
-    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MODEL_DIM": "4194304", "NUM_HEADS": "65536"})
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MODEL_DIM": "4294967296", "NUM_HEADS": "67108864"})
     assert done.returncode == 1
     assert done.stderr == "error: out of memory; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS\n"

@@ -177,7 +177,7 @@ def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
     mine = {k: short[k] for k in ("TOKENIZER_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "DTYPE")}
     mine |= {"RECIPE": str(folder), "DATA_PATH": str(tmp_path / "data"), "PYTHON": sys.executable, "DEVICE": "cpu",
              "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_STRIDE": "0", "MODEL_DIM": "64", "ROPE_DIMS": "8",
-             "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1"}
+             "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "1"}
     done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], env=clean_environment(mine), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/result.json").read_text())["config"]
