@@ -2783,8 +2783,6 @@ def gptq(weight: Tensor, factors: Factors, scale: Tensor, bits: int, block: int 
 # The trellis of eight states of JPEG 2000 (ISO/IEC 15444-2). At a state a code is even or odd as its number is; the
 # next state is here, by bit 1 of the code. So the ways into a state t are from t // 2 and from t // 2 + 4.
 STATE_AFTER = ((0, 1), (2, 3), (5, 4), (7, 6), (1, 0), (3, 2), (4, 5), (6, 7))
-
-
 CACHED_ROWS = 2048  # whose survivors a core's caches hold
 
 
@@ -2794,7 +2792,7 @@ def trellis(weight: Tensor, upper: Tensor, step: Tensor) -> Tensor:
 
     weight (n, rows, cols); step (n, cols), of the finer grid, which the codes of both parities make; upper (n, cols,
     cols), the factor of columns as they stand. A code's parity is given by those before it, so that it takes the bits
-    of a grid of double steps. Its error is that of steps 1.1 dB finer than those, since a row is rounded as a whole.
+    of a grid of double steps. Its error is 1 dB below that grid's, since many codes are chosen together.
     """
     if weight.device.type != "cpu":
         return round_rows(weight, upper, step)
@@ -2814,7 +2812,7 @@ def trellis(weight: Tensor, upper: Tensor, step: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_rows(weight: Tensor, upper: Tensor, step: Tensor, block: int = 128) -> Tensor:
-    """trellis(), all rows at once."""
+    """trellis(), all rows at once. The codes of `block` columns are chosen together."""
     w, codes = weight.float().mT.contiguous(), []
     state = torch.zeros_like(w[:, 0], dtype=torch.int64)
     for start in range(0, w.size(1), block):
