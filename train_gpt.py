@@ -2968,6 +2968,11 @@ class Stored(NamedTuple):
     sizes: list[int]
     parts: dict[str, Tensor]
 
+    @property
+    def chained(self) -> bool:
+        """Whether the parity of its codes follows from those before them."""
+        return self.form.startswith("trellis")
+
 
 def form_parts(form: str, sizes: list[int]) -> dict[str, tuple[list[int], torch.dtype]]:
     """The table of how things are stored: for a form and its sizes the shape and dtype of each part.
@@ -3169,32 +3174,36 @@ Turn = tuple[np.ndarray, np.ndarray]  # symbols int16 and contexts uint8, that a
 EMPTY_TURN = (np.zeros(0, dtype=np.int16), np.zeros(0, dtype=np.uint8))
 
 
+def by_context(symbols: np.ndarray, contexts: np.ndarray) -> list[tuple[int, np.ndarray]]:
+    """The contexts that occur, ascending, each with its symbols, int32, in their order."""
+    counts = np.bincount(contexts)
+    parts = np.split(symbols[np.argsort(contexts, kind="stable")].astype(np.int32), np.cumsum(counts)[:-1])
+    return [(context, part) for context, part in enumerate(parts) if len(part)]
+
+
 def encode_integers(turns: Sequence[Turn], plain: tuple[int, ...] = (0,) * 256) -> tuple[bytes, bytes]:
     """Tables, by LZMA, and words of asymmetric numeral systems (arXiv 1311.2540) for symbols in contexts, turn by turn.
 
     Each context has the table of its own frequencies over all turns; its lowest plain[context] bits take none.
     """
     constriction = import_packer("constriction")
-    coder, tables, models = constriction.stream.stack.AnsCoder(), [], []
-    symbols, contexts = (np.concatenate(arrays) for arrays in zip(*turns))
-    ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
-    for (low, high), bits in zip(pairwise([0, *ends.tolist()]), plain):
-        part = ordered[low:high].astype(np.int32) >> bits
-        least = int(part.min()) if len(part) else 0
-        counts = np.bincount(part - least, minlength=2) if len(part) else np.zeros(0)
+    coder, tables, models = constriction.stream.stack.AnsCoder(), [], {}
+    for context, part in by_context(*(np.concatenate(arrays) for arrays in zip(*turns))):
+        part = part >> plain[context]
+        least = int(part.min())
+        counts = np.bincount(part - least, minlength=2)
         with np.errstate(divide="ignore"):
-            entries = (8 * np.log2(counts.max(initial=0) / counts)).round().clip(0, 254)
+            entries = (8 * np.log2(counts.max() / counts)).round().clip(0, 254)
         entries = np.where(counts > 0, entries, 255).astype(np.uint8)
+        tables += [bytes(8)] * (context - len(tables))  # of contexts that do not occur
         tables.append(np.array([least, len(entries)], dtype="<i4").tobytes() + entries.tobytes())
-        models.append((least, table_model(entries)) if len(part) else None)
-    for symbols, contexts in reversed(turns):  # what is encoded last is decoded first
-        ordered, ends = symbols[np.argsort(contexts, kind="stable")], np.cumsum(np.bincount(contexts))
-        for context, (low, high) in reversed([*enumerate(pairwise([0, *ends.tolist()]))]):
-            if low < high:
-                part, bits, (least, model) = ordered[low:high].astype(np.int32), plain[context], models[context]
-                if bits:
-                    coder.encode_reverse(part & (1 << bits) - 1, constriction.stream.model.Uniform(1 << bits))
-                coder.encode_reverse((part >> bits) - least, model)
+        models[context] = least, table_model(entries)
+    for turn in reversed(turns):  # what is encoded last is decoded first
+        for context, part in reversed(by_context(*turn)):
+            bits, (least, model) = plain[context], models[context]
+            if bits:
+                coder.encode_reverse(part & (1 << bits) - 1, constriction.stream.model.Uniform(1 << bits))
+            coder.encode_reverse((part >> bits) - least, model)
     return compress(b"".join(tables), "lzma"), coder.get_compressed().tobytes()
 
 
@@ -3204,7 +3213,7 @@ class IntegerReader:
     def __init__(self, tables: bytes, words: bytes, plain: tuple[int, ...] = (0,) * 256):
         self.uniform = import_packer("constriction").stream.model.Uniform
         self.coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
-        self.models, self.plain, place, tables = [], plain, 0, decompress(tables, "lzma")
+        self.models, self.used, self.plain, place, tables = [], set(), plain, 0, decompress(tables, "lzma")
         while place < len(tables):
             least, size = np.frombuffer(tables, dtype="<i4", count=2, offset=place).tolist()
             entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 8)
@@ -3216,6 +3225,7 @@ class IntegerReader:
         symbols, parts = np.empty(len(contexts), dtype=np.int16), [np.zeros(0, dtype=np.int16)]
         for context, count in enumerate(np.bincount(contexts).tolist()):
             if count:
+                self.used.add(context)
                 bits, (least, model) = self.plain[context], self.models[context]
                 part = self.coder.decode(model, count) + least
                 if bits:
@@ -3225,8 +3235,9 @@ class IntegerReader:
         return symbols
 
     def close(self) -> None:
-        """ValueError when words are left over."""
-        if not self.coder.is_empty():
+        """ValueError when words or tables are left over."""
+        unread = {i for i, model in enumerate(self.models) if model} - self.used
+        if unread or self.models[-1:] == [None] or not self.coder.is_empty():
             raise ValueError("more is coded than its header says")
 
 
@@ -3304,7 +3315,7 @@ def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
         col = (2 * np.log2((square / 2 ** (row / 2)[:, :, None]).mean(1) + 1e-3)).round()
         row, col = row.astype(np.int16), col.astype(np.int16)
         side += [size + step for size, step in zip((row, col), step_exponents(item))]
-        if item.form.startswith("trellis"):
+        if item.chained:
             columns += [*array.transpose(0, 2, 1)]
             sizes += [*size_contexts(row - 4, col).transpose(0, 2, 1)]  # of halves
         else:
@@ -3337,15 +3348,15 @@ def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
         if "codes" in dtypes:
             common[name] = whole_part(next(side), next(side)) if item.form in COMMON_APART else np.int16(0)
             row, col = (next(side) - step for step in step_exponents(item))
-            sizes[name] = size_contexts(row - 4 * item.form.startswith("trellis"), col)
-    chained = [name for name in sizes if stored[name].form.startswith("trellis")]
+            sizes[name] = size_contexts(row - 4 * item.chained, col)
+    chained = [name for name in sizes if stored[name].chained]
     flat = codes.read(np.concatenate([EMPTY_TURN[1], *(sizes[name].ravel() for name in sizes if name not in chained)]))
     columns = iter(walk_trellis([size for name in chained for size in sizes[name].transpose(0, 2, 1)],
                                 lambda column, which, contexts: codes.read(contexts)))
     codes.close()
     for name, size in sizes.items():
         if name in chained:
-            array = np.stack([next(columns).T for _ in size])
+            array = np.ascontiguousarray(np.stack([next(columns).T for _ in size]))
         else:
             array, flat = np.split(flat, [size.size])
             array = array.reshape(size.shape) + common[name]
@@ -3531,8 +3542,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
         at = max(at + (0.9992 * room - size) / slope, finest)
         above = max((t for t, other in tried if other > room), default=finest)
         below = min((t for t, other in tried if other <= room), default=math.inf)
-        if tried and not above < at < below:
-            at = (above + below) / 2 if below < math.inf else max(at, finest)
+        if below < math.inf and not above < at < below:
+            at = (above + below) / 2
     return best
 
 

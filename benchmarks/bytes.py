@@ -33,7 +33,7 @@ def packed_sizes(cfg: tg.Settings, stored: dict[str, tg.Stored]) -> dict[str, in
     """
     settings = tg.artifact_settings(cfg)
     sizes = {"ans": len(tg.write_artifact(settings, stored, "ans"))}
-    if any(item.form.startswith("trellis") for item in stored.values()):
+    if any(item.chained for item in stored.values()):
         return sizes
     codes = [item.parts[part] for item in stored.values() for part in tg.integer_parts(item)]
     orders = [[tg.to_stream(t if by_column else t.mT) for t in codes] for by_column in (False, True)]
@@ -75,7 +75,7 @@ def main() -> int:
 def measure(result: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
     """Calibrate, then quantize, pack and score in every way, and print the table."""
     cfg = tg.Settings(**result["config"] | {"artifact_dir": folder, "quant_allocation": "auto",
-                                            "gptq_reserve_seconds": 0.0, "seed": result["seed"]})
+                                            "gptq_reserve_seconds": 0.0})
     rt = tg.Runtime(cfg, tg.Launch())
     rt.open_logs(append=False)
     cfg = tg.fit_to_device(cfg, rt)

@@ -148,7 +148,7 @@ def start(run: Run, source: bytes) -> subprocess.Popen:
     (script := run.folder / SCRIPT.name).write_bytes(source)
     environ = {name: value for name, value in os.environ.items() if name not in NAMES | TORCHRUN}
     if run.settings["DEVICE"] == "cpu":
-        environ |= {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # new pages each step
+        environ |= {"OMP_NUM_THREADS": "1", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # logits need many pages a step
     with open(run.folder / "output.txt", "wb") as output:
         return subprocess.Popen([sys.executable, str(script)], env=environ | run.settings | {"ARTIFACT_DIR": str(
             run.folder)}, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)

@@ -116,7 +116,7 @@ def assert_same(got: dict[str, tg.Stored], expected: dict[str, tg.Stored]) -> No
 def assert_same_tensors(got: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
     assert set(got) == set(expected)
     for name, tensor in expected.items():
-        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape, name
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape and got[name].is_contiguous(), name
         assert got[name].contiguous().numpy().tobytes() == tensor.contiguous().numpy().tobytes(), name
 
 
@@ -274,10 +274,16 @@ def test_integers_round_trip(pairs, shift, ends):
 
 def test_integers_that_are_left_over_are_refused():
     turns = [(np.arange(300, dtype=np.int16), np.zeros(300, dtype=np.uint8))]
-    reader = tg.IntegerReader(*tg.encode_integers(turns))
+    tables, words = tg.encode_integers(turns)
+    reader = tg.IntegerReader(tables, words)
     reader.read(np.zeros(200, dtype=np.uint8))
     with pytest.raises(ValueError):
         reader.close()
+    for more in (bytes(8), tg.decompress(tables, "lzma")):  # an empty table, one more that nothing is read by
+        reader = tg.IntegerReader(tg.compress(tg.decompress(tables, "lzma") + more, "lzma"), words)
+        assert np.array_equal(reader.read(turns[0][1]), turns[0][0])
+        with pytest.raises(ValueError):
+            reader.close()
 
 
 def test_codes_that_leave_the_trellis_are_not_packed():

@@ -277,7 +277,7 @@ def test_killing_the_first_process_under_torchrun_ends_the_others_with_one_line(
 
 def test_weighted_steps_fill_the_budget_and_never_exceed_it(finished, tiny, tmp_path):
     sizes, code = [], read_result(finished[0])["code_bytes"]
-    for budget in (code + 50_000, code + 90_000):
+    for budget in (code + 25_000, code + 90_000):
         done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": str(budget),
                                   "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024", "ITERATIONS": "8"})
         assert done.returncode == 0, done.stderr
@@ -285,7 +285,7 @@ def test_weighted_steps_fill_the_budget_and_never_exceed_it(finished, tiny, tmp_
         # of so small a model one step of one row can change what a table's rows share, and with it 150 bytes
         assert result["fits"] and budget - 200 <= result["bytes_total"] <= budget
         sizes.append(result["stages"]["quantized"]["val_loss"] - result["stages"]["pre_quant"]["val_loss"])
-    assert abs(sizes[1]) < abs(sizes[0])  # more bytes, and the loss changes less
+    assert sizes[1] < sizes[0]  # more bytes, less loss
 
 
 def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp_path):

@@ -13,10 +13,7 @@ import train_gpt as tg
 
 
 def allowed(codes: torch.Tensor) -> bool:
-    """Whether a row's codes are a path: their parity is that of a shift register of three bits, by its own rule.
-
-    The register holds (a, b, c) and its state is 4a + 2b + c. A code is odd where c is 1; bit 1 of the code comes in.
-    """
+    """Whether a row's codes are a path: each as even or odd as its state, which bit 1 of the code before led to."""
     state = 0
     for code in codes.tolist():
         if code % 2 != state % 2:
@@ -47,7 +44,7 @@ def test_every_state_has_two_ways_in_of_one_parity():
 
 
 def test_without_feedback_it_finds_the_best_of_all_paths():
-    """Five columns, codes within ±2 of each weight: all of them, by the rule of the register above."""
+    """Five columns, codes within ±2 of each weight: all of them that are allowed."""
     weight, step = 3 * draw(1, 6, 5), 0.5 + torch.rand(1, 5, generator=torch.Generator().manual_seed(shifted(1)))
     felt = 0.5 + torch.rand(5, generator=torch.Generator().manual_seed(shifted(2)))
     hessian = torch.diag(felt)
@@ -110,9 +107,7 @@ def test_a_gaussian_takes_a_sixth_of_a_bit_less_than_by_a_plain_grid(size):
     """At equal error, against the entropy of a plain grid's codes; the bound is a quarter of a bit below that grid."""
     x = size * draw(1, 400, 512)
     plain, paths = x.round(), tg.trellis(x, torch.eye(512)[None], torch.full((1, 512), 0.5))
-    odd = torch.zeros_like(paths, dtype=torch.bool)
-    odd[:] = paths % 2 == 1
-    rates, errors = [], []
+    odd, rates, errors = paths % 2 == 1, [], []
     for codes, step, lots in ((plain, 1.0, [plain]), (paths, 0.5, [paths[odd], paths[~odd]])):
         rates.append(sum(map(entropy, lots)) / x.numel())
         errors.append(float((x - codes * step).square().mean()))
