@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Set up if needed, then lint and run every test, a file at a time on each core, those that take longest first (see
-# tests/conftest.py). Arguments go to pytest, as in ./run_tests.sh -k scorer
+# Set up if needed, then lint and run every test, those files first that take longest (see tests/conftest.py). Runs of
+# several processes often wait, so that two cores take three files at a time. Arguments go to pytest: -k scorer
 set -euo pipefail
 cd "$(dirname "$0")"
 source records/lib.sh
 use_python tests/requirements.txt
 "$PYTHON" -m ruff check .
-"$PYTHON" -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder "$@"
+workers=$(($("$PYTHON" -c "import os; print(len(os.sched_getaffinity(0)))") * 3 / 2))
+"$PYTHON" -m pytest -n $((workers < 8 ? workers : 8)) --dist loadfile --no-loadscope-reorder "$@"

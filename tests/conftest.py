@@ -37,8 +37,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # those that take longest; begun first, none of them is what all others wait for in the end
 SLOWEST = [f"test_{name}.py" for name in (
-    "audit", "pretend_gpu", "pipeline", "recipes", "techniques", "ttt", "training", "tokenize_docs", "submission",
-    "scripts", "benchmarks", "codegen", "kernels", "model", "packing", "records", "cached_fineweb", "caseops_scoring")]
+    "audit", "pipeline", "pretend_gpu", "recipes", "techniques", "ttt", "packing", "training", "caseops_scoring",
+    "scripts", "benchmarks", "caseops", "codegen", "kernels", "submission", "model", "tokenize_docs", "records",
+    "cached_fineweb")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

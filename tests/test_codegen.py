@@ -63,7 +63,7 @@ def graphs_of(settings: dict[str, str], folder, *faults) -> tuple[int, list[str]
 LAYERS = {"NUM_LAYERS": "2", "LOOP_START": "0", "LOOP_END": "0", "PARALLEL_START_LAYER": "1", "VE_LAYERS": "0,1",
           "QAT_LITE_LAYER_START": "1"}
 # all the others when there is time
-USUAL = ["chunk", "phased", "11L_GPTQ_XSA11_BigramHash3072"]
+USUAL = ["chunk", "phased"]
 
 
 @pytest.mark.parametrize("case", [*TOGETHER, *RECIPE_OF])

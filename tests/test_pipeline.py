@@ -279,7 +279,8 @@ def test_weighted_steps_fill_the_budget_and_never_exceed_it(finished, tiny, tmp_
     sizes, code = [], read_result(finished[0])["code_bytes"]
     for budget in (code + 25_000, code + 90_000):
         done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "ARTIFACT_BUDGET_BYTES": str(budget),
-                                  "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024", "ITERATIONS": "8"})
+                                  "EVAL_STRIDE": "0", "QUANT_MIN_WEIGHTS": "1024", "ITERATIONS": "8",
+                                  "QUANT_TRELLIS": "1"})
         assert done.returncode == 0, done.stderr
         result = read_result(tmp_path)
         # of so small a model one step of one row can change what a table's rows share, and with it 150 bytes

@@ -248,16 +248,17 @@ def test_a_run_is_one_that_gpus_take(ranks, case):
 
 def test_a_checkpoint_and_an_artifact_serve_another_number_of_ranks(ranks):
     """Three steps on two ranks, the third again on one from the checkpoint; and the artifact scored by two."""
-    answers, folder = ranks.run(2, {"ITERATIONS": "3", "CHECKPOINT_EVERY": "2", "EMA_DECAY": "0.5"})
+    settings = BARE | {"ITERATIONS": "3", "EMA_DECAY": "0.5"}
+    answers, folder = ranks.run(2, settings | {"CHECKPOINT_EVERY": "2"})
     assert [answer["status"] for answer in answers] == [0, 0], answers
     losses, first = read_losses(folder), read_result(folder)
-    answers, _ = ranks.run(1, {"ITERATIONS": "3", "RESUME": "1", "EMA_DECAY": "0.5", "ARTIFACT_DIR": str(folder)})
+    answers, _ = ranks.run(1, settings | {"RESUME": "1", "ARTIFACT_DIR": str(folder)})
     check_run(answers)
     assert "resumed at step 2" in (folder / "train.log").read_text()
     assert read_losses(folder) == pytest.approx(losses, rel=1e-3) and len(losses) == 3
     second = read_result(folder)
     assert second["val_loss"] == pytest.approx(first["val_loss"], rel=2e-3)
-    answers, alone = ranks.run(2, {"EVAL_ONLY": f"{folder}/final_model.int6.ptz"})
+    answers, alone = ranks.run(2, settings | {"EVAL_ONLY": f"{folder}/final_model.int6.ptz"})
     assert [(answer["status"], answer["error"]) for answer in answers] == [(0, "")] * 2
     assert read_result(alone)["val_loss"] == pytest.approx(second["val_loss"], abs=1e-6)
 

@@ -132,6 +132,7 @@ def test_recipe_does_not_hang_on_the_defaults(recipe):
     mine, other = (tg.read_settings(before | settings_of(recipe) | {"RUN_ID": "r"})[0] for before in ({}, PLAIN))
     differ = {name for name in vars(mine) if getattr(mine, name) != getattr(other, name)} - {"eval_stages"}
     idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
+            "quant_trellis": mine.quant_allocation == "auto",
             **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs", "ttt_doc_order"),
                             mine.ttt_mode == "phased")}
     assert not {name for name in differ if idle.get(name, True)}
@@ -177,7 +178,8 @@ def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
     mine = {k: short[k] for k in ("TOKENIZER_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "DTYPE")}
     mine |= {"RECIPE": str(folder), "DATA_PATH": str(tmp_path / "data"), "PYTHON": sys.executable, "DEVICE": "cpu",
              "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_STRIDE": "0", "MODEL_DIM": "64", "ROPE_DIMS": "8",
-             "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "1"}
+             "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "1",
+             "TTT_MODE": "none"}
     done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], env=clean_environment(mine), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/result.json").read_text())["config"]

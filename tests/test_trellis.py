@@ -117,7 +117,8 @@ def test_a_gaussian_takes_a_sixth_of_a_bit_less_than_by_a_plain_grid(size):
 
 @pytest.mark.parametrize("compressor, form", [("ans", "trellis"), ("brotli", "weighted")])
 def test_the_budget_is_filled_with_a_trellis_where_the_coder_knows_of_it(rt, tmp_path, compressor, form):
-    cfg = tiny(tmp_path, compressor=compressor, quant_allocation="auto", model_dim=64, vocab_size=200)
+    cfg = tiny(tmp_path, compressor=compressor, quant_allocation="auto", quant_trellis=True, model_dim=64,
+               vocab_size=200)
     model = random_model(cfg)
     stats, _ = statistics(cfg, model)
     state, room = {n: p.detach() for n, p in model.named_parameters()}, 40_000
