@@ -66,10 +66,21 @@ def main() -> int:
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            return measure(json.loads((args.run / "result.json").read_text()), folder, args)
+            return measure(read_run(args.run), folder, args)
     except (tg.RunError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """Its result.json. ValueError if that is none of this version of the script."""
+    result = json.loads((run / "result.json").read_text())
+    config = result.get("config", {}) if isinstance(result, dict) else {}
+    unlike = sorted(set(config) ^ {f.name for f in dataclasses.fields(tg.Settings)})
+    if unlike:
+        raise ValueError(f"{run / 'result.json'}: not of this version of train_gpt.py, whose settings differ in "
+                         f"{', '.join(unlike[:3])}{f' and {len(unlike) - 3} more' if unlike[3:] else ''}")
+    return result
 
 
 def measure(result: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
@@ -79,7 +90,7 @@ def measure(result: dict[str, Any], folder: str, args: argparse.Namespace) -> in
     rt = tg.Runtime(cfg, tg.Launch())
     rt.open_logs(append=False)
     cfg = tg.fit_to_device(cfg, rt)
-    val = tg.Validation.load(cfg, tg.read_tokenizer(cfg.tokenizer_path, cfg.vocab_size), rt.device)
+    val = tg.Validation.load(cfg, tg.read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
     val = val.over(val.tokens[: args.tokens], val.bytes[: args.tokens])
     model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype).run, val.bos, pairs=val.pairs)
     model.load_state_dict(torch.load(args.run / "final_model.pt", map_location=rt.device, weights_only=True))

@@ -21,6 +21,8 @@ from helpers import bare
 
 import train_gpt as tg
 
+BYTES = ROOT / "benchmarks/bytes.py"
+
 
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
@@ -299,6 +301,34 @@ def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp
     assert told < next(i for i, line in enumerate(lines) if line.startswith("stage:quantized"))
     result = read_result(tmp_path)
     assert not result["fits"] and f"OVER by {result['bytes_total'] - budget};" in lines[told]
+
+
+# ----- the table of loss against bytes
+
+
+def test_loss_against_bytes_of_a_run(finished, tmp_path):
+    """Of its saved model and its settings: the loss that it ended with, and gaps that shrink with bytes."""
+    figures, settings = tmp_path / "bytes.json", {"OMP_NUM_THREADS": "1"}
+    done = run_script(settings, str(finished[0]), "--bytes", "60000", "30000", "--json", str(figures), script=BYTES)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(figures.read_text())
+    assert found["base"] == pytest.approx(read_result(finished[0])["stages"]["pre_quant"]["val_loss"], abs=1e-5)
+    for way in ("GPTQ", "trellis"):
+        more, less = (row for row in found["rows"] if row["way"].startswith(f"{way}, weighted"))
+        assert 59_000 < more["bytes"]["ans"] <= 60_000 and 29_000 < less["bytes"]["ans"] <= 30_000
+        assert abs(more["gap"]) < less["gap"]
+    assert done.stdout.count(" gap ") == len(found["rows"]) == 7
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"no_such_setting": 1}, "differ in no_such_setting"),
+    (dict.fromkeys("abcd"), "differ in a, b, c and 1 more")])
+def test_bytes_of_another_versions_run_are_refused_in_a_line(finished, tmp_path, change, said):
+    result = read_result(finished[0])
+    (tmp_path / "result.json").write_text(json.dumps(result | {"config": result["config"] | change}))
+    done = run_script({}, str(tmp_path), script=BYTES)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {tmp_path / 'result.json'}: not of this version") and said in done.stderr
 
 
 # ----- the evaluation's clock

@@ -2,11 +2,12 @@
 
 import json
 
+import numpy as np
 import pytest
 import summary
 from conftest import ROOT
 from helpers import bare
-from shards import write_shard
+from shards import read_shard, write_shard
 
 import train_gpt as tg
 
@@ -67,6 +68,19 @@ def test_what_is_expected_names_only_settings_that_exist():
     expected = json.loads((ROOT / "records/smoke.json").read_text())
     assert set(expected["config"]) <= set(tg.Settings.__dataclass_fields__) - summary.FREE
     assert 0 < expected["val_bpb"] < 2 and expected["steps"] == expected["config"]["iterations"]
+
+
+def test_text_of_shards_whose_documents_begin_with_another_token(tiny, tmp_path):
+    """BOS_ID's token begins a document and is no part of its text."""
+    tokens = np.array(read_shard(f"{tiny['DATA_PATH']}/fineweb_val_000000.bin"))
+    bos, other = tokens[0], np.setdiff1d(np.arange(100, 512), tokens)[0]  # a piece that the text does without
+    for name, start in (("usual", bos), ("other", other)):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name / "fineweb_val_000000.bin", np.where(tokens == bos, start, tokens).astype("<u2"))
+    config = {"tokenizer_path": tiny["TOKENIZER_PATH"], "vocab_size": 512, "caseops_enabled": False}
+    usual = summary.validation_text(config | {"data_path": str(tmp_path / "usual"), "bos_id": None})
+    assert summary.validation_text(config | {"data_path": str(tmp_path / "other"), "bos_id": int(other)}) == usual
+    assert len(usual) > 5000
 
 
 # ----- on a GPU
