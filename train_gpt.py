@@ -428,14 +428,14 @@ class Settings:
     def loop_stages(self) -> list[tuple[float, int]]:
         """(from when, loops) in order, of LOOP_SCHEDULE or ENABLE_LOOPING_AT; empty if it does not end in NUM_LOOPS."""
         text = self.loop_schedule or f"{self.enable_looping_at:.17g}:{self.num_loops}"
-        stages = [(float(at), int(loops)) for at, loops in read_pairs(text, r"\d*\.?\d+(?:e-\d+)?|\d+\.")]
+        stages = [(float(at), int(loops)) for at, loops in parse_pairs(text, r"\d*\.?\d+(?:e-\d+)?|\d+\.")]
         fits = stages and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
         return stages if fits and self.num_loops else []
 
     def seq_stages(self) -> list[tuple[float, int]]:
         """(from when, window) in order, of TRAIN_SEQ_SCHEDULE, none over TRAIN_SEQ_LEN; empty if it is no such list."""
         text = "" if self.train_seq_schedule == "0" else self.train_seq_schedule
-        found = [(int(length), float(until)) for length, until in read_pairs(text, r"\d+", r"\d*\.?\d+", "@")]
+        found = [(int(length), float(until)) for length, until in parse_pairs(text, r"\d+", r"\d*\.?\d+", "@")]
         ends, lengths = [0.0, *(until for _, until in found)], [*(length for length, _ in found), self.train_seq_len]
         fits = bool(found) == bool(text) and min(lengths) > 1 and all(a < b <= 1 for a, b in pairwise(ends))
         return [(at, min(length, self.train_seq_len)) for at, length in zip(ends, lengths) if at < 1] if fits else []
@@ -445,7 +445,7 @@ class Settings:
         TTT_CHUNK_SIZE, then of all others; empty if it is not such a list.
         """
         text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
-        found, usual = [(int(longest), int(chunk)) for longest, chunk in read_pairs(text, r"\d+")], self.ttt_chunk_size
+        found, usual = [(int(longest), int(chunk)) for longest, chunk in parse_pairs(text, r"\d+")], self.ttt_chunk_size
         fits = bool(found) == bool(text) and found == sorted(found) and all(chunk for _, chunk in found)
         return [*((longest, min(chunk, usual)) for longest, chunk in found), (math.inf, usual)] if fits else []
 
@@ -4261,7 +4261,7 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
         raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
 
 
-def read_pairs(text: str, left: str, right: str = r"\d+", between: str = ":") -> list[tuple[str, str]]:
+def parse_pairs(text: str, left: str, right: str = r"\d+", between: str = ":") -> list[tuple[str, str]]:
     """The pairs of a list like 256:8,2000:24, whose sides match these patterns; none if it is not such a list."""
     pairs = re.findall(rf"({left}){between}({right})", text)
     return pairs if text == ",".join(map(between.join, pairs)) else []
