@@ -4654,6 +4654,8 @@ def explain(error: Exception) -> str:
         return f"out of {memory}; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
     if "without overflow" in text:
         return "a learning rate, weight decay or initial value is too large for float32; lower it"
+    if "pack_vnni2" in text:  # kernels for a CPU with avx512 were chosen, and then forbidden
+        return "DTYPE=bf16: PyTorch has no attention in bf16 under ATEN_CPU_CAPABILITY; unset that, or take DTYPE=fp32"
     if module.startswith(("torch._dynamo", "torch._inductor", "triton")) or "C compiler" in text:
         said = next((line for line in reversed(text.splitlines()) if "rror" in line or "ompiler" in line), text)
         return f"COMPILE=1: the model could not be compiled ({said.strip()[:300]}); COMPILE=0 does without"

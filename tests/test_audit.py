@@ -92,6 +92,12 @@ EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
     {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased", "varlen_enabled": 1, "ttt_doc_order": "sorted",
      "ttt_warm_start_a": 1, "ttt_warm_start_docs": 2, "ttt_short_score_first_steps": "60:20"}], ids=str)
 def test_a_clean_run_passes(judged, changes):
+    if changes.get("dtype") == "bf16":
+        q = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
+        try:
+            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        except RuntimeError as error:  # PyTorch's own, where ATEN_CPU_CAPABILITY forbids what the CPU has
+            pytest.skip(tg.explain(error))
     checks = judged(*EVALUATED, **changes)
     assert all(check.ok and check.detail for check in checks.values()), checks
 

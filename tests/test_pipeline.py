@@ -500,6 +500,7 @@ def test_a_log_on_a_full_disk_ends_no_run(tmp_path, capsys):
      "COMPILE=1: the model could not be compiled (Failed to find C compiler. Please"),
     (RuntimeError("value cannot be converted to type float without overflow"),
      "a learning rate, weight decay or initial value is too large for float32"),
+    (RuntimeError("pack_vnni2 is only supported when avx512 is supported"), "DTYPE=bf16: PyTorch has no attention"),
     (RuntimeError("size mismatch"), ""),
     (KeyError("a defect"), ""),
 ])
