@@ -74,12 +74,9 @@ def validation_text(config: dict) -> bytes:
     tokens = np.concatenate([tg.read_shard(path, cfg.vocab_size) for path in paths])
     tokens = caseops.Fusion(sp, read_pairs(paths)).split(tokens)[0]
     bos = sp.bos_id() if config.get("bos_id") is None else config["bos_id"]
-    rule, tokens = caseops.rule_of(sp, tokens), tokens.tolist()
-    documents, start = [], 0
-    for end in [i for i, t in enumerate(tokens) if t == bos and i] + [len(tokens)]:
-        documents.append(tokens[start + (tokens[start] == bos) : end])
-        start = end
-    texts = sp.decode(documents)
+    rule = caseops.rule_of(sp, tokens)
+    documents = np.split(tokens, np.flatnonzero(tokens == bos))
+    texts = sp.decode([document[document != bos].tolist() for document in documents])
     if config["caseops_enabled"]:
         texts = [caseops.restore(text, False, rule) for text in texts]
     return "".join(texts).encode()

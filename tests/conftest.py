@@ -35,6 +35,12 @@ def pytest_configure(config: pytest.Config) -> None:
     TINY["SEED"] = str(shifted(1337))  # of whole runs; the script's default is 1337
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_xdist_auto_num_workers():
+    """Half as many again as there are cores: runs of several processes often wait for each other."""
+    return (yield) * 3 // 2
+
+
 # those that take longest; begun first, none of them is what all others wait for in the end
 SLOWEST = [f"test_{name}.py" for name in (
     "audit", "pipeline", "pretend_gpu", "recipes", "techniques", "ttt", "packing", "training", "caseops_scoring",
