@@ -28,6 +28,7 @@ by its settings: hashed bigrams, value embeddings, blends of the recurrence, unt
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
 
+import ctypes
 import dataclasses
 import fcntl
 import glob
@@ -1416,6 +1417,20 @@ def leave_when_told(launch: Launch) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def keep_freed_memory() -> None:
+    """Have glibc, where there is one, keep memory of tensors that are gone for the next ones (for runs on a CPU).
+
+    It would hand every block over 32 MB back to the system as soon as it is free, and the next one costs a page fault
+    for each 4 kB: a quarter of a step's time, where losses are over 8,192 tokens (docs/log.md). Above 256 MB it still
+    does: the memory that glibc keeps can be several times the largest block.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:
+        m_trim_threshold, m_mmap_threshold = -1, -3  # malloc.h
+        mallopt(m_mmap_threshold, 256 << 20)
+        mallopt(m_trim_threshold, 2**31 - 1)
+
+
 NCCL_DTYPES = {torch.int8, torch.uint8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16,
                torch.float32, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2}
 
@@ -1437,6 +1452,8 @@ class Runtime:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.cuda.reset_peak_memory_stats()
+        else:
+            keep_freed_memory()
         if self.world > 1:  # CPU tensors always go by Gloo: the clock agrees without waiting for the GPU
             warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
@@ -1661,30 +1678,6 @@ def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         choice = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
-
-
-class Bar:
-    """How far training is and how long it will take: a bar on rank 0's terminal; in a file a line every tenth."""
-
-    def __init__(self, rt: Runtime):
-        self.rt, self.told = rt, 0
-        self.bar = tqdm(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
-                        bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
-
-    def show(self, share: float, seconds: float, latest: str) -> None:
-        """The share of training that took so many seconds, and what was last logged."""
-        if not share or self.rt.rank:
-            return
-        state = f"{latest}, {seconds * (1 - share) / share:.0f} s left"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(state, refresh=False)
-            self.bar.update(share - self.bar.n)
-        elif int(10 * share) > self.told:
-            self.told = int(10 * share)
-            self.rt.log(f"training {self.told}0 %: {state}")
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 class Clock:
@@ -2310,6 +2303,30 @@ def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
                 parts.append(F.relu(w.abs() - limit).square().mean())
             total, weights = total + depth * sum(parts) / len(parts), weights + depth
     return total / weights
+
+
+class Bar:
+    """How far training is and how long it will take: a bar on rank 0's terminal; in a file a line every tenth."""
+
+    def __init__(self, rt: Runtime):
+        self.rt, self.told = rt, 0
+        self.bar = tqdm(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
+                        bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
+
+    def show(self, share: float, seconds: float, latest: str) -> None:
+        """The share of training that took so many seconds, and what was last logged."""
+        if not share or self.rt.rank:
+            return
+        state = f"{latest}, {seconds * (1 - share) / share:.0f} s left"
+        if not self.bar.disable:
+            self.bar.set_postfix_str(state, refresh=False)
+            self.bar.update(share - self.bar.n)
+        elif int(10 * share) > self.told:
+            self.told = int(10 * share)
+            self.rt.log(f"training {self.told}0 %: {state}")
+
+    def close(self) -> None:
+        self.bar.close()
 
 
 class Trainer:

@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     TINY["SEED"] = str(shifted(1337))  # of whole runs; the script's default is 1337
 
 
-@pytest.hookimpl(wrapper=True)
+@pytest.hookimpl(wrapper=True, optionalhook=True)  # with -p no:xdist there is no such hook
 def pytest_xdist_auto_num_workers():
     """Half as many again as there are cores: runs of several processes often wait for each other."""
     return (yield) * 3 // 2

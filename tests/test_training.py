@@ -6,6 +6,8 @@ import json
 import logging
 import math
 import os
+import platform
+import resource
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -849,6 +851,15 @@ FULL = {"NUM_LAYERS": "4", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "2",
         "QAT_LITE_ENABLED": "1", "QAT_LITE_LAYER_START": "1", "QAT_LITE_START_FRAC": "0.3", "QAT_LITE_BITS": "4",
         "TRAIN_SEQ_SCHEDULE": "16@0.2,24@0.6", "SEQ_CHANGE_WARMUP_STEPS": "3",
         "TRAIN_BATCH_TOKENS": "640", "MICRO_BATCH_TOKENS": "320", "ITERATIONS": "16", "EVAL_STRIDE": "0"}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep memory")
+def test_a_large_tensor_takes_the_memory_of_one_before(rt):
+    size, faults = 64 << 20, []
+    for _ in range(20):  # the heap takes about eight to settle
+        torch.ones(size, dtype=torch.uint8)
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    assert faults[-1] - faults[-5] < size // resource.getpagesize(), f"of four tensors: {faults[-1] - faults[-5]}"
 
 
 @pytest.fixture(scope="module")
