@@ -3970,7 +3970,10 @@ class Evaluator:
                  loaded: float | None = None, loops: int | None = None):
         """`forward`: the model, or a compiled form of it. `loaded` as in Scorer; `loops` None: NUM_LOOPS."""
         self.cfg, self.rt, self.model, self.forward, self.val = cfg, rt, model, forward, val
-        self.scorer = Scorer(rt, val.bytes, loaded, Tilt.of(cfg, val))
+        start, tilt = time.perf_counter(), Tilt.of(cfg, val)
+        if tilt:
+            rt.note(f"hints for {len(tilt.places)} targets in {time.perf_counter() - start:.1f}s")
+        self.scorer = Scorer(rt, val.bytes, loaded, tilt)
         self.loops = cfg.num_loops if loops is None else loops
 
     def charge(self, ids: Tensor, targets: Tensor, place: Tensor, scored: Tensor, **options: Any) -> Tensor:
@@ -4569,10 +4572,7 @@ class Run:
             stages = stages[-1:]
         self.loaded = time.perf_counter()
         self.load(artifact, name)
-        self.val = dataclasses.replace(self.val)  # hints are made anew: on the evaluation's clock
-        if self.val.hints is not None:
-            self.rt.log(f"hints for {int((self.val.hints != IGNORE).sum())} targets in "
-                        f"{time.perf_counter() - self.loaded:.1f}s with loading")
+        self.val = dataclasses.replace(self.val)  # what was derived from the text is made anew, on this clock
         for stage in stages:
             if stage == "ttt":
                 if self.forward is not self.model:

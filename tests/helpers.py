@@ -183,6 +183,8 @@ class FakeRuntime:
     def log(self, message):
         self.said.append(message)
 
+    note = log
+
     def sync(self):
         pass
 
