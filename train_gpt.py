@@ -107,8 +107,7 @@ class Settings:
 
     run_id: str | None = setting(None, "run", "name of the run; auto: the time, SEED and a random number")
     artifact_dir: str | None = setting(None, "run", "folder where the run writes all its files; auto: logs/<RUN_ID>")
-    seed: int = setting(1337, "run", "seed of the initial weights and of the order of the training data",
-                        high=2**63 - 1)
+    seed: int = setting(1337, "run", "seed of the initial weights and of the training data's order", high=2**63 - 1)
     device: str = setting("auto", "run", "device to run on; auto: the GPU if PyTorch finds one, else the CPU",
                           choices="auto cpu cuda")
     dtype: str = setting("auto", "run", "number format of matrix products; auto: bf16 where it is fast",
@@ -186,8 +185,7 @@ class Settings:
                                        "document", proof="PR 1855")
     smear_gate_mode: str = setting("input", "model", "smear gate; input: from GATE_WINDOW inputs, before the norm; "
                                    "vector: by channel, after the norm", choices="input vector")
-    ve_enabled: bool = setting(False, "model", "add a learned embedding of the token to attention's values in "
-                               "VE_LAYERS")
+    ve_enabled: bool = setting(False, "model", "add a learned token embedding to attention's values in VE_LAYERS")
     ve_dim: int = setting(128, "model", "width of the rows of the value embedding", low=1)
     ve_layers: str = setting("9,10", "model", "layers whose attention values get the value embedding")
     sparse_attn_gate_enabled: bool | None = setting(None, "model", "gate each head's output by the first GATE_WINDOW "
@@ -226,8 +224,7 @@ class Settings:
     warmdown_shape: str = setting("linear", "train", "curve by which the learning rates fall in the warmdown",
                                   choices="linear cosine")
     min_lr: float = setting(0.1, "train", "smallest factor on the learning rates in the warmdown", high=1.0,
-                            proof="PR 1855",
-                            aliases={"LR_FLOOR": {}})
+                            proof="PR 1855", aliases={"LR_FLOOR": {}})
     enable_looping_at: float = setting(0.35, "train", "share of training after which layers loop; above 1: a step "
                                        "number", aliases={"RECUR_START_STEP": lambda raw: "0" if raw == "1" else raw})
     loop_schedule: str = setting("", "train", "loops by stage, not by ENABLE_LOOPING_AT; 0.35:1,0.55:2 means 1 from "
@@ -240,8 +237,7 @@ class Settings:
     muon_ns: str = setting("polar", "train", "Newton-Schulz coefficients of Muon; polar: Polar Express",
                            choices="quintic polar", proof="PR 1855")
     muon_row_normalize: bool = setting(True, "train", "MuonEq-R: scale rows to norm 1 before Newton-Schulz",
-                                       proof="PR 1855",
-                                       aliases={"MUON_EQR": {}})
+                                       proof="PR 1855", aliases={"MUON_EQR": {}})
     muon_wd: float = setting(0.095, "train", "decoupled weight decay of the weight matrices")
     tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding and other tables")
     head_lr: float = setting(0.008, "train", "AdamW learning rate of the head if TIE_EMBEDDINGS=0")
@@ -373,13 +369,12 @@ class Settings:
                                            low=1)
     ngram_tilt_enabled: bool = setting(False, "eval", "n-gram tilt: raise the probability of the token that most often "
                                        "followed the same tokens")
-    token_order: int = setting(16, "eval", "n-gram tilt: tokens of an n-gram, the predicted one included", low=2,
-                               high=64)
+    token_order: str = setting("16", "eval", "n-gram tilt: tokens of an n-gram; 16,8,4: of the longest with a hint")
     token_threshold: float = setting(0.8, "eval", "n-gram tilt: least share of a context's earlier occurrences that "
                                      "the raised token followed", low=0.01, high=1.0)
     token_boost: float = setting(2.625, "eval", "n-gram tilt: number added to the logit of the raised token", high=20.0)
     hedge_enabled: bool = setting(False, "eval", "n-gram tilt: mix boosts from 0 to twice TOKEN_BOOST, weighted by "
-                                  "what each has cost so far")
+                                  "what each has cost so far where the token was about as likely")
     eval_stride: int | None = setting(None, "eval", "tokens between sliding evaluation windows; 0: no sliding "
                                       "evaluation; auto: 64, or 0 with adapters")
     eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward pass in evaluation; auto: "
@@ -423,8 +418,13 @@ class Settings:
 
     def ve_layer_list(self) -> list[int]:
         """VE_LAYERS as numbers; empty if it is not a list of layers of the model."""
-        layers = [int(n) for n in self.ve_layers.split(",")] if re.fullmatch(r"\d+(,\d+)*", self.ve_layers) else []
+        layers = parse_numbers(self.ve_layers)
         return layers if all(layer < self.num_layers for layer in layers) else []
+
+    def token_orders(self) -> list[int]:
+        """TOKEN_ORDER as numbers; empty if it is not a list of different ones, the largest first."""
+        orders = parse_numbers(self.token_order)
+        return orders if orders == sorted({n for n in orders if 2 <= n <= 64}, reverse=True) else []
 
     def loop_stages(self) -> list[tuple[float, int]]:
         """(from when, loops) in order, of LOOP_SCHEDULE or ENABLE_LOOPING_AT; empty if it does not end in NUM_LOOPS."""
@@ -1915,7 +1915,7 @@ class Validation:
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
-    ngram: tuple[int, float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
+    ngram: tuple[list[int], float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
     pairs: Sequence[list[int]] = ()  # of tokens that are fused, in all shards: id, piece, marker
 
     @classmethod
@@ -1934,14 +1934,22 @@ class Validation:
         charged = charged_bytes(cfg, table, paths, tokens)
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
-        ngram = (cfg.token_order, cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+        ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
         pairs = fused_pairs(cfg, table, paths + ([] if cfg.eval_only else find_shards(cfg.data_path, "train")))
         return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram, pairs)
 
     @cached_property
     def hints(self) -> Tensor | None:
-        """find_hints() of these tokens, made when first asked for; None where no hints are wanted."""
-        return self.ngram and find_hints(self.tokens, *self.ngram)
+        """A hint (N,) int64 for each of these tokens, of the longest n-gram that has one, IGNORE where none has one.
+        Made when first asked for; None where no hints are wanted.
+        """
+        if self.ngram is None:
+            return None
+        orders, threshold = self.ngram
+        hints = torch.full_like(self.tokens, IGNORE, dtype=torch.int64)
+        for order in orders:
+            hints = torch.where(hints == IGNORE, find_hints(self.tokens, order, threshold), hints)
+        return hints
 
     def over(self, tokens: Tensor, charged: Tensor | None = None) -> "Validation":
         """Another stream (N,) in place of this one, with the bytes `charged` to each token; None: one each."""
@@ -3622,6 +3630,9 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 # counted once; the n-gram tilt, which makes a token likelier that followed the same tokens before.
 
 
+HINT_KINDS = 10  # hints of a probability from 1 to 1/2, to 1/4, ..., and of 2^-9 or less
+
+
 def find_hints(tokens: Tensor, order: int, threshold: float) -> Tensor:
     """For each token of a stream (N,) the one that most often followed the order - 1 tokens before it earlier in the
     stream, (N,) int64; IGNORE where these never stood there before, or where that was in less than `threshold` of the
@@ -3678,13 +3689,16 @@ class Tilt(NamedTuple):
 
         By a boost b, p'(x) = p(x) e^(b [x is the hint]) / (1 + p(hint) (e^b - 1)), which adds up to 1 whatever p is
         (PR 1514). Several boosts are mixed, in the order of the stream, by weights in proportion to exp(-what each has
-        cost so far) (Hedge, PR 2050).
+        cost so far) (Hedge, PR 2050). Hints that the model finds about as likely, to a factor of two, have weights of
+        their own: what is rare to the model and yet known from before is raised by more (docs/log.md).
         """
         losses, hint_losses = losses.double(), hint_losses.double()[self.places]
         b = torch.tensor(self.boosts, dtype=torch.float64)[:, None]
         each = losses[self.places] - b * self.right + torch.log1p(torch.exp(-hint_losses) * torch.expm1(b))
-        so_far = F.pad(each.cumsum(1), (1, 0))  # (boosts, h + 1)
-        losses[self.places] = -torch.logsumexp(-so_far, 0).diff()
+        kind = (hint_losses / math.log(2)).long().clamp(0, HINT_KINDS - 1)
+        for k in range(HINT_KINDS):
+            so_far = F.pad(each[:, kind == k].cumsum(1), (1, 0))  # (boosts, hints of this kind + 1)
+            losses[self.places[kind == k]] = -torch.logsumexp(-so_far, 0).diff()
         return losses
 
 
@@ -4241,6 +4255,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
         (not cfg.seq_stages(), "train_seq_schedule",
          "windows, each with the share of training up to which it holds, as 1024@0.1,2048@0.7"),
+        (not cfg.token_orders(), "token_order", "numbers from 64 down to 2, as 16,8,4"),
         (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
         (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",
          "a number of steps, since MAX_WALLCLOCK_SECONDS=0 sets no clock"),
@@ -4279,6 +4294,11 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
     except (KeyError, ValueError):
         auto = " or auto" if f.default is None else ""
         raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
+
+
+def parse_numbers(text: str) -> list[int]:
+    """The numbers of a list like 9,10; none if it is not such a list."""
+    return [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text, re.ASCII) else []
 
 
 def parse_pairs(text: str, left: str, right: str = r"\d+", between: str = ":") -> list[tuple[str, str]]:

@@ -316,12 +316,14 @@ def tilt(witness: Witness, losses: Tensor, hint_losses: Tensor, hints: Tensor, p
     """The n-gram tilt, in place: losses (n,) float64 and the watched distributions (watched, V), target by target.
 
     A boost b makes of p the distribution p(x) e^(b [x is the hint]) / (1 + p(hint) (e^b - 1)). Boosts are mixed by
-    weights in proportion to exp(-what each has cost on the targets before). Where the model was not asked which token a
-    hint is, it is right if it costs what the target costs.
+    weights in proportion to exp(-what each has cost on the targets before whose hints had a p within the same factor of
+    two, from 2^-9 down all). Where the model was not asked which token a hint is, it is right if it costs what the
+    target costs.
     """
     boosts = np.array(witness.boosts)
-    costs, watched = np.zeros(len(boosts)), {t: i for i, t in enumerate(witness.watched)}
+    so_far, watched = np.zeros((10, len(boosts))), {t: i for i, t in enumerate(witness.watched)}
     for t in (hint_losses != 0).nonzero().flatten().tolist():
+        costs = so_far[min(9, int(hint_losses[t] / math.log(2)))]
         weights = np.exp(costs.min() - costs)
         weights /= weights.sum()
         lowered = 1 / (1 + math.exp(-hint_losses[t]) * np.expm1(boosts))  # by boost: the factor of what is no hint
@@ -549,7 +551,9 @@ def draw_sample(subject: Subject) -> Sample:
     starts = [a for a, _ in short.documents()]
     half, long = starts[len(starts) // 2], starts[(len(starts) - 1) // 6 * 6]
     watched = {1, 2, half, half + 1, len(tokens) - 1}
-    hints = {"token_order": min(c["token_order"], 2), "token_threshold": 0.2} if c.get("ngram_tilt_enabled") else {}
+    hints = {}
+    if c.get("ngram_tilt_enabled"):  # so short that a short text has hints
+        hints = {"token_order": "3,2" if "," in c["token_order"] else "2", "token_threshold": 0.2}
     if not windowed:
         watched |= {chunk, long + chunk, long + chunk + 1}
     return Sample(short, starts, sorted(t for t in watched if 1 <= t < len(tokens)), {

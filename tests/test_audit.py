@@ -88,7 +88,8 @@ EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
     {"ttt_mode": "lora"}, {"ttt_mode": "lora", "ttt_optimizer": "sgd", "ttt_doc_order": "sorted"},
     {"ttt_mode": "phased", "phased_ttt_num_phases": 3, "eval_budget_seconds": 0.001},
     {"ttt_mode": "lora", "dtype": "bf16"}, {"varlen_enabled": 1, "eval_seq_len": 192},
-    {"ngram_tilt_enabled": 1}, {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased"},
+    {"ngram_tilt_enabled": 1},
+    {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "token_order": "9,4", "ttt_mode": "phased"},
     {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased", "varlen_enabled": 1, "ttt_doc_order": "sorted",
      "ttt_warm_start_a": 1, "ttt_warm_start_docs": 2, "ttt_short_score_first_steps": "60:20"}], ids=str)
 def test_a_clean_run_passes(judged, changes):

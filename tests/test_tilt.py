@@ -14,7 +14,7 @@ from helpers import tiny_ttt as config
 
 import train_gpt as tg
 
-ON = {"ngram_tilt_enabled": True, "token_order": 2, "token_threshold": 0.3, "token_boost": 1.5}
+ON = {"ngram_tilt_enabled": True, "token_order": "2", "token_threshold": 0.3, "token_boost": 1.5}
 MODES = [{"ttt_mode": "none"}, {"ttt_mode": "none", "varlen_enabled": True}, {"ttt_mode": "lora"},
          {"ttt_mode": "phased"}, {"ttt_mode": "chunk"}]
 
@@ -45,6 +45,17 @@ def test_hints_are_those_of_a_table_filled_token_by_token(n, vocabulary, order, 
     assert tg.find_hints(tokens, order, threshold).tolist() == slow_hints(tokens.tolist(), order, threshold)
 
 
+def test_of_several_orders_the_longest_that_has_a_hint_counts():
+    generator = torch.Generator().manual_seed(shifted(5))
+    tokens = torch.randint(3, (900,), generator=generator, dtype=torch.int32)
+    by_order = [slow_hints(tokens.tolist(), order, 0.4) for order in (6, 4, 2)]
+    expected = [next((hint for hint in hints if hint != tg.IGNORE), tg.IGNORE) for hints in zip(*by_order)]
+    assert a_byte_each(tokens, ngram=([6, 4, 2], 0.4)).hints.tolist() == expected
+    assert min(sum(hint != tg.IGNORE for hint in hints) for hints in by_order) > 100 and expected not in by_order
+    cfg = config(**ON | {"token_order": "6,4,2"})
+    assert cfg.token_orders() == [6, 4, 2] and config(**ON).token_orders() == [2]
+
+
 def test_a_hint_knows_nothing_of_its_own_token_or_later_ones():
     chance = random.Random(shifted(1))
     tokens = torch.tensor([chance.randrange(4) for _ in range(300)], dtype=torch.int32)
@@ -57,8 +68,10 @@ def test_a_hint_knows_nothing_of_its_own_token_or_later_ones():
 
 
 def by_hand(losses: list[float], hint_losses: list[float], hints: list[int], tokens: list[int], boosts: list[float]):
-    """Losses after the tilt: each boost's distribution written out, mixed by weights that follow the past."""
-    past, found = [0.0] * len(boosts), []
+    """Losses after the tilt: each boost's distribution written out, mixed by weights that follow the past of hints
+    between the same powers of 1/2.
+    """
+    costs, found = {}, []
     for loss, hint_loss, hint, token in zip(losses, hint_losses, hints, tokens):
         if hint == tg.IGNORE:
             found.append(loss)
@@ -66,9 +79,11 @@ def by_hand(losses: list[float], hint_losses: list[float], hints: list[int], tok
         p_target, p_hint, total = math.exp(-loss), math.exp(-hint_loss), 0.0
         chances = [p_target * (math.exp(b) if hint == token else 1.0) / (1 - p_hint + p_hint * math.exp(b))
                    for b in boosts]
+        kind = min(sum(p_hint <= 0.5**power for power in range(1, 20)), 9)
+        past = costs.get(kind, [0.0] * len(boosts))
         weights = [math.exp(-cost) for cost in past]
         total = sum(w * p for w, p in zip(weights, chances)) / sum(weights)
-        past = [cost - math.log(p) for cost, p in zip(past, chances)]
+        costs[kind] = [cost - math.log(p) for cost, p in zip(past, chances)]
         found.append(-math.log(total))
     return found
 
@@ -76,7 +91,7 @@ def by_hand(losses: list[float], hint_losses: list[float], hints: list[int], tok
 @pytest.mark.parametrize("hedge", [False, True])
 def test_the_tilt_equals_its_formula(hedge):
     cfg, tokens = config(**ON, hedge_enabled=hedge), stream([40, 60, 30])
-    val = a_byte_each(tokens, 3, ngram=(2, 0.3))
+    val = a_byte_each(tokens, 3, ngram=([2], 0.3))
     tilt = tg.Tilt.of(cfg, val)
     assert tilt.boosts == ([1.5 * f for f in (0, 0.25, 0.5, 0.75, 1, 1.5, 2)] if hedge else [1.5])
     losses, hint_losses = 3 * torch.rand(2, len(tokens), generator=torch.Generator().manual_seed(shifted(0))) + 0.1
@@ -101,7 +116,7 @@ def test_a_tilted_distribution_adds_up_to_one(boosts):
 
 
 def evaluate(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None) -> tuple[tg.Score, tg.Scorer]:
-    ngram = (cfg.token_order, cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+    ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
     val = a_byte_each(tokens, ngram=ngram)
     evaluator = tg.Evaluator(cfg, rt or FakeRuntime(), model, model, val)
     return evaluator.final(), evaluator.scorer
@@ -145,14 +160,18 @@ def test_ranks_and_the_order_of_documents_change_no_tilted_score(world, order):
     assert all(score.val_loss == pytest.approx(alone.val_loss, abs=1e-5) for score in scores)
 
 
-def test_hedge_costs_at_most_the_best_boost_and_the_number_of_boosts():
-    tokens = stream([50] * 8)
-    val = a_byte_each(tokens, 8, ngram=(2, 0.3))
+def test_hedge_costs_at_most_the_best_boost_of_each_kind_and_the_number_of_boosts():
+    tokens = stream([50] * 30)
+    val = a_byte_each(tokens, 30, ngram=([2], 0.3))
     losses, hint_losses = 4 * torch.rand(2, len(tokens), generator=torch.Generator().manual_seed(shifted(7)))
     hint_losses = torch.where(val.hints == tokens, losses, hint_losses)
     mixed = tg.Tilt.of(config(**ON, hedge_enabled=True), val)
-    each = [float(mixed._replace(boosts=[b]).apply(losses, hint_losses).sum()) for b in mixed.boosts]
-    assert float(mixed.apply(losses, hint_losses).sum()) <= min(each) + math.log(len(each)) + 1e-9
+    each = torch.stack([mixed._replace(boosts=[b]).apply(losses, hint_losses) for b in mixed.boosts])
+    got, kinds = mixed.apply(losses, hint_losses), (hint_losses / math.log(2)).floor()
+    for kind in range(6):
+        there = (val.hints != tg.IGNORE) & (kinds == kind)
+        assert there.sum() > 3
+        assert float(got[there].sum()) <= float(each[:, there].sum(1).min()) + math.log(len(each)) + 1e-9
 
 
 def test_without_the_tilt_there_is_nothing_of_it():
