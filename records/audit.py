@@ -553,7 +553,8 @@ def draw_sample(subject: Subject) -> Sample:
     watched = {1, 2, half, half + 1, len(tokens) - 1}
     hints = {}
     if c.get("ngram_tilt_enabled"):  # so short that a short text has hints
-        hints = {"token_order": "3,2" if "," in c["token_order"] else "2", "token_threshold": 0.2}
+        several = "," in str(c["token_order"])  # a number in runs from before there were lists
+        hints = {"token_order": "3,2" if several else type(c["token_order"])(2), "token_threshold": 0.2}
     if not windowed:
         watched |= {chunk, long + chunk, long + chunk + 1}
     return Sample(short, starts, sorted(t for t in watched if 1 <= t < len(tokens)), {
