@@ -3695,10 +3695,11 @@ class Tilt(NamedTuple):
         losses, hint_losses = losses.double(), hint_losses.double()[self.places]
         b = torch.tensor(self.boosts, dtype=torch.float64)[:, None]
         each = losses[self.places] - b * self.right + torch.log1p(torch.exp(-hint_losses) * torch.expm1(b))
-        kind = (hint_losses / math.log(2)).long().clamp(0, HINT_KINDS - 1)
-        for k in range(HINT_KINDS):
-            so_far = F.pad(each[:, kind == k].cumsum(1), (1, 0))  # (boosts, hints of this kind + 1)
-            losses[self.places[kind == k]] = -torch.logsumexp(-so_far, 0).diff()
+        kinds = (hint_losses / math.log(2)).long().clamp(0, HINT_KINDS - 1)
+        for kind in kinds.unique():
+            mine = kinds == kind
+            so_far = F.pad(each[:, mine].cumsum(1), (1, 0))  # (boosts, hints of this kind + 1)
+            losses[self.places[mine]] = -torch.logsumexp(-so_far, 0).diff()
         return losses
 
 

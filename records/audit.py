@@ -53,6 +53,7 @@ CAUSAL_TOLERANCE, NORMAL_TOLERANCE = 1e-5, 1e-4  # of losses in nats and of prob
 SUM_TOLERANCE, SCORE_TOLERANCE = 1e-6, 2e-4  # of one run's sums, relative; of bits per byte on two machines
 LOST_TOLERANCE = 1e-5  # of bytes, relative: published sidecars count a raw text that its tokens do not give back
 HEDGE_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # boosts that HEDGE_ENABLED mixes, in units of TOKEN_BOOST
+HINT_KINDS = 10  # of hints whose boosts it weighs apart, by how often their probability halves 1
 
 
 class AuditError(Exception):
@@ -321,9 +322,9 @@ def tilt(witness: Witness, losses: Tensor, hint_losses: Tensor, hints: Tensor, p
     target costs.
     """
     boosts = np.array(witness.boosts)
-    so_far, watched = np.zeros((10, len(boosts))), {t: i for i, t in enumerate(witness.watched)}
+    so_far, watched = np.zeros((HINT_KINDS, len(boosts))), {t: i for i, t in enumerate(witness.watched)}
     for t in (hint_losses != 0).nonzero().flatten().tolist():
-        costs = so_far[min(9, int(hint_losses[t] / math.log(2)))]
+        costs = so_far[min(HINT_KINDS - 1, int(hint_losses[t] / math.log(2)))]
         weights = np.exp(costs.min() - costs)
         weights /= weights.sum()
         lowered = 1 / (1 + math.exp(-hint_losses[t]) * np.expm1(boosts))  # by boost: the factor of what is no hint
@@ -553,8 +554,8 @@ def draw_sample(subject: Subject) -> Sample:
     watched = {1, 2, half, half + 1, len(tokens) - 1}
     hints = {}
     if c.get("ngram_tilt_enabled"):  # so short that a short text has hints
-        several = "," in str(c["token_order"])  # a number in runs from before there were lists
-        hints = {"token_order": "3,2" if several else type(c["token_order"])(2), "token_threshold": 0.2}
+        order = c["token_order"]  # a number in runs from before there were lists
+        hints = {"token_order": "3,2" if "," in str(order) else type(order)(2), "token_threshold": 0.2}
     if not windowed:
         watched |= {chunk, long + chunk, long + chunk + 1}
     return Sample(short, starts, sorted(t for t in watched if 1 <= t < len(tokens)), {
