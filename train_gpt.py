@@ -839,8 +839,10 @@ class GPT(nn.Module):
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
                 hooks: Hooks = NO_HOOKS, loops: int | None = None, parts: list[Callable] | None = None) -> Tensor:
-        """Losses fp32 in nats of targets (B, T), or of several tokens at each place (n, B, T), of the same shape, 0
-        where IGNORE; without targets, logits (B, T, V) fp32.
+        """Losses fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
+
+        Targets (n, B, T) are several tokens at each place, of which the first, alone, gets a gradient, and where it is
+        IGNORE the others are too.
 
         ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
         looped layers run again; None: NUM_LOOPS. `parts`: compiled forms of embed, layer and predict.
@@ -923,9 +925,13 @@ class GPT(nn.Module):
         logits = linear(x, weight, "head", hooks)
         if targets is None:
             return softcap(logits, cap)
-        if targets.ndim == 2:
-            return cross_entropy(logits, targets, cap)
-        return torch.stack([cross_entropy(logits, tokens, cap) for tokens in targets])
+        first, *others = targets if targets.ndim == 3 else [targets]
+        losses = cross_entropy(logits, first, cap)
+        if not others:
+            return losses
+        z, *rest = (softcap(logits.detach().gather(-1, t.clamp(min=0)[..., None]), cap)[..., 0] for t in targets)
+        total = losses.detach() + z  # log of the sum of exp(logits): one for all tokens at a place
+        return torch.stack([losses, *((total - y) * (t != IGNORE) for y, t in zip(rest, others))])
 
     def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, params: Layer,
               shared: Shared, hooks: Hooks) -> tuple[Tensor, Tensor | None]:

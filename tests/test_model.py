@@ -57,6 +57,10 @@ def test_losses_equal_the_reference(changes):
     assert losses[0, 4] == 0 and losses[1, 8] == 0
     assert_close(losses, expected, 2e-5)
     assert expected.std() > 0.3
+    others = targets.flip(0).masked_fill(targets == tg.IGNORE, tg.IGNORE)
+    several = model(ids, torch.stack((targets, others)))  # tokens besides the targets, as hints are
+    assert_close(several[1], reference_losses(Reference(cfg, model), ids, others), 3e-5)
+    assert torch.equal(several[0], losses) and not several[1][targets == tg.IGNORE].any()
 
 
 def test_logits_equal_the_reference():
