@@ -930,8 +930,8 @@ class GPT(nn.Module):
         if not others:
             return losses
         z, *rest = (softcap(logits.detach().gather(-1, t.clamp(min=0)[..., None]), cap)[..., 0] for t in targets)
-        total = losses.detach() + z  # log of the sum of exp(logits): one for all tokens at a place
-        return torch.stack([losses, *((total - y) * (t != IGNORE) for y, t in zip(rest, others))])
+        # at one place the losses of two tokens differ by their logits alone
+        return torch.stack([losses, *((losses.detach() + (z - y)) * (t != IGNORE) for y, t in zip(rest, others))])
 
     def layer(self, x: Tensor, lane: Tensor | None, skip: Tensor | None, last: Tensor | None, params: Layer,
               shared: Shared, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
