@@ -90,7 +90,7 @@ class RunError(Exception):
 
 def setting(default, group, meaning="", *, low=0, high=None, choices="", aliases=None, proof="") -> Any:
     """One field of Settings. None as a default means `auto`; numbers lie from `low` to `high`. `proof`: a record that
-    ran with this default at full size, on three seeds.
+    ran with this default at full size, on three seeds, or where our own measurements of it stand.
 
     `aliases` maps another environment name to {its value: ours}, to a function from one to the other, or to {} when
     it takes the same values. Several of ours, the likeliest first: it allows each of them. Under the field's own name
@@ -288,8 +288,9 @@ class Settings:
     embed_clip_sigmas: float = setting(20.0, "quant", "QUANT_ALLOCATION=sdclip: half-width of the grid for the "
                                        "embedding tables and the head", low=0.1)
     quant_allocation: str = setting("auto", "quant", "auto: step sizes from the loss's sensitivity, as fine as the "
-                                    "budget allows; sdclip: from each row's std", choices="auto sdclip")
-    quant_trellis: bool = setting(True, "quant", "QUANT_ALLOCATION=auto with COMPRESSOR=ans: round along a trellis")
+                                    "budget allows; sdclip: from each row's std", choices="auto sdclip", proof="log")
+    quant_trellis: bool = setting(True, "quant", "QUANT_ALLOCATION=auto with COMPRESSOR=ans: round along a trellis",
+                                  proof="log")
     lqer_enabled: bool = setting(False, "quant", "LQER: low-rank corrections of the matrices with the largest errors")
     lqer_rank: int = setting(4, "quant", "rank of an LQER correction", low=1)
     lqer_top_k: int = setting(3, "quant", "number of matrices that get an LQER correction", low=1)
@@ -304,7 +305,7 @@ class Settings:
                                                  "auto: measured in the warm-up")
 
     compressor: str = setting("ans", "pack", "coder of the artifact; ans: asymmetric numeral systems",
-                              choices="ans brotli lzma", aliases={"COMPRESSOR": {"pergroup": "ans"}})
+                              choices="ans brotli lzma", aliases={"COMPRESSOR": {"pergroup": "ans"}}, proof="log")
     artifact_budget_bytes: int = setting(16_000_000, "pack", "most bytes that the compressed model and the code may "
                                          "take together", low=1)
 
@@ -334,8 +335,7 @@ class Settings:
     ttt_lora_lr: float = setting(1e-4, "eval", "TTT adapters: learning rate")
     ttt_warm_start_a: bool = setting(False, "eval", "TTT adapters: each TTT_WARM_START_DOCS documents begin with the "
                                    "mean of what A became in those before them")
-    ttt_warm_start_docs: int = setting(16384, "eval", "TTT adapters: documents that begin alike with TTT_WARM_START_A",
-                                       low=1)
+    ttt_warm_start_docs: int = setting(16384, "eval", "TTT_WARM_START_A=1: documents that begin alike", low=1)
     ttt_local_lr_mult: float = setting(1.0, "eval", "TTT adapters: factor on TTT_LORA_LR")
     ttt_short_score_first_steps: str = setting("", "eval", "TTT adapters: chunks of short documents; 256:8,2000:24: 8 "
                                                "tokens up to 256, 24 up to 2000")
@@ -356,8 +356,7 @@ class Settings:
     ttt_head_lora: bool = setting(True, "eval", "TTT adapters: adapt the output head")
     ttt_doc_order: str = setting("sorted", "eval", "order of documents in TTT; bucketed: sorted by length within "
                                  "TTT_BUCKET_WINDOW documents", choices="sequential bucketed sorted")
-    ttt_bucket_window: int = setting(512, "eval", "documents that TTT_DOC_ORDER=bucketed sorts by length at a time",
-                                     low=1)
+    ttt_bucket_window: int = setting(512, "eval", "TTT_DOC_ORDER=bucketed: documents sorted at a time", low=1)
     phased_ttt_prefix_docs: int = setting(10000, "eval", "TTT_MODE=phased: how many first documents the model's "
                                           "weights train on, once scored", low=1)
     phased_ttt_num_phases: int = setting(1, "eval", "TTT_MODE=phased: how often the weights train during the first "
@@ -367,14 +366,15 @@ class Settings:
     global_ttt_momentum: float = setting(0.9, "eval", "TTT_MODE=phased: SGD momentum of the weights", high=1.0)
     global_ttt_chunk_tokens: int = setting(32768, "eval", "TTT_MODE=phased: tokens of one SGD step of the weights",
                                            low=1)
-    ngram_tilt_enabled: bool = setting(False, "eval", "n-gram tilt: raise the probability of the token that most often "
-                                       "followed the same tokens")
-    token_order: str = setting("16", "eval", "n-gram tilt: tokens of an n-gram; 16,8,4: of the longest with a hint")
+    ngram_tilt_enabled: bool = setting(True, "eval", "n-gram tilt: raise the probability of the token that most often "
+                                       "followed the same tokens", proof="PR 2135")
+    token_order: str = setting("16,8,6,5,4,3", "eval", "n-gram tilt: tokens of an n-gram; several: of the longest "
+                               "with a hint", proof="log")
     token_threshold: float = setting(0.8, "eval", "n-gram tilt: least share of a context's earlier occurrences that "
-                                     "the raised token followed", low=0.01, high=1.0)
+                                     "the raised token followed", low=0.01, high=1.0, proof="PR 2135")
     token_boost: float = setting(2.625, "eval", "n-gram tilt: number added to the logit of the raised token", high=20.0)
-    hedge_enabled: bool = setting(False, "eval", "n-gram tilt: mix boosts from 0 to twice TOKEN_BOOST, weighted by "
-                                  "what each has cost so far where the token was about as likely")
+    hedge_enabled: bool = setting(True, "eval", "n-gram tilt: mix boosts from 0 to twice TOKEN_BOOST, weighted by "
+                                  "what each has cost so far where the token was about as likely", proof="log")
     eval_stride: int | None = setting(None, "eval", "tokens between sliding evaluation windows; 0: no sliding "
                                       "evaluation; auto: 64, or 0 with adapters")
     eval_batch_tokens: int | None = setting(None, "eval", "most tokens of a forward pass in evaluation; auto: "
@@ -3700,11 +3700,12 @@ class Tilt(NamedTuple):
         """
         losses, hint_losses = losses.double(), hint_losses.double()[self.places]
         b = torch.tensor(self.boosts, dtype=torch.float64)[:, None]
-        each = losses[self.places] - b * self.right + torch.log1p(torch.exp(-hint_losses) * torch.expm1(b))
         kinds = (hint_losses / math.log(2)).long().clamp(0, HINT_KINDS - 1)
         for kind in kinds.unique():
-            mine = kinds == kind
-            so_far = F.pad(each[:, mine].cumsum(1), (1, 0))  # (boosts, hints of this kind + 1)
+            mine = (kinds == kind).nonzero().flatten()
+            raised = torch.log1p(torch.exp(-hint_losses[mine]) * torch.expm1(b))
+            each = losses[self.places[mine]] - b * self.right[mine] + raised
+            so_far = F.pad(each.cumsum(1), (1, 0))  # (boosts, hints of this kind + 1)
             losses[self.places[mine]] = -torch.logsumexp(-so_far, 0).diff()
         return losses
 
@@ -4444,7 +4445,8 @@ def help_text() -> str:
     """Every setting by group: name, type, default, meaning."""
     lines = ["usage: [NAME=value ...] python train_gpt.py [--help | --config]",
              "       [NAME=value ...] torchrun --standalone --nproc_per_node=N train_gpt.py", "",
-             "[PR n] names a record that ran with this default at full size, on three seeds.", ""]
+             "[PR n]: a record ran with this default at full size, on three seeds. [log]: docs/log.md has our figures.",
+             ""]
     for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(Settings)):
         lines.append(f"{group}:")
         for name in Settings.group(group):
@@ -4455,7 +4457,7 @@ def help_text() -> str:
             alias = f" [{f.metadata['proof']}]" if f.metadata["proof"] else ""
             alias += f" [also {', '.join(also)}]" if also else ""
             kind = kind_of(f).__name__
-            lines.append(f"  {name.upper():28}{kind:6}{default!s:11}{f.metadata['help']}{choices}{alias}")
+            lines.append(f"  {name.upper():28}{kind:6}{default!s:13}{f.metadata['help']}{choices}{alias}")
         lines.append("")
     return "\n".join(lines)
 

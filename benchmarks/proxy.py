@@ -52,8 +52,9 @@ SIZES = {
         "QUANT_MIN_WEIGHTS": "8192", "EVAL_STRIDE": "64", "TRAIN_LOG_EVERY": "50", "DTYPE": "fp32",
         "BIGRAM_VOCAB_SIZE": "4096", "BIGRAM_DIM": "64", "VARLEN_ENABLED": "1", "SMEAR_GATE_ENABLED": "1",
         "MUON_NS": "polar", "MUON_ROW_NORMALIZE": "1", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "4",
-        "SPARSE_ATTN_GATE_ENABLED": "0", "WARMDOWN_FRAC": "0.72", "TTT_MODE": "none", "EVAL_STAGES": "all"},
-    "M": {  # the script's defaults but for sizes and for test-time training
+        "SPARSE_ATTN_GATE_ENABLED": "0", "WARMDOWN_FRAC": "0.72", "TTT_MODE": "none", "NGRAM_TILT_ENABLED": "0",
+        "EVAL_STAGES": "all"},
+    "M": {  # the script's defaults but for sizes, and for what evaluation adds to the model
         "VOCAB_SIZE": "8192", "NUM_LAYERS": "6", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
         "TRAIN_SEQ_LEN": "256",  # longer windows learn less of so few tokens (docs/log.md)
         "TRAIN_BATCH_TOKENS": "4096", "ITERATIONS": "732",  # 3.0 M tokens; smaller steps learn more of them
@@ -63,11 +64,12 @@ SIZES = {
         "GPTQ_CALIBRATION_BATCHES": "12",  # 49,152 tokens
         "QUANT_MIN_WEIGHTS": "16384",  # all matrices are quantized
         "EVAL_STRIDE": "0",  # windows side by side: sliding ones would take longer than training
-        "TTT_MODE": "none", "EVAL_STAGES": "all", "TRAIN_LOG_EVERY": "20", "DTYPE": "fp32"},
+        "TTT_MODE": "none", "NGRAM_TILT_ENABLED": "0", "EVAL_STAGES": "all", "TRAIN_LOG_EVERY": "20", "DTYPE": "fp32"},
     "L": {  # the script's defaults, 11 layers of 512, but for fewer tokens a step and in all; not run on a GPU yet
         "VOCAB_SIZE": "8192", "TRAIN_BATCH_TOKENS": "196608", "ITERATIONS": "1500",  # 295 M tokens
         "MUON_MOMENTUM_WARMUP_STEPS": "400",  # or all of it would be warm-up
-        "EVAL_STRIDE": "0", "TTT_MODE": "none", "EVAL_STAGES": "all", "TRAIN_LOG_EVERY": "20"},
+        "EVAL_STRIDE": "0", "TTT_MODE": "none", "NGRAM_TILT_ENABLED": "0", "EVAL_STAGES": "all",
+        "TRAIN_LOG_EVERY": "20"},
 }
 FIXED = {"MAX_WALLCLOCK_SECONDS": "0", "EVAL_BUDGET_SECONDS": "0"}  # tokens and text are fixed, not time
 OWN = {"SEED", "DEVICE", "ARTIFACT_DIR", "RUN_ID", "EVAL_ONLY", "EVAL_ONLY_PATH", "RESUME", "AUDIT", *FIXED}

@@ -18,6 +18,7 @@ HEAD = """# All settings
 `python docs/settings.py --write` writes this page from `python train_gpt.py --help`. Every setting is an environment
 variable. `auto` means that the script chooses the value; the setting's line says how. `[PR n]` names a record of
 openai/parameter-golf that ran with this default at full size, on three seeds; this project has not measured it there.
+`[log]`: [our own measurements](log.md), on small models.
 """
 
 
@@ -27,8 +28,8 @@ def table(help_text: str) -> str:
     for line in help_text.splitlines():
         if re.fullmatch(r"\w+:", line) and line != "usage:":
             lines += ["", f"## {line[:-1]}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-        elif re.match(r"  [A-Z]", line):  # columns of 28, 6 and 11 characters, then the meaning
-            name, kind, default, meaning = (line[a:b].strip() for a, b in pairwise((2, 30, 36, 47, None)))
+        elif re.match(r"  [A-Z]", line):  # columns of 28, 6 and 13 characters, then the meaning
+            name, kind, default, meaning = (line[a:b].strip() for a, b in pairwise((2, 30, 36, 49, None)))
             lines.append(f"| `{name}` | {kind} | {default} | {meaning.replace('<', '&lt;')} |")
     return "\n".join(lines) + "\n"
 

@@ -134,7 +134,8 @@ def test_recipe_does_not_hang_on_the_defaults(recipe):
     idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
             "quant_trellis": mine.quant_allocation == "auto",
             **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs", "ttt_doc_order"),
-                            mine.ttt_mode == "phased")}
+                            mine.ttt_mode == "phased"),
+            **dict.fromkeys(("hedge_enabled", "token_order"), mine.ngram_tilt_enabled)}
     assert not {name for name in differ if idle.get(name, True)}
 
 
