@@ -3688,7 +3688,7 @@ class Tilt(NamedTuple):
             return None
         places = (val.hints != IGNORE).nonzero().flatten()
         steps = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0) if cfg.hedge_enabled else (1.0,)
-        return cls(places.cpu(), (val.hints == val.tokens)[places].cpu(), [cfg.token_boost * step for step in steps])
+        return cls(places, (val.hints == val.tokens)[places], [cfg.token_boost * step for step in steps])
 
     def apply(self, losses: Tensor, hint_losses: Tensor) -> Tensor:
         """Losses (N,) float64 of all targets, in nats, given those of the targets and of their hints without a tilt.
@@ -3699,7 +3699,7 @@ class Tilt(NamedTuple):
         their own: what is rare to the model and yet known from before is raised by more (docs/log.md).
         """
         losses, hint_losses = losses.double(), hint_losses.double()[self.places]
-        b = torch.tensor(self.boosts, dtype=torch.float64)[:, None]
+        b = torch.tensor(self.boosts, dtype=torch.float64, device=losses.device)[:, None]
         kinds = (hint_losses / math.log(2)).long().clamp(0, HINT_KINDS - 1)
         for kind in kinds.unique():
             mine = (kinds == kind).nonzero().flatten()
@@ -3754,14 +3754,14 @@ class Scorer:
 
     def finish(self) -> Score:
         """The score over all ranks. RunError when a target was scored twice or never."""
-        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone()).cpu()
+        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone())
         wrong = (times != 1).nonzero().flatten()
         if len(wrong):
             raise RunError(f"score refused: {int((times == 0).sum())} targets never scored, {int((times > 1).sum())} "
                            f"more than once (first: token {int(wrong[0]) + 1})")
         if self.tilt:
-            losses = self.tilt.apply(losses, self.rt.sum_(self.hint_losses.clone()).cpu())
-        losses = losses[1:]
+            losses = self.tilt.apply(losses, self.rt.sum_(self.hint_losses.clone()))
+        losses = losses[1:].cpu()
         nats, n_bytes = float(losses.double().sum()), int(self.target_bytes[1:].sum(dtype=torch.int64))
         if not math.isfinite(nats):
             raise RunError("score refused: a loss is not finite")
