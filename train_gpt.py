@@ -181,6 +181,7 @@ class Settings:
                                    proof="PR 1855")
     bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: no bigram embedding")
     bigram_dim: int = setting(112, "model", "width of the rows of the bigram embedding", low=1)
+    bigram_signs: bool = setting(False, "model", "multiply bigram rows by signs that hang on both tokens")
     smear_gate_enabled: bool = setting(True, "model", "mix the previous token's embedding into each token's, inside a "
                                        "document", proof="PR 1855")
     smear_gate_mode: str = setting("input", "model", "smear gate; input: from GATE_WINDOW inputs, before the norm; "
@@ -197,8 +198,7 @@ class Settings:
                                        "start near 1/2")
     attn_out_gate_enabled: bool = setting(False, "model", "gate each head's output by the first GATE_WINDOW inputs; "
                                           "every gate starts at 1")
-    gate_window: int = setting(12, "model", "number of first input channels that the sparse, output and smear gates "
-                               "read", low=1)
+    gate_window: int = setting(12, "model", "first input channels that the sparse, output and smear gates read", low=1)
     rope_yarn: bool = setting(False, "model", "raise ROPE_BASE where attention spans more than TRAIN_SEQ_LEN tokens")
     tie_embeddings: bool = setting(True, "model", "use the token embedding as the weight of the output head")
     embedding_dim: int = setting(0, "model", "width of a factorised token embedding; 0: MODEL_DIM, not factorised")
@@ -822,6 +822,7 @@ class GPT(nn.Module):
             new("bigram_table", torch.zeros(cfg.bigram_vocab_size, cfg.bigram_dim), "embedding")
             new("bigram_bank", orthogonal(1, d, cfg.bigram_dim), "matrix")
             new("bigram_scale", torch.tensor(0.05), "scalar")
+            self.register_buffer("signs", sign_table(cfg.bigram_dim) if cfg.bigram_signs else None, persistent=False)
         if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
             new("smear_weight", torch.zeros(1, cfg.gate_window), "scalar")
             new("smear_scale", torch.tensor(0.0), "scalar")
@@ -887,6 +888,8 @@ class GPT(nn.Module):
         if cfg.bigram_vocab_size:  # PR 162
             buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
             y = lookup(self.bigram_table, buckets, "bigram_table", hooks, self.dtype)
+            if cfg.bigram_signs:
+                y = y * self.signs[(ids ^ previous(ids[..., None], starts)[..., 0]) % len(self.signs)]
             x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", hooks)
         smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
         if smear == "input":  # PR 1667
@@ -1034,6 +1037,16 @@ def bigram_bucket(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
     tokens = ids.int()
     pair = (36313 * tokens) ^ (27191 * F.pad(tokens, (1, 0))[:, :-1])
     return torch.where(starts, buckets - 1, pair % (buckets - 1))
+
+
+def sign_table(dim: int) -> Tensor:
+    """(8192, dim) int8 of 1 and -1, to be chosen by (token before xor token) mod 8192: pairs of tokens that share a row
+    of the bigram embedding then do not add up in it (modded-nanogpt's record 83). A hash, the same on every machine.
+    """
+    mixed = torch.arange(8192 * dim) * 0x9E3779B1 % 2**32
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        mixed = (mixed ^ mixed >> 15) * factor % 2**32
+    return (1 - 2 * (mixed >> 31)).to(torch.int8).view(8192, dim)
 
 
 def orthogonal(count: int, rows: int, cols: int) -> Tensor:

@@ -23,6 +23,14 @@ def int32(x: int) -> int:
     return (x + 2**31) % 2**32 - 2**31
 
 
+def sign(pair: int, channel: int, dim: int) -> int:
+    """1 or -1 by the top bit of a hash of 32 bits."""
+    x = (pair % 8192 * dim + channel) * 0x9E3779B1 % 2**32
+    x = (x ^ (x >> 15)) * 0x85EBCA6B % 2**32
+    x = (x ^ (x >> 15)) * 0xC2B2AE35 % 2**32
+    return 1 if x < 2**31 else -1
+
+
 class Reference:
     """Logits of one span of attention in float64, from techniques.md."""
 
@@ -51,7 +59,12 @@ class Reference:
             for t, token in enumerate(ids):
                 pair = int32(int32(36313 * token) ^ int32(27191 * ids[t - 1]))
                 buckets.append(pair % last if t and token != BOS else last)
-            x = x + p["bigram_scale"] * p["bigram_table"][buckets] @ p["bigram_bank"][0].T
+            rows = p["bigram_table"][buckets]
+            if cfg.bigram_signs:
+                signs = [[sign(token ^ (ids[t - 1] if t and token != BOS else 0), c, cfg.bigram_dim)
+                          for c in range(cfg.bigram_dim)] for t, token in enumerate(ids)]
+                rows = rows * torch.tensor(signs).double()
+            x = x + p["bigram_scale"] * rows @ p["bigram_bank"][0].T
         if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
             gate = sigmoid(x[:, : cfg.gate_window] @ p["smear_weight"][0])
             x = x + self.smeared(ids) * p["smear_scale"] * gate[:, None] * self.before(x, ids)

@@ -62,6 +62,7 @@ TECHNIQUES = {
                                         "parallel_final_lane": "mlp", "skip_gates_enabled": False},
     "bigram": {"bigram_vocab_size": 13, "bigram_dim": 6},
     "bigram-of-two-buckets": {"bigram_vocab_size": 2, "bigram_dim": 40},
+    "bigram-signs": {"bigram_vocab_size": 13, "bigram_dim": 6, "bigram_signs": True},
     "smear-input": {"smear_gate_enabled": True},
     "smear-vector": {"smear_gate_enabled": True, "smear_gate_mode": "vector"},
     "value-embedding": {"ve_enabled": True, "ve_dim": 5, "ve_layers": "1,5"},
@@ -241,6 +242,17 @@ def test_bigram_buckets_by_hand(buckets):
     assert buckets == 2 or len(set(got)) > 3
 
 
+def test_signs_of_bigrams_are_balanced_and_go_apart():
+    """Rows and columns of fair coins: as many of both, and pairs of rows or columns that agree in half of the places."""
+    signs = tg.sign_table(112).float()
+    assert signs.shape == (8192, 112) and set(signs.unique().tolist()) == {1.0, -1.0}
+    assert abs(float(signs.mean())) < 4 / (8192 * 112) ** 0.5
+    for table in (signs, signs.mT):
+        agree = table @ table.mT / table.size(1) - torch.eye(len(table))
+        assert float(agree.abs().max()) < 6.5 / table.size(1) ** 0.5
+        assert float(agree.std()) == pytest.approx(table.size(1) ** -0.5, rel=0.05)
+
+
 def test_document_starts():
     ids = torch.tensor([[1, 5, 6, 7, 1, 1, 8], [9, 9, 9, 9, 9, 1, 9]])
     assert tg.document_starts(ids, BOS).int().tolist() == [[1, 0, 0, 0, 1, 1, 0], [1, 0, 0, 0, 0, 1, 0]]
@@ -281,6 +293,9 @@ TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; paramet
                 {"lane_keep", "lane_write"}),
     "bigram": ({"bigram_dim": 9}, {"bigram_vocab_size": 13}, {"bigram_table", "bigram_bank", "bigram_scale"},
                {"bigram_table.codes", "bigram_table.scales", "bigram.codes", "bigram.scales", "bigram_scale"}),
+    "bigram-signs": ({"bigram_signs": True}, {"bigram_vocab_size": 13, "bigram_signs": True},
+                     {"bigram_table", "bigram_bank", "bigram_scale"},
+                     {"bigram_table.codes", "bigram_table.scales", "bigram.codes", "bigram.scales", "bigram_scale"}),
     "smear-input": ({"gate_window": 3}, {"smear_gate_enabled": True}, {"smear_weight", "smear_scale"},
                     {"smear_weight", "smear_scale"}),
     "smear-vector": ({"smear_gate_mode": "vector"}, {"smear_gate_enabled": True, "smear_gate_mode": "vector"},
