@@ -17,7 +17,8 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   coding           integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
   artifact         the container (no pickle), filling the budget, the ZIP application that is counted
   scoring          the one place where losses become nats and bytes; the n-gram tilt
-  evaluation       windows and test-time training
+  adaptation       test-time training: weights and adapters that learn from scored text; documents in batches; the time
+  evaluation       windows and documents, from the artifact's weights to losses
   reading          environment variables to settings: other names, misspelt ones, contradictions, --help
   main             the run from start to result.json; records/audit.py judges it from outside
 
@@ -354,9 +355,9 @@ class Settings:
                                     "input; attention: the heads' output", choices="norm attention")
     ttt_mlp_lora: bool = setting(True, "eval", "TTT adapters: one beside each MLP")
     ttt_head_lora: bool = setting(True, "eval", "TTT adapters: adapt the output head")
-    ttt_doc_order: str = setting("sorted", "eval", "order of documents in TTT; bucketed: sorted by length within "
+    ttt_doc_order: str = setting("bucketed", "eval", "order of documents in TTT; bucketed: sorted by length within "
                                  "TTT_BUCKET_WINDOW documents", choices="sequential bucketed sorted")
-    ttt_bucket_window: int = setting(512, "eval", "TTT_DOC_ORDER=bucketed: documents sorted at a time", low=1)
+    ttt_bucket_window: int = setting(4096, "eval", "TTT_DOC_ORDER=bucketed: documents sorted at a time", low=1)
     phased_ttt_prefix_docs: int = setting(10000, "eval", "TTT_MODE=phased: how many first documents the model's "
                                           "weights train on, once scored", low=1)
     phased_ttt_num_phases: int = setting(1, "eval", "TTT_MODE=phased: how often the weights train during the first "
@@ -3785,10 +3786,10 @@ class Scorer:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Evaluation
+# Adaptation
 #
-# In: the model as the artifact gives it, and the validation text. Out: losses of all its targets for the scorer, by
-# windows or with test-time training on what has been scored.
+# In: tokens that have been scored. Out: weights, or adapters of single documents, that have learned from them (which is
+# test-time training); in which batches and passes that goes, and for how long there is time.
 
 
 def gather(tokens: Tensor, place: Tensor, scored: Tensor, bos: int) -> tuple[Tensor, Tensor]:
@@ -3800,23 +3801,6 @@ def gather(tokens: Tensor, place: Tensor, scored: Tensor, bos: int) -> tuple[Ten
     last = len(tokens) - 1
     targets = torch.where(scored, tokens[(place + 1).clamp(max=last)].long(), IGNORE)
     return torch.where(place >= last, filler(bos), tokens[place.clamp(max=last)].long()), targets
-
-
-def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
-    """(n, 2) int64: where in the stream each window of EVAL_SEQ_LEN tokens starts, and from where on it scores.
-
-    The first scores all its tokens, later ones what the window before did not reach: `stride` tokens, the first of them
-    with EVAL_SEQ_LEN - stride tokens before it. With VARLEN attention ends at the document's start, so a window that
-    starts there has all that its tokens may see: it scores up to its end, and no document that it holds is run again.
-    """
-    length, documents, windows, fresh = cfg.eval_seq_len, [0], [], 0
-    if cfg.varlen_enabled:
-        documents += (val.tokens == val.bos).nonzero().flatten().tolist()
-    while fresh < len(val.tokens) - 1:
-        start = max(documents[bisect_right(documents, fresh) - 1], fresh - length + stride)
-        windows.append((start, fresh))
-        fresh = start + length
-    return torch.tensor(windows, device=val.tokens.device)
 
 
 class Sgd:
@@ -3868,18 +3852,19 @@ def half_cosine(i: int, last: int) -> float:
 class Budget:
     """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
 
-    def __init__(self, cfg: Settings, rt: Runtime, began: float, work: int, share: float):
-        """`work`: what this rank has to do, in any unit; `share`: how much of its time scoring alone would take."""
-        self.rt, self.end, self.left, self.share = rt, began + (cfg.eval_budget_seconds or math.inf), work, share
-        self.began, self.done, self.over = time.perf_counter(), 0, False
+    def __init__(self, cfg: Settings, rt: Runtime, began: float, plain: float):
+        """`plain`: this rank's work if it adapted to nothing, in any unit. `began`: when the budget's clock did."""
+        self.rt, self.end, self.plain = rt, began + (cfg.eval_budget_seconds or math.inf), plain
+        self.began, self.done, self.over = time.perf_counter(), 0.0, False
 
-    def spend(self, work: int) -> bool:
-        """Whether to adapt on so much of the work, which is done next. Once False, always."""
+    def spend(self, work: float, plain: float) -> bool:
+        """Whether to adapt on what is done next: `work`, or `plain` without adapting. Once False, always."""
         self.rt.sync()
         now = time.perf_counter()
         pace = (now - self.began) / self.done if self.done else 0.0
-        self.over = self.over or now + pace * (work + (self.left - work) * self.share) > self.end
-        self.done, self.left = self.done + work, self.left - work
+        self.plain -= plain
+        self.over = self.over or now + pace * (work + self.plain) > self.end
+        self.done += plain if self.over else work
         return not self.over
 
     @contextmanager
@@ -3901,15 +3886,50 @@ def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
     return [(a, b) for a, b in pairwise([*starts, len(tokens) - 1]) if b > a]
 
 
-def padded_tokens(batch: list[tuple[int, int]]) -> int:
-    """The cost of a batch of documents: each is padded to the length of the longest."""
-    return len(batch) * max(b - a for a, b in batch)
+class Pass(NamedTuple):
+    """One forward pass over a batch of documents: a chunk of each, and what stands before it."""
+
+    chunk: int  # which one of each document, from 0
+    rows: int  # documents, and padding
+    width: int  # tokens of a row
+    ending: int  # documents that end with this chunk
+    going: int  # documents that go on
+
+
+def plan_passes(cfg: Settings, batch: list[tuple[int, int]], adapted: bool
+                ) -> tuple[list[tuple[int, int, int]], list[Pass]]:
+    """(first, end, tokens of a chunk) of each row of a batch of documents, the most chunks first; and its passes.
+
+    Rows of documents that have ended leave the batch by halves, down to an eighth of TTT_BATCH_SIZE, and a pass is no
+    wider than its documents are long by then: few shapes, so few graphs. Without adapters chunks are a quarter of
+    TTT_EVAL_SEQ_LEN.
+    """
+    chunks = cfg.ttt_chunks() if adapted else [(math.inf, max(1, cfg.ttt_eval_seq_len // 4))]
+    rows = [(a, b, next(chunk for longest, chunk in chunks if b - a <= longest)) for a, b in batch]
+    rows.sort(key=lambda row: (row[0] - row[1]) // row[2])
+    ends = [-((a - b) // chunk) for a, b, chunk in rows]
+    passes, count, going, longest, usual = [], cfg.ttt_batch_size, len(rows), cfg.ttt_eval_seq_len, chunks[-1][1]
+    for i in range(ends[0]):
+        live, width, reach = going, usual, (i + 1) * max(chunk for _, _, chunk in rows[:going])
+        while going and ends[going - 1] == i + 1:
+            going -= 1
+        while count // 2 >= max(live, 2, cfg.ttt_batch_size // 8):
+            count //= 2
+        while width < min(reach, longest):
+            width *= 2
+        passes.append(Pass(i, count, min(width, longest), live - going, going))
+    return rows + [(0, 0, usual)] * (cfg.ttt_batch_size - len(rows)), passes
+
+
+def batch_cost(cfg: Settings, batch: list[tuple[int, int]], adapted: bool) -> int:
+    """Tokens of all forward passes over a batch of documents, and as many for a backward pass where it has one."""
+    return (1 + adapted) * sum(p.rows * p.width for p in plan_passes(cfg, batch, adapted)[1])
 
 
 def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int) -> list[list[list[tuple[int, int]]]]:
     """For each rank its batches of TTT_BATCH_SIZE whole documents, in the order TTT_DOC_ORDER says.
 
-    Batches do not depend on the number of ranks; each goes to the rank with the fewest tokens so far, longest first.
+    Batches do not depend on the number of ranks; each goes to the rank with the least work so far, most work first.
     """
     window = {"sequential": 0, "bucketed": cfg.ttt_bucket_window, "sorted": len(documents)}[cfg.ttt_doc_order]
     ordered = documents
@@ -3918,7 +3938,7 @@ def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int
                    for d in sorted(documents[i : i + window], key=lambda d: d[1] - d[0])]
     size = cfg.ttt_batch_size
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
-    cost = [padded_tokens(batch) for batch in batches]
+    cost = [batch_cost(cfg, batch, True) for batch in batches]
     loads, dealt = [0] * ranks, [[] for _ in range(ranks)]
     for i in sorted(range(len(batches)), key=lambda i: (-cost[i], i)):
         rank = loads.index(min(loads))
@@ -3949,18 +3969,35 @@ class DocumentAdapters:
         for _, inputs, outputs in sites:
             a = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
             self.initial += [a.to(device), torch.zeros(outputs, rank, device=device)]
-        self.leaves = [t.repeat(cfg.ttt_batch_size, 1, 1).requires_grad_() for t in self.initial]
+        self.sites = [site for site, _, _ in sites]
+        self.whole = [t.repeat(cfg.ttt_batch_size, 1, 1) for t in self.initial]  # of which leaves are the first rows
         self.sums = [torch.zeros_like(a, dtype=torch.float64) for a in self.initial[::2]]  # of A, over documents
         self.seen = torch.zeros(1, dtype=torch.float64, device=device)
-        scale = cfg.ttt_lora_alpha / rank
-        self.hooks = Hooks(adapters={site: Adapter(*self.leaves[2 * i : 2 * i + 2], scale)
-                                     for i, (site, _, _) in enumerate(sites)})
+        self.take(cfg.ttt_batch_size)
 
-    @torch.no_grad()
+    def take(self, rows: int) -> None:
+        """Make the first `rows` documents' adapters the leaves; they keep the storage that they had."""
+        self.leaves = [t[:rows].requires_grad_() for t in self.whole]
+        scale = self.cfg.ttt_lora_alpha / self.cfg.ttt_lora_rank
+        self.hooks = Hooks(adapters={site: Adapter(*self.leaves[2 * i : 2 * i + 2], scale)
+                                     for i, site in enumerate(self.sites)})
+
+    def narrow(self, rows: int) -> None:
+        """Go on with the first `rows` documents alone, and with their moments."""
+        if rows == len(self.leaves[0]):
+            return
+        before, state = self.leaves, self.optimizer.state
+        self.take(rows)
+        self.optimizer.param_groups[0]["params"] = self.leaves
+        for old, new in zip(before, self.leaves):
+            if old in state:
+                state[new] = {name: t[:rows] if t.ndim else t for name, t in state.pop(old).items()}
+
     def reset(self) -> None:
         """Fresh adapters and optimizer for the next documents."""
-        for leaf, value in zip(self.leaves, self.initial):
-            leaf.copy_(value.expand_as(leaf))
+        self.take(self.cfg.ttt_batch_size)
+        for t, value in zip(self.whole, self.initial):
+            t.copy_(value.expand_as(t))
         if self.cfg.ttt_optimizer == "adamw":
             self.optimizer = torch.optim.AdamW(self.leaves, lr=self.lr, eps=1e-10, foreach=True,
                                                betas=(self.cfg.ttt_beta1, self.cfg.ttt_beta2),
@@ -3994,6 +4031,30 @@ class DocumentAdapters:
         for leaf, grad in zip(self.leaves, torch.autograd.grad(loss, self.leaves)):
             leaf.grad = grad
         self.optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Evaluation
+#
+# In: the model as the artifact gives it, and the validation text. Out: losses of all its targets for the scorer, by
+# windows or with test-time training on what has been scored.
+
+
+def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
+    """(n, 2) int64: where in the stream each window of EVAL_SEQ_LEN tokens starts, and from where on it scores.
+
+    The first scores all its tokens, later ones what the window before did not reach: `stride` tokens, the first of them
+    with EVAL_SEQ_LEN - stride tokens before it. With VARLEN attention ends at the document's start, so a window that
+    starts there has all that its tokens may see: it scores up to its end, and no document that it holds is run again.
+    """
+    length, documents, windows, fresh = cfg.eval_seq_len, [0], [], 0
+    if cfg.varlen_enabled:
+        documents += (val.tokens == val.bos).nonzero().flatten().tolist()
+    while fresh < len(val.tokens) - 1:
+        start = max(documents[bisect_right(documents, fresh) - 1], fresh - length + stride)
+        windows.append((start, fresh))
+        fresh = start + length
+    return torch.tensor(windows, device=val.tokens.device)
 
 
 class Evaluator:
@@ -4066,9 +4127,10 @@ class Evaluator:
         chunks = windows.split(number.unique_consecutive(return_counts=True)[1].tolist())
         last, trained, plain = (len(val.tokens) - 2) // size, 0, 0
         scoring = len(windows) * length / len(val.tokens)  # forward passes over each token; three a step, each epoch
-        budget = Budget(cfg, rt, self.scorer.loaded, len(windows), scoring / (scoring + 3 * cfg.ttt_epochs))
+        share = scoring / (scoring + 3 * cfg.ttt_epochs)
+        budget = Budget(cfg, rt, self.scorer.loaded, len(windows) * share)
         for i, chunk in enumerate(rt.progress(chunks, "ttt", self.scorer.running)):
-            adapt = rt.largest(float(not budget.spend(len(chunk)))) == 0  # every rank or none
+            adapt = rt.largest(float(not budget.spend(len(chunk), len(chunk) * share))) == 0  # every rank or none
             self.score_windows(chunk, "chunk")
             scored = min(int(chunk[-1, 0]) + length, len(val.tokens) - 1)  # the last target of these windows
             if i + 1 < len(chunks) and adapt:
@@ -4094,12 +4156,11 @@ class Evaluator:
         warm = range(0, len(documents), cfg.ttt_warm_start_docs) if cfg.ttt_warm_start_a else ()
         cuts = sorted({0, len(documents), *warm, *(end for end in ends if end < len(documents))})
         dealt = [document_batches(cfg, documents[low:high], rt.world)[rt.rank] for low, high in pairwise(cuts)]
-        work = sum(padded_tokens(batch) for mine in dealt for batch in mine)
-        budget = Budget(cfg, rt, self.scorer.loaded, work, 0.5)  # at most: no backward pass, and wider chunks
+        budget = Budget(cfg, rt, self.scorer.loaded, sum(batch_cost(cfg, b, False) for mine in dealt for b in mine))
         over, plain = False, 0
         for i, (high, mine) in enumerate(zip(cuts[1:], dealt)):
             for batch in rt.progress(mine, f"ttt {i + 1}/{len(dealt)}", self.scorer.running):
-                over = not budget.spend(padded_tokens(batch)) or over
+                over = not budget.spend(batch_cost(cfg, batch, True), batch_cost(cfg, batch, False)) or over
                 plain += sum(b - a for a, b in batch) if over else 0
                 self.score_documents(batch, None if over else adapters)
             over = rt.largest(float(over)) > 0
@@ -4122,30 +4183,26 @@ class Evaluator:
         widths. A document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of
         that length.
         """
-        cfg, tokens = self.cfg, self.val.tokens
-        chunks = cfg.ttt_chunks() if adapters else [(math.inf, max(1, cfg.ttt_eval_seq_len // 4))]
-        usual = chunks[-1][1]
-        rows = [(a, b, next(size for longest, size in chunks if b - a <= longest)) for a, b in batch]
-        rows += [(0, 0, usual)] * (cfg.ttt_batch_size - len(batch))
-        starts, ends, chunk = torch.tensor(rows, device=tokens.device).mT[:, :, None]
+        cfg, tokens, usual = self.cfg, self.val.tokens, self.cfg.ttt_chunk_size
+        rows, passes = plan_passes(cfg, batch, adapters is not None)
+        table = torch.tensor(rows, device=tokens.device).mT[:, :, None]
         if adapters:
             adapters.reset()
-        for i in range(max(-(-(b - a) // size) for a, b, size in rows)):
-            low, high, width = i * chunk, (i + 1) * chunk, usual
-            reach = max((i + 1) * size for a, b, size in rows if i * size < b - a)
-            while width < min(reach, cfg.ttt_eval_seq_len):
-                width *= 2
-            width = min(width, cfg.ttt_eval_seq_len)
+        for i, count, width, ending, going in passes:
+            starts, ends, chunk = table[:, :count]
+            low, high = i * chunk, (i + 1) * chunk
             first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
             place = first + torch.arange(width, device=tokens.device)
             scored = (place >= starts + low) & (place < starts + high) & (place < ends)
             ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
-            goes_on = (starts + high < ends) * (usual / chunk)  # (size, 1), with the loss a mean over the chunk
+            goes_on = (starts + high < ends) * (usual / chunk)  # (count, 1), with the loss a mean over the chunk
+            if adapters:
+                adapters.narrow(count)
             with torch.set_grad_enabled(adapters is not None):  # for the last chunk too: one graph for each width
                 losses = self.charge(ids, targets, place, scored, hooks=adapters.hooks if adapters else NO_HOOKS)
-            if cfg.ttt_warm_start_a and adapters and any(i * size < b - a <= (i + 1) * size for a, b, size in rows):
+            if cfg.ttt_warm_start_a and adapters and ending:
                 adapters.remember((starts + low < ends) & (starts + high >= ends))
-            if adapters and any((i + 1) * size < b - a for a, b, size in rows):  # charged; only now learned from
+            if adapters and going:  # charged; only now learned from
                 adapters.learn((losses * goes_on).sum() / usual)
 
     def warm_windows(self) -> None:
@@ -4162,8 +4219,11 @@ class Evaluator:
         else:
             learning = DocumentAdapters(cfg, self.model)
             rt.log(f"adapters: {16 * sum(t.numel() for t in learning.leaves) / 1e6:.1f} MB with gradients and moments")
+            size, last = cfg.ttt_batch_size, len(self.val.tokens) - 1
+            few = [(size // (row + 1)).bit_length() * cfg.ttt_chunk_size for row in range(max(1, size // 8), size)]
+            batch = [(0, last)] * (size - len(few)) + [(0, min(n, last)) for n in few]  # half leave at each pass
             for adapters in (learning, None):
-                self.score_documents([(0, len(self.val.tokens) - 1)], adapters)
+                self.score_documents(batch, adapters)
         if cfg.ttt_mode != "lora":
             sgd.step(self.val.tokens.repeat(rt.world * sgd.rows), self.val.bos, 0.0)  # something for each rank
 

@@ -25,7 +25,7 @@ PLAIN = {  # what is on by default, off
     "PARALLEL_MODE": "gptj", "VARLEN_ENABLED": "0", "SMEAR_GATE_ENABLED": "0", "SPARSE_ATTN_GATE_ENABLED": "0",
     "SPARSE_ATTN_GATE_SCALE": "1", "WARMDOWN_FRAC": "0.72", "MIN_LR": "0", "MUON_NS": "quintic",
     "MUON_ROW_NORMALIZE": "0", "BETA2": "0.95", "TTT_MODE": "none", "TTT_LORA_RANK": "96", "TTT_BETA2": "0.999",
-    "PHASED_TTT_PREFIX_DOCS": "2000", "TTT_DOC_ORDER": "bucketed",
+    "PHASED_TTT_PREFIX_DOCS": "2000", "TTT_BUCKET_WINDOW": "512",
     "EVAL_STRIDE": "64", "EVAL_STAGES": "all", "QUANT_TRELLIS": "0", "NGRAM_TILT_ENABLED": "0", "TOKEN_ORDER": "16",
     "HEDGE_ENABLED": "0"}
 

@@ -166,7 +166,14 @@ def step_before_charge(script):
 
 def lasting_adapters(script):
     real = script.DocumentAdapters.reset
-    script.DocumentAdapters.reset = lambda self: None if hasattr(self, "optimizer") else real(self)
+
+    def planted(self):
+        if hasattr(self, "optimizer"):
+            self.narrow(len(self.whole[0]))  # to all rows again, as they were left
+        else:
+            real(self)
+
+    script.DocumentAdapters.reset = planted
 
 
 def two_windows(script):
@@ -181,18 +188,13 @@ def two_windows(script):
 
 
 def from_the_end(script):
-    def turned(*ends):
-        chunks = sys._getframe(1).f_code.co_name == "score_documents"
-        return reversed(range(*ends)) if chunks else range(*ends)
+    real = script.plan_passes
 
-    real = script.Evaluator.score_documents
+    def planted(cfg, batch, adapted):
+        rows, passes = real(cfg, batch, adapted)
+        return rows, [step._replace(rows=len(rows)) for step in reversed(passes)]
 
-    def planted(*inputs):
-        with pytest.MonkeyPatch.context() as inside:
-            inside.setattr(script, "range", turned, raising=False)
-            real(*inputs)
-
-    script.Evaluator.score_documents = planted
+    script.plan_passes = planted
 
 
 def spaces_counted_twice(script):

@@ -1,11 +1,14 @@
 """Every recipe, scaled down with all its techniques on, goes through training, compression and scoring."""
 
+import dataclasses
 import json
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import check_submission
 import numpy as np
 import pytest
 from conftest import PLAIN, ROOT, clean_environment, read_result, run_script
@@ -133,7 +136,7 @@ def test_recipe_does_not_hang_on_the_defaults(recipe):
     differ = {name for name in vars(mine) if getattr(mine, name) != getattr(other, name)} - {"eval_stages"}
     idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
             "quant_trellis": mine.quant_allocation == "auto",
-            **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs", "ttt_doc_order"),
+            **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs", "ttt_bucket_window"),
                             mine.ttt_mode == "phased"),
             **dict.fromkeys(("hedge_enabled", "token_order"), mine.ngram_tilt_enabled)}
     assert not {name for name in differ if idle.get(name, True)}
@@ -187,3 +190,14 @@ def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
     assert (config["recur_blend"], config["ema_decay"], config["num_layers"]) == ("ab", 0.0, 11)  # of the recipe
     assert (config["model_dim"], config["qat_lite_every"], config["vocab_size"]) == (64, 1, 512)  # of the user
     assert "bits per byte   after compression, reloaded" in done.stdout and "xz -9e" in done.stdout
+
+
+def test_defaults_and_recipes_sort_no_more_documents_than_the_checker_allows():
+    """A default that records/check_submission.py refuses would cost a record attempt all of its runs."""
+    for settings in ({}, *map(settings_of, RECIPES)):
+        cfg = tg.read_settings(settings)[0]
+        sub = SimpleNamespace(config=lambda cfg=cfg: dataclasses.asdict(cfg), audit=lambda name: [])
+        assert check_submission.check_order(sub)
+        with pytest.raises(check_submission.Verdict, match="sorted by length"):
+            sub.config = lambda cfg=cfg: dataclasses.asdict(cfg) | {"ttt_mode": "lora", "ttt_doc_order": "sorted"}
+            check_submission.check_order(sub)

@@ -243,7 +243,7 @@ def test_bigram_buckets_by_hand(buckets):
 
 
 def test_signs_of_bigrams_are_balanced_and_go_apart():
-    """Rows and columns of fair coins: as many of both, and pairs of rows or columns that agree in half of the places."""
+    """As fair coins: as many of both, and two rows or two columns agree in half of the places."""
     signs = tg.sign_table(112).float()
     assert signs.shape == (8192, 112) and set(signs.unique().tolist()) == {1.0, -1.0}
     assert abs(float(signs.mean())) < 4 / (8192 * 112) ** 0.5

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import itertools
 import json
+import logging
 import math
 import random
 from itertools import pairwise
@@ -101,8 +103,8 @@ def test_batches_hold_every_document_once_at_any_number_of_ranks(order):
             dealt = tg.document_batches(cfg, documents, ranks)
             assert len(dealt) == ranks and dealt == tg.document_batches(cfg, documents, ranks)
             assert sorted(batch for mine in dealt for batch in mine) == sorted(alone[0])
-            loads = [sum(len(batch) * max(b - a for a, b in batch) for batch in mine) for mine in dealt]
-            assert max(loads) - min(loads) <= max(len(batch) * max(b - a for a, b in batch) for batch in alone[0])
+            loads = [sum(tg.batch_cost(cfg, batch, True) for batch in mine) for mine in dealt]
+            assert max(loads) - min(loads) <= max(tg.batch_cost(cfg, batch, True) for batch in alone[0])
 
 
 def test_document_orders_are_as_specified():
@@ -121,6 +123,20 @@ def test_document_orders_are_as_specified():
         assert sorted(bucketed[i : i + 4]) == documents[i : i + 4]
         assert [length(d) for d in bucketed[i : i + 4]] == sorted(map(length, documents[i : i + 4]))
     assert bucketed != documents and bucketed != order("sorted")
+
+
+def test_documents_that_have_ended_leave_their_batch_by_halves():
+    """Sixteen rows: thirteen documents, of which one, five and seven have so many chunks of four tokens."""
+    cfg, lengths = config(ttt_batch_size=16), [4, 9, 1, 23, 2, 12, 10, 3, 9, 4, 12, 3, 1]
+    ends = list(itertools.accumulate(lengths))
+    rows, passes = tg.plan_passes(cfg, [(end - n, end) for end, n in zip(ends, lengths)], True)
+    assert [b - a for a, b, _ in rows] == [23, 9, 12, 10, 9, 12, 4, 1, 2, 3, 4, 3, 1, 0, 0, 0]
+    assert {chunk for _, _, chunk in rows} == {4}
+    assert [tuple(step) for step in passes] == [
+        (0, 16, 4, 7, 6), (1, 8, 8, 0, 6), (2, 8, 10, 5, 1), (3, 2, 10, 0, 1), (4, 2, 10, 0, 1), (5, 2, 10, 1, 0)]
+    assert tg.batch_cost(cfg, [(0, 23)], True) == 2 * 2 * (4 + 8 + 4 * 10)
+    assert tg.batch_cost(cfg, [(0, 5)], False) == 2 * (2 + 4 + 8)  # chunks of a quarter of ten
+    assert tg.plan_passes(config(ttt_batch_size=1), [(3, 5)], True) == ([(3, 5, 4)], [(0, 1, 4, 1, 0)])
 
 
 # ----- adapters against a slow reference
@@ -223,6 +239,7 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, warm: tup
      "ttt_optimizer": "sgd"}, {"ttt_lora_o_input": "attention"},
     {f"ttt_{other}_lora": other == "o" for other in ROLES} | {"ttt_lora_o_input": "attention"},
     {"ttt_local_lr_mult": 0.4}, {"ttt_short_score_first_steps": "5:2,20:3"},
+    {"ttt_batch_size": 8, "ttt_beta1": 0.8, "ttt_beta2": 0.9}, {"ttt_batch_size": 8, "ttt_optimizer": "sgd"},
     {"ttt_short_score_first_steps": "22:3", "ttt_optimizer": "sgd", "ttt_batch_size": 4},
     *({f"ttt_{role}_lora": False} for role in ROLES),
     *({f"ttt_{other}_lora": other == role for other in ROLES} for role in ROLES),
@@ -241,7 +258,7 @@ def test_adapters_equal_a_slow_reference(changes):
     assert {site.role for site in tg.DocumentAdapters(cfg, model).hooks.adapters} == on
 
 
-@pytest.mark.parametrize("batch, order", [(1, "sequential"), (3, "sorted")])
+@pytest.mark.parametrize("batch, order", [(1, "sequential"), (3, "sorted"), (8, "bucketed")])
 @pytest.mark.parametrize("world, mode, warm", [(1, "lora", (2, 4)), (2, "lora", (2, 4)), (2, "phased", (2, 3, 4))])
 def test_a_warm_start_is_the_mean_of_what_the_documents_before_ended_with(batch, order, world, mode, warm):
     """Whatever the batches, their order and the ranks; rows of padding and steps after its end do not count. A phase,
@@ -668,9 +685,9 @@ def test_what_was_spent_before_counts(monkeypatch, mode):
                      ttt_chunk_tokens=9, eval_seq_len=6, eval_stride=3)
         return timed(cfg, monkeypatch, [9] * 6, spent)[1]
 
-    assert torch.equal(losses(512.0, 500.0), losses(12.0, 0.0))
-    assert not torch.equal(losses(512.0, 500.0), losses(512.0, 0.0))
-    assert not torch.equal(losses(512.0, 500.0), losses(512.0, 512.0))
+    assert torch.equal(losses(516.0, 500.0), losses(16.0, 0.0))
+    assert not torch.equal(losses(516.0, 500.0), losses(516.0, 0.0))
+    assert not torch.equal(losses(516.0, 500.0), losses(516.0, 516.0))
 
 
 @pytest.mark.parametrize("budget", [0.0, 19.0])
@@ -715,6 +732,36 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
     assert seen and seen <= warm, seen - warm
     assert any(adapted for _, adapted, _, _ in seen) == (mode != "chunk")
     assert any(learning for *_, learning in seen) == (mode != "lora")
+
+
+def test_no_graph_is_made_for_documents_after_the_warm_up():
+    """Whatever the widths and the numbers of rows, with adapters and without."""
+    graphs, shapes = [], set()
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def forward(ids, *rest, **options):
+        shapes.add(tuple(ids.shape))
+        return parts(ids, *rest, **options)
+
+    logging.disable(logging.DEBUG)  # or pytest's log handler has every graph printed
+    torch._dynamo.reset()
+    cfg = config(num_layers=2, loop_start=0, loop_end=0, ttt_batch_size=16, ttt_eval_seq_len=24, ttt_chunk_size=3)
+    model, chance = random_model(cfg), random.Random(shifted(1))
+    parts = tg.compile_model(model, backend)[1]
+    val = validation(torch.full((60,), 22, dtype=torch.int32))
+    tg.Evaluator(cfg, FakeRuntime(), model, forward, tg.random_text(cfg, val)).warm_ttt()
+    warm, before = shapes.copy(), len(graphs)
+    shapes.clear()
+    for budget in (0.0, 1e-9):
+        adapt_to(dataclasses.replace(cfg, eval_budget_seconds=budget), model,
+                 stream([chance.choice([1, 2, 3, 5, 8, 13, 21, 34, 60]) for _ in range(90)]), forward=forward)
+    torch._dynamo.reset()
+    logging.disable(logging.NOTSET)
+    assert before > 5 and len(graphs) == before
+    assert len(shapes - warm) > 2 and len({rows for rows, _ in shapes}) == 4  # it has seen others since
 
 
 @pytest.mark.parametrize("mode", ["phased", "chunk"])
