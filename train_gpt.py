@@ -3913,7 +3913,7 @@ def plan_passes(cfg: Settings, batch: list[tuple[int, int]], adapted: bool
         live, width, reach = going, usual, (i + 1) * max(chunk for _, _, chunk in rows[:going])
         while going and ends[going - 1] == i + 1:
             going -= 1
-        while count // 2 >= max(live, 2, cfg.ttt_batch_size // 8):
+        while count // 2 >= max(live, 2, cfg.ttt_batch_size // 8):  # a size of 1 would be a graph of its own
             count //= 2
         while width < min(reach, longest):
             width *= 2
