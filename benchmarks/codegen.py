@@ -168,11 +168,14 @@ def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -
 
     torch._dynamo.reset()
     rt, ops = Quiet(cfg, tg.Launch()), tg.fused_ops() if cfg.fused else tg.PLAIN
-    with fake_tensors(), mock.patch.object(async_compile.AsyncCompile, "triton", note):
+    ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+    text = tg.random_text(cfg, tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1,
+                                             None, 1, ngram))
+    tilt = tg.Tilt.of(cfg, text)  # of real tokens
+    with (fake_tensors(), mock.patch.object(async_compile.AsyncCompile, "triton", note),
+          mock.patch.object(tg.Tilt, "of", lambda *_: tilt)):
         model = tg.GPT(cfg, plan.make_attention(), torch.bfloat16, 1, ops)
         whole, parts = tg.compile_model(model, backend)
-        nothing = tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1, None, 1)
-        text = tg.random_text(cfg, nothing)
         tg.Evaluator(cfg, rt, model, whole, text).warm_windows()
         tg.warm_up(cfg, rt, Still(cfg, rt, model, whole))
         if cfg.ttt_mode != "none":

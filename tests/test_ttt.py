@@ -735,7 +735,7 @@ def test_warm_up_meets_every_shape_and_reads_no_validation_token(mode):
 
 
 def test_no_graph_is_made_for_documents_after_the_warm_up():
-    """Whatever the widths and the numbers of rows, with adapters and without."""
+    """Whatever the widths and the numbers of rows, with adapters and without, with hints of the n-gram tilt."""
     graphs, shapes = [], set()
 
     def backend(graph, inputs):
@@ -748,16 +748,17 @@ def test_no_graph_is_made_for_documents_after_the_warm_up():
 
     logging.disable(logging.DEBUG)  # or pytest's log handler has every graph printed
     torch._dynamo.reset()
-    cfg = config(num_layers=2, loop_start=0, loop_end=0, ttt_batch_size=16, ttt_eval_seq_len=24, ttt_chunk_size=3)
+    cfg = config(num_layers=2, loop_start=0, loop_end=0, ttt_batch_size=16, ttt_eval_seq_len=24, ttt_chunk_size=3,
+                 ngram_tilt_enabled=True)
     model, chance = random_model(cfg), random.Random(shifted(1))
     parts = tg.compile_model(model, backend)[1]
-    val = validation(torch.full((60,), 22, dtype=torch.int32))
+    val = dataclasses.replace(validation(torch.full((60,), 22, dtype=torch.int32)), ngram=([2], 0.2))
     tg.Evaluator(cfg, FakeRuntime(), model, forward, tg.random_text(cfg, val)).warm_ttt()
     warm, before = shapes.copy(), len(graphs)
     shapes.clear()
     for budget in (0.0, 1e-9):
-        adapt_to(dataclasses.replace(cfg, eval_budget_seconds=budget), model,
-                 stream([chance.choice([1, 2, 3, 5, 8, 13, 21, 34, 60]) for _ in range(90)]), forward=forward)
+        text = val.over(stream([chance.choice([1, 2, 3, 5, 8, 13, 21, 34, 60]) for _ in range(90)]))
+        tg.Evaluator(dataclasses.replace(cfg, eval_budget_seconds=budget), FakeRuntime(), model, forward, text).final()
     torch._dynamo.reset()
     logging.disable(logging.NOTSET)
     assert before > 5 and len(graphs) == before
