@@ -1926,6 +1926,11 @@ def fused_pairs(cfg: Settings, table: ByteTable, paths: list[str]) -> list[list[
     return found[0]
 
 
+def ngram_of(cfg: Settings) -> tuple[list[int], float] | None:
+    """TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted."""
+    return (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Validation:
     """The text that is scored, whole."""
@@ -1935,7 +1940,7 @@ class Validation:
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
-    ngram: tuple[list[int], float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
+    ngram: tuple[list[int], float] | None = None  # as ngram_of() has it
     pairs: Sequence[list[int]] = ()  # of tokens that are fused, in all shards: id, piece, marker
 
     @classmethod
@@ -1954,9 +1959,8 @@ class Validation:
         charged = charged_bytes(cfg, table, paths, tokens)
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
-        ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
         pairs = fused_pairs(cfg, table, paths + ([] if cfg.eval_only else find_shards(cfg.data_path, "train")))
-        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram, pairs)
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram_of(cfg), pairs)
 
     @cached_property
     def hints(self) -> Tensor | None:
@@ -4179,9 +4183,8 @@ class Evaluator:
     def score_documents(self, batch: list[tuple[int, int]], adapters: DocumentAdapters | None) -> None:
         """Score documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
 
-        A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, in one of a few
-        widths. A document's last chunk is only scored. Without adapters nothing is learned, and chunks are a quarter of
-        that length.
+        A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, as plan_passes() has
+        them. A document's last chunk is only scored. Without adapters nothing is learned.
         """
         cfg, tokens, usual = self.cfg, self.val.tokens, self.cfg.ttt_chunk_size
         rows, passes = plan_passes(cfg, batch, adapters is not None)

@@ -168,9 +168,8 @@ def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -
 
     torch._dynamo.reset()
     rt, ops = Quiet(cfg, tg.Launch()), tg.fused_ops() if cfg.fused else tg.PLAIN
-    ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
     text = tg.random_text(cfg, tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1,
-                                             None, 1, ngram))
+                                             None, 1, tg.ngram_of(cfg)))
     tilt = tg.Tilt.of(cfg, text)  # of real tokens
     with (fake_tensors(), mock.patch.object(async_compile.AsyncCompile, "triton", note),
           mock.patch.object(tg.Tilt, "of", lambda *_: tilt)):
