@@ -471,7 +471,8 @@ def check_names(out: Path, specs: list[Spec]) -> None:
         users = [name for name in users if name not in names]
         path = out / "tokenizers" / f"{spec.tokenizer_name}.model"
         if users and path.exists() and path.read_bytes() != spec.model:
-            raise ValueError(f"{path}: another tokenizer of this name belongs to {', '.join(users)}; change --name")
+            raise ValueError(f"{path}: another tokenizer of this name belongs to {', '.join(users)}; change --name, or "
+                             "take that one by --tokenizer")
 
 
 def make_encoders(specs: list[Spec], sources: list[Source], sample_mb: float, threads: int) -> list[Encoder]:

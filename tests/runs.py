@@ -12,6 +12,7 @@ from forked import PLAIN, ROOT, clean_environment
 
 MAGIC = 20240520  # of shards
 RECIPES = sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))
+PUBLISHED = [recipe for recipe in RECIPES if (recipe / "published.json").exists()]  # of systems of others
 RECIPE_OF = {recipe.name.split("_", 1)[1]: recipe for recipe in RECIPES}
 SMALL = {
     "DEVICE": "cuda", "VOCAB_SIZE": "512", "NUM_LAYERS": "3", "MODEL_DIM": "32", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",

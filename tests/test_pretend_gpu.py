@@ -228,7 +228,8 @@ def check_run(answers: list[dict], calibration: str = "train") -> None:
 
 
 # of the stacks that are alike, the one with the most in it
-CASES = [*TOGETHER, *(name for name in RECIPE_OF if name not in ("SP8192_PR1855_Stack", "SP8192_PR2135_Stack"))]
+ALIKE = ("SP8192_PR1855_Stack", "SP8192_PR2135_Stack", "SP8192_14L_WithoutLoops")
+CASES = [*TOGETHER, *(name for name in RECIPE_OF if name not in ALIKE)]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import PLAIN, ROOT, clean_environment, read_result, run_script
 from helpers import bare
-from runs import RECIPES, settings_of
+from runs import PUBLISHED, RECIPE_OF, RECIPES, settings_of
 from shards import write_shard
 
 import train_gpt as tg
@@ -22,7 +22,8 @@ import train_gpt as tg
 PARAMETERS = {
     "SP4096_LinearLR_DepthRecurrence": {"lane_mix", "ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
     "SP8192_VarLen_Lanes_Muon097": {"lane_mix"},
-    **dict.fromkeys(("SP8192_PR1855_Stack", "SP8192_PR2135_Stack", "SP8192_PR2014_GrowingContext"),
+    **dict.fromkeys(("SP8192_PR1855_Stack", "SP8192_PR2135_Stack", "SP8192_PR2014_GrowingContext",
+                     "SP8192_14L_WithoutLoops"),
                     {"lane_keep", "lane_write", "smear_weight", "smear_scale", "attn_gate"}),
     "SP8192_Loop042_RecurAB_QATLite": {"recur_blend"},
     "11L_GPTQ_XSA11_BigramHash3072": {"recur_blend", "bigram_table", "bigram_bank", "bigram_scale", "smear_theta",
@@ -70,8 +71,8 @@ def differences(settings: dict[str, str], theirs: dict[str, str]) -> dict[str, s
     return found
 
 
-def test_all_seven_are_here():
-    assert sorted(path.name.split("_", 1)[1] for path in RECIPES) == sorted(PARAMETERS)
+def test_all_eight_are_here():
+    assert sorted(RECIPE_OF) == sorted(PARAMETERS) and len(PUBLISHED) == len(RECIPES) - 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -79,7 +80,7 @@ def test_recipe_is_understood_word_for_word_and_says_what_was_not_run(recipe):
     settings, notes = tg.read_settings(settings_of(recipe))
     assert len(notes.explicit) == len(settings_of(recipe)) and not notes.ignored and not notes.aliases
     readme = (recipe / "README.md").read_text()
-    assert "**Published, by the author" in readme and "Never at full size" in readme
+    assert ("**Published, by the author" in readme) == (recipe in PUBLISHED) and "Never at full size" in readme
     assert not (recipe / "submission.json").exists()
     for word in readme.replace("`", " ").split():  # settings named in the text are those of the recipe
         name, equals, value = word.strip(",;.").partition("=")
@@ -88,7 +89,7 @@ def test_recipe_is_understood_word_for_word_and_says_what_was_not_run(recipe):
                 settings_of(recipe)[name] == value), word
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path: path.name)
 def test_recipe_is_what_was_published_but_for_what_its_readme_names(recipe):
     theirs = published()[request_of(recipe)]
     found, named = differences(settings_of(recipe), theirs), named_differences(recipe)
@@ -102,7 +103,7 @@ def test_recipe_is_what_was_published_but_for_what_its_readme_names(recipe):
     ("MATRIX_LR", "0.0261"), ("EMA_DECAY", "0.9"), ("QK_GAIN_INIT", "4"), ("XSA_LAST_N", "3"), ("NUM_LOOPS", "3"),
     ("PARALLEL_START_LAYER", "6"), ("WARMDOWN_FRAC", "0.5"), ("BETA2", "0.98"), ("GRAD_CLIP_NORM", "1"),
 ])
-@pytest.mark.parametrize("recipe", RECIPES[:3], ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", PUBLISHED[:3], ids=lambda path: path.name)
 def test_a_changed_setting_is_seen(recipe, name, value):
     """The comparison is no formality: one wrong value more is one difference more."""
     theirs = published()[request_of(recipe)]
@@ -136,6 +137,7 @@ def test_recipe_does_not_hang_on_the_defaults(recipe):
     differ = {name for name in vars(mine) if getattr(mine, name) != getattr(other, name)} - {"eval_stages"}
     idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
             "quant_trellis": mine.quant_allocation == "auto",
+            **dict.fromkeys(("loop_start", "loop_end"), mine.num_loops),
             **dict.fromkeys(("ttt_lora_rank", "ttt_beta2", "phased_ttt_prefix_docs", "ttt_bucket_window"),
                             mine.ttt_mode == "phased"),
             **dict.fromkeys(("hedge_enabled", "token_order"), mine.ngram_tilt_enabled)}
@@ -168,9 +170,10 @@ def test_recipe_runs_through_compression_and_scoring(recipe, short, tmp_path):
     added = set(dict(tg.GPT(cfg).named_parameters())) - set(dict(tg.GPT(base).named_parameters()))
     assert added == PARAMETERS[recipe.name.split("_", 1)[1]]
     log = (tmp_path / "train.log").read_text()
-    assert "loops:" in log and result["stages"]["quantized"]["val_bpb"] < 9
+    assert result["stages"]["quantized"]["val_bpb"] < 9
     steps = [line for line in log.splitlines() if line.startswith("step:")]
-    assert len(steps) == 12 and steps[-1].endswith(" qat") == cfg.qat_enabled
+    assert len(steps) == 12 and any(" loops:" in line for line in steps) == (cfg.num_loops > 0)
+    assert steps[-1].endswith(" qat") == cfg.qat_enabled
     assert ("snapshots" in done.stdout) == ("swa" in cfg.average)
     assert ("ttt" in result["stages"]) == (cfg.ttt_mode != "none")
 

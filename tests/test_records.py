@@ -9,7 +9,7 @@ import numpy as np
 import plot_runs
 import pytest
 from conftest import ROOT, TINY, read_result, run_script
-from runs import RECIPES
+from runs import PUBLISHED
 
 # ----- plots
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_read_is_one_line(run, tmp_path, capsys, name, content, w
 @pytest.fixture
 def records(tmp_path):
     """A copy of records/ as far as the leaderboard reads it, with one measured system."""
-    for path in [ROOT / "records/README.md", *(folder / "published.json" for folder in RECIPES)]:
+    for path in [ROOT / "records/README.md", *(folder / "published.json" for folder in PUBLISHED)]:
         copy = tmp_path / path.relative_to(ROOT / "records")
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -137,7 +137,7 @@ def test_the_committed_leaderboard_is_what_the_folders_say():
     assert leaderboard.with_leaderboard(readme, leaderboard.leaderboard(ROOT / "records")) == readme.read_text()
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+@pytest.mark.parametrize("recipe", PUBLISHED, ids=lambda path: path.name)
 def test_published_figures_are_those_of_the_recipe(recipe):
     """Every number stands in the recipe's own README, and so does where it is from."""
     entry = json.loads((recipe / "published.json").read_text(), parse_float=str)
@@ -195,7 +195,7 @@ def test_write_puts_it_in_its_place_and_nothing_else(records):
     ("track_10min_16mb/2027-01-01_Ours/submission.json", "{", '{"val_bpb_at_step": {"1000": "best"}, ',
      "val_bpb_at_step has 'best'"),
     ("track_10min_16mb/2027-01-01_Ours/submission.json", "{", '{"val_bpb_at_step": [1.2], ', "val_bpb_at_step has ["),
-    (f"{RECIPES[0].parent.name}/{RECIPES[0].name}/published.json", '"pull_request"', '"pr"', "no pull_request"),
+    (f"{PUBLISHED[0].parent.name}/{PUBLISHED[0].name}/published.json", '"pull_request"', '"pr"', "no pull_request"),
     ("README.md", leaderboard.END, "", "expected the line"),
 ])
 def test_a_bad_file_is_one_line_and_changes_nothing(records, capsys, name, old, new, words):
