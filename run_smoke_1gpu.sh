@@ -51,6 +51,7 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
         default PARALLEL_START_LAYER "$NUM_LAYERS"
         default SPARSE_ATTN_GATE_ENABLED 0
         default WARMDOWN_FRAC 0.72
+        default EMA_BLEND 0
         default TTT_MODE none
         default NGRAM_TILT_ENABLED 0  # the local text repeats itself
         default BIGRAM_VOCAB_SIZE 4096

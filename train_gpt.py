@@ -124,8 +124,7 @@ class Settings:
     save_model: bool = setting(False, "run", "also write the averaged weights before compression, as final_model.pt")
     checkpoint_every: int = setting(0, "run", "training steps between writes of checkpoint.pt; 0: no checkpoints")
     resume: bool = setting(False, "run", "continue training from checkpoint.pt in ARTIFACT_DIR")
-    audit: bool = setting(False, "run", "run records/audit.py on the finished run; several processes only print a "
-                          "reminder")
+    audit: bool = setting(False, "run", "run records/audit.py on the finished run; several processes print a reminder")
     train_log_every: int = setting(50, "run", "training steps between log lines", low=1)
     val_loss_every: int = setting(0, "run", "training steps between validation scores; 0: none during training")
 
@@ -248,10 +247,11 @@ class Settings:
     beta1: float = setting(0.9, "train", "AdamW beta 1 in training", high=0.999999)
     beta2: float = setting(0.99, "train", "AdamW beta 2 in training", high=0.999999, proof="PR 1855")
     adam_eps: float = setting(1e-8, "train", "AdamW epsilon in training")
-    grad_clip_norm: float = setting(0.3, "train", "largest global gradient norm, to which gradients are clipped; 0: no "
-                                    "clipping")
+    grad_clip_norm: float = setting(0.3, "train", "norm to which gradients, all together, are clipped; 0: no clipping")
     ema_decay: float = setting(0.9965, "train", "decay of the exponential moving average of the weights (EMA); 0: no "
                                "EMA", high=0.999999)
+    ema_blend: float = setting(0.5, "train", "AVERAGE=ema: share of the last step's weights in what is kept", high=1.0,
+                               proof="log")
     swa_enabled: bool = setting(False, "train", "average snapshots of the weights from the end of training (SWA)")
     swa_every: int = setting(50, "train", "training steps between SWA snapshots", low=1)
     swa_start_scale: float = setting(0.2, "train", "factor on the learning rates below which SWA takes snapshots")
@@ -2409,12 +2409,15 @@ class Trainer:
         return total
 
     def use_average(self) -> str:
-        """Put the weights that AVERAGE asks for into the model; returns what they are."""
+        """Put the weights that AVERAGE and EMA_BLEND ask for into the model; returns what they are."""
         name, source = ("swa", self.swa) if "swa" in self.cfg.average and self.swa else ("ema", self.ema)
         if source is None:
             return "the last step's weights"
-        torch._foreach_copy_([p.detach() for p in self.params], source)
-        return f"{self.cfg.average} of {self.snapshots} snapshots" if name == "swa" else "ema"
+        last = self.cfg.ema_blend if name == "ema" else 0.0
+        torch._foreach_lerp_([p.detach() for p in self.params], source, 1 - last)
+        if name == "swa":
+            return f"{self.cfg.average} of {self.snapshots} snapshots"
+        return f"ema, with {last:g} of the last step's weights" if last else "ema"
 
     def must_match(self) -> dict[str, Any]:
         """Settings that a resumed run shares with the one that wrote the checkpoint: all but those of when to stop."""
@@ -4051,9 +4054,8 @@ def find_windows(cfg: Settings, val: Validation, stride: int) -> Tensor:
     with EVAL_SEQ_LEN - stride tokens before it. With VARLEN attention ends at the document's start, so a window that
     starts there has all that its tokens may see: it scores up to its end, and no document that it holds is run again.
     """
-    length, documents, windows, fresh = cfg.eval_seq_len, [0], [], 0
-    if cfg.varlen_enabled:
-        documents += (val.tokens == val.bos).nonzero().flatten().tolist()
+    length, windows, fresh = cfg.eval_seq_len, [], 0
+    documents = [start for start, _ in find_documents(val.tokens, val.bos)] if cfg.varlen_enabled else [0]
     while fresh < len(val.tokens) - 1:
         start = max(documents[bisect_right(documents, fresh) - 1], fresh - length + stride)
         windows.append((start, fresh))

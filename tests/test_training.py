@@ -123,7 +123,8 @@ OFF = {  # what may be set while it is off; what turns it on; whether that chang
                   "qat_lite_bits": 2}, True),
     "swa": ({"swa_every": 1, "swa_start_scale": 2.0},
             {"swa_enabled": True, "swa_every": 2, "swa_start_scale": 2.0}, False),
-    "ema": ({"average": "ema"}, {"ema_decay": 0.5}, False),
+    "ema": ({"average": "ema", "ema_blend": 0.5}, {"ema_decay": 0.5}, False),
+    "ema-blend": ({"ema_blend": 0.5, "swa_enabled": True}, {"ema_decay": 0.5, "ema_blend": 0.5}, False),
     "warmdown": ({"warmdown_shape": "cosine", "min_lr": 0.3}, {"warmdown_frac": 0.5}, True),
     "growing": ({"train_seq_schedule": "8@0.5", "seq_change_warmup_steps": 3}, {"train_seq_schedule": "4@0.5"}, True),
     "rise": ({"seq_change_warmup_steps": 3}, {"train_seq_schedule": "4@0.5", "seq_change_warmup_steps": 3}, True),
@@ -325,9 +326,9 @@ def test_qat_lite_ramps_up_and_comes_now_and_then(tmp_path):
 # ----- averages
 
 
-@pytest.mark.parametrize("average", ["ema", "swa", "ema+swa"])
-def test_averages_are_the_loops(rt, tmp_path, average):
-    cfg = tiny(tmp_path, ema_decay=0.7, swa_enabled=True, average=average)
+@pytest.mark.parametrize("average, blend", [("ema", 0.0), ("ema", 0.3), ("swa", 0.3), ("ema+swa", 0.3)])
+def test_averages_are_the_loops(rt, tmp_path, average, blend):
+    cfg = tiny(tmp_path, ema_decay=0.7, swa_enabled=True, average=average, ema_blend=blend)
     model = random_model(cfg)
     trainer = tg.Trainer(cfg, rt, model, model)
     ema = {n: p.detach().double() for n, p in model.named_parameters()}
@@ -339,10 +340,12 @@ def test_averages_are_the_loops(rt, tmp_path, average):
             snapshots.append({n: p.detach().double() for n, p in model.named_parameters()} if average == "swa" else ema)
             last.append(ema)
     mean = {n: sum(s[n] for s in snapshots) / 3 for n in ema}
-    expected = ema if average == "ema" else mean
+    blended = {n: (1 - blend) * ema[n] + blend * p.detach().double() for n, p in model.named_parameters()}
+    expected = blended if average == "ema" else mean
     weights = [p.detach().clone() for p in model.parameters()]
     kept = trainer.use_average()
     assert average in kept and ("3 snapshots" in kept) == ("swa" in average)
+    assert ("0.3 of the last step's" in kept) == (average == "ema" and blend > 0)
     for (name, p), w in zip(model.named_parameters(), weights):
         assert (p - expected[name]).abs().max() < 1e-6, name
         assert not torch.allclose(p, w, atol=1e-4), name
