@@ -37,8 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(wrapper=True, optionalhook=True)  # with -p no:xdist there is no such hook
 def pytest_xdist_auto_num_workers():
-    """Half as many again as there are cores: runs of several processes often wait for each other."""
-    return (yield) * 3 // 2
+    """Twice as many as there are cores: runs of several processes often wait for each other."""
+    return (yield) * 2
 
 
 # those that take longest; begun first, none of them is what all others wait for in the end
