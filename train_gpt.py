@@ -1964,16 +1964,10 @@ class Validation:
 
     @cached_property
     def hints(self) -> Tensor | None:
-        """A hint (N,) int64 for each of these tokens, of the longest n-gram that has one, IGNORE where none has one.
-        Made when first asked for; None where no hints are wanted.
-        """
+        """A hint (N,) int64 for each of these tokens, made when first asked for; None where no hints are wanted."""
         if self.ngram is None:
             return None
-        orders, threshold = self.ngram
-        hints = torch.full_like(self.tokens, IGNORE, dtype=torch.int64)
-        for order in orders:
-            hints = torch.where(hints == IGNORE, find_hints(self.tokens, order, threshold), hints)
-        return hints
+        return find_hints(self.tokens, *self.ngram)
 
     def over(self, tokens: Tensor, charged: Tensor | None = None) -> "Validation":
         """Another stream (N,) in place of this one, with the bytes `charged` to each token; None: one each."""
@@ -2855,11 +2849,20 @@ def trellis(weight: Tensor, upper: Tensor, step: Tensor) -> Tensor:
     def run(piece: tuple[slice, slice]) -> None:
         codes[piece] = round_rows(weight[piece], upper[piece[0]], step[piece[0]])
 
+    on_threads(run, pieces, weight.device)
+    return codes
+
+
+def on_threads(run: Callable[[Any], None], pieces: Iterable, device: torch.device) -> None:
+    """run() each of these pieces; on a CPU side by side, a thread each."""
+    if device.type != "cpu":
+        for piece in pieces:
+            run(piece)
+        return
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(run, pieces))
     torch.set_num_threads(threads)
-    return codes
 
 
 @torch.no_grad()
@@ -3658,42 +3661,72 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 
 HINT_KINDS = 10  # hints of a probability from 1 to 1/2, to 1/4, ..., and of 2^-9 or less
+HINT_PARTS = 32  # in which contexts are looked for, each on a CPU's thread: less memory
 
 
-def find_hints(tokens: Tensor, order: int, threshold: float) -> Tensor:
-    """For each token of a stream (N,) the one that most often followed the order - 1 tokens before it earlier in the
-    stream, (N,) int64; IGNORE where these never stood there before, or where that was in less than `threshold` of the
-    times (PR 1514). Of several as often, the one that was so first.
+def find_hints(tokens: Tensor, orders: Sequence[int], threshold: float) -> Tensor:
+    """Hints (N,) int64 for the tokens (N,) of a stream: the token that most often followed the n - 1 tokens before this
+    one, earlier in the stream, for the longest n of `orders` that has one; IGNORE where none has (PR 1514).
 
-    An entry follows from tokens before its position alone. Contexts are compared by a hash of 64 bits.
+    A hint follows from tokens before its position alone. Contexts are compared by a hash of 64 bits. The text is
+    searched in parts by its shortest contexts, and a context of more tokens only where the one of fewer came twice.
     """
-    tokens, n = tokens.long(), len(tokens)
+    tokens, shortest = tokens.long(), min(orders)
     hints = torch.full_like(tokens, IGNORE)
-    if n <= order:
-        return hints
-    context, size = torch.zeros_like(tokens), order - 1  # of each token; the first `size` have none
-    for j in range(1, order):
+    places = torch.arange(len(tokens), device=tokens.device)[shortest - 1 :]
+    hashes = hash_before(tokens, places, 1, shortest)
+    parts = ((hashes >> 40) % HINT_PARTS).to(torch.uint8)
+
+    def search(part: int) -> None:
+        found = (parts == part).nonzero().flatten()
+        place, context, known = places[found], hashes[found], shortest
+        for order in sorted(orders):
+            whole = (place >= order - 1).nonzero().flatten()
+            place = place[whole]  # ascending, so that memory is read in its order
+            context, known = context[whole] ^ hash_before(tokens, place, known, order), order
+            in_order, which = context.sort(stable=True)
+            twice = in_order[1:] == in_order[:-1]
+            repeated = (F.pad(twice, (1, 0)) | F.pad(twice, (0, 1))).nonzero().flatten()
+            if not len(repeated):
+                return
+            which = which[repeated]
+            leaders = find_leaders(in_order[repeated], tokens[place][which], threshold)
+            known_before = (leaders != IGNORE).nonzero().flatten()
+            hints[place[which[known_before]]] = leaders[known_before]
+            which = torch.zeros_like(place, dtype=torch.bool).index_fill(0, which, True).nonzero().flatten()
+            place, context = place[which], context[which]
+
+    on_threads(search, range(HINT_PARTS), tokens.device)
+    return hints
+
+
+def hash_before(tokens: Tensor, place: Tensor, first: int, stop: int) -> Tensor:
+    """What the tokens at distances first to stop - 1 before each place (n,) add to its context's hash, (n,) int64."""
+    found = torch.zeros_like(place)
+    for j in range(first, stop):
         odd = pow(0x9E3779B97F4A7C15, 2 * j + 1, 2**64)
-        context[size:] ^= tokens[size - j : n - j] * (odd - 2**64 if odd >= 2**63 else odd)
-    context, place = context[size:].sort(stable=True)  # equal ones stand together, in the order of the stream
-    twice = context[1:] == context[:-1]
-    keep = F.pad(twice, (1, 0)) | F.pad(twice, (0, 1))
-    context, place = context[keep], place[keep] + size
-    if not len(place):
-        return hints
-    follows, at = tokens[place], torch.arange(len(place), device=tokens.device)
+        found ^= tokens[place - j] * (odd - 2**64 if odd >= 2**63 else odd)
+    return found
+
+
+def find_leaders(context: Tensor, follows: Tensor, threshold: float) -> Tensor:
+    """The token that most often followed the same context before, (n,) int64; of several as often, the one that was so
+    first. IGNORE where there was none, or in less than `threshold` of the times. context, follows (n,) int64: equal
+    contexts stand together, in the order of the stream.
+    """
+    n, at = len(context), torch.arange(len(context), device=context.device)
     first = F.pad(context[1:] != context[:-1], (1, 0), value=True)
     group, visits = first.cumsum(0), at - torch.where(first, at, 0).cummax(0).values + 1
     pair, order_of_pairs = (group * 65536 + follows).sort(stable=True)
     new_pair = F.pad(pair[1:] != pair[:-1], (1, 0), value=True)
     count = torch.empty_like(at)  # how often this token has followed this context, this time included
     count[order_of_pairs] = at - torch.where(new_pair, at, 0).cummax(0).values + 1
-    most = (group * n + count).cummax(0).values
+    most = (group * (n + 1) + count).cummax(0).values
     leads = F.pad(most[1:] != most[:-1], (1, 0), value=True)  # from here on this token is the most frequent
     leader = follows[torch.where(leads, at, 0).cummax(0).values]
-    sure = (most - group * n) / visits.double() >= threshold
-    hints[place[1:]] = torch.where(sure[:-1] & ~first[1:], leader[:-1], IGNORE)  # what was known before this visit
-    return hints
+    sure = (most - group * (n + 1)) / visits.double() >= threshold
+    known = torch.where(sure[:-1] & ~first[1:], leader[:-1], IGNORE)  # before this visit
+    return F.pad(known, (1, 0), value=IGNORE)
 
 
 class Tilt(NamedTuple):

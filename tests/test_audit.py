@@ -295,10 +295,10 @@ def trains_on_validation(script):
 
 
 def hints_with(change):
-    """Plant `change(hints, tokens, order)` where the script finds hints."""
+    """Plant `change(hints, tokens, longest order)` where the script finds hints."""
     def plant(script):
         real = script.find_hints
-        script.find_hints = lambda tokens, order, threshold: change(real(tokens, order, threshold), tokens, order)
+        script.find_hints = lambda tokens, orders, threshold: change(real(tokens, orders, threshold), tokens, orders[0])
     return plant
 
 

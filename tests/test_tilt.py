@@ -42,7 +42,7 @@ def slow_hints(tokens: list[int], order: int, threshold: float) -> list[int]:
 def test_hints_are_those_of_a_table_filled_token_by_token(n, vocabulary, order, threshold):
     generator = torch.Generator().manual_seed(shifted(n + vocabulary))
     tokens = torch.randint(max(0, vocabulary - 9), vocabulary, (n,), generator=generator, dtype=torch.int32)
-    assert tg.find_hints(tokens, order, threshold).tolist() == slow_hints(tokens.tolist(), order, threshold)
+    assert tg.find_hints(tokens, [order], threshold).tolist() == slow_hints(tokens.tolist(), order, threshold)
 
 
 def test_of_several_orders_the_longest_that_has_a_hint_counts():
@@ -59,12 +59,12 @@ def test_of_several_orders_the_longest_that_has_a_hint_counts():
 def test_a_hint_knows_nothing_of_its_own_token_or_later_ones():
     chance = random.Random(shifted(1))
     tokens = torch.tensor([chance.randrange(4) for _ in range(300)], dtype=torch.int32)
-    hints = tg.find_hints(tokens, 3, 0.4)
+    hints = tg.find_hints(tokens, [3], 0.4)
     assert (hints != tg.IGNORE).sum() > 50
     for t in (3, 40, 120, 299):
         changed = tokens.clone()
         changed[t:] = torch.tensor([chance.randrange(4) for _ in range(300 - t)])
-        assert torch.equal(tg.find_hints(changed, 3, 0.4)[: t + 1], hints[: t + 1])
+        assert torch.equal(tg.find_hints(changed, [3], 0.4)[: t + 1], hints[: t + 1])
 
 
 def by_hand(losses: list[float], hint_losses: list[float], hints: list[int], tokens: list[int], boosts: list[float]):
@@ -129,7 +129,7 @@ def test_every_evaluation_is_tilted_and_nothing_is_learned_from_it(changes, hedg
     score, scorer = evaluate(cfg, copy.deepcopy(model), tokens)
     plain, untilted = evaluate(plain_cfg, copy.deepcopy(model), tokens)
     assert farthest(scorer.losses, untilted.losses) < 1e-6 and untilted.hint_losses is None
-    hints = tg.find_hints(tokens, 2, 0.3)
+    hints = tg.find_hints(tokens, [2], 0.3)
     right = hints == tokens
     assert torch.allclose(scorer.hint_losses[right], scorer.losses[right], atol=1e-6)
     expected = by_hand(scorer.losses.tolist()[1:], scorer.hint_losses.tolist()[1:], hints.tolist()[1:],
@@ -142,7 +142,7 @@ def test_hints_are_priced_by_the_distribution_of_their_target():
     cfg, tokens = config(**ON, ttt_mode="none", eval_stride=1), stream([60])
     model = random_model(cfg)
     _, scorer = evaluate(cfg, model, tokens)
-    hints = tg.find_hints(tokens, 2, 0.3)
+    hints = tg.find_hints(tokens, [2], 0.3)
     for t in (hints != tg.IGNORE).nonzero().flatten().tolist():
         log_p = model(tokens[None, max(0, t - 12) : t].long())[0, -1].detach().log_softmax(-1)
         assert float(scorer.hint_losses[t]) == pytest.approx(-float(log_p[hints[t]]), abs=1e-5)
