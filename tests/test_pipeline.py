@@ -307,7 +307,7 @@ def test_a_model_that_cannot_fit_says_so_before_it_is_scored(finished, tiny, tmp
 
 
 def test_loss_against_bytes_of_a_run(finished, tmp_path):
-    """Of its saved model and its settings: the loss that it ended with, and gaps that shrink with bytes."""
+    """Of its saved model and its settings: the loss that it ended with, and KL and gaps that shrink with bytes."""
     figures = tmp_path / "bytes.json"
     done = run_script({}, str(finished[0]), "--bytes", "60000", "30000", "--json", str(figures), script=BYTES)
     assert done.returncode == 0, done.stderr
@@ -316,7 +316,7 @@ def test_loss_against_bytes_of_a_run(finished, tmp_path):
     for way in ("GPTQ", "trellis"):
         more, less = (row for row in found["rows"] if row["way"].startswith(f"{way}, weighted"))
         assert 59_000 < more["bytes"]["ans"] <= 60_000 and 29_000 < less["bytes"]["ans"] <= 30_000
-        assert abs(more["gap"]) < less["gap"]
+        assert abs(more["gap"]) < less["gap"] and 0 < more["kl"] < less["kl"]
     assert done.stdout.count(" gap ") == len(found["rows"]) == 7
 
 
