@@ -3661,7 +3661,7 @@ PACKED_MAIN = b"import sys, train_gpt; sys.exit(train_gpt.main())\n"
 
 
 HINT_KINDS = 10  # hints of a probability from 1 to 1/2, to 1/4, ..., and of 2^-9 or less
-HINT_PARTS = 32  # in which contexts are looked for, each on a CPU's thread: less memory
+HINT_PARTS = 32  # of a text, searched on a CPU's threads: less memory at a time, and more of it in caches
 
 
 def find_hints(tokens: Tensor, orders: Sequence[int], threshold: float) -> Tensor:
@@ -3691,10 +3691,10 @@ def find_hints(tokens: Tensor, orders: Sequence[int], threshold: float) -> Tenso
                 return
             which = which[repeated]
             leaders = find_leaders(in_order[repeated], tokens[place][which], threshold)
-            known_before = (leaders != IGNORE).nonzero().flatten()
-            hints[place[which[known_before]]] = leaders[known_before]
-            which = torch.zeros_like(place, dtype=torch.bool).index_fill(0, which, True).nonzero().flatten()
-            place, context = place[which], context[which]
+            sure = (leaders != IGNORE).nonzero().flatten()
+            hints[place[which[sure]]] = leaders[sure]
+            left = torch.zeros_like(place, dtype=torch.bool).index_fill(0, which, True).nonzero().flatten()
+            place, context = place[left], context[left]
 
     on_threads(search, range(HINT_PARTS), tokens.device)
     return hints

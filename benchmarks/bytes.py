@@ -5,7 +5,7 @@
 
 It takes the folder of a run with SAVE_MODEL=1 and that run's settings, and calibrates on the training text that comes
 after it. The gap is the rise of the loss, in nats a token, over the trained model. KL, in nats a token too, is how far
-the predictions moved, at whatever came next; it tells ways apart on a tenth of the text. `weighted` stands for
+the predictions moved from the trained model's, whatever token came; chance moves it less than the gap. `weighted` is
 QUANT_ALLOCATION=auto: it fills the bytes of GPTQ + SDClip with its best packer, and then 85 and 70 % of them, or those
 given, with codes rounded one by one and along a trellis (QUANT_TRELLIS=0 and 1). If lrzip is installed, it is measured
 too, since submissions to the challenge use it: `lrzip -z -L 9` on the codes of each group, by rows or by columns.
