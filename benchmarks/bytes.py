@@ -97,7 +97,8 @@ def measure(result: dict[str, Any], folder: str, args: argparse.Namespace) -> in
     val = val.over(val.tokens[: args.tokens], val.bytes[: args.tokens])
     model = tg.build_model(cfg, rt, tg.pick_attention(cfg, rt.device, rt.dtype).run, val.bos, pairs=val.pairs)
     model.load_state_dict(torch.load(args.run / "final_model.pt", map_location=rt.device, weights_only=True))
-    original, trained = copy.deepcopy(model), {name: p.detach().clone() for name, p in model.named_parameters()}
+    original = copy.deepcopy(model)
+    trained = {name: p.detach() for name, p in original.named_parameters()}
     clock, after = tg.Clock(rt, 0.0, 0.0), result["steps"] * cfg.train_batch_tokens // cfg.row_tokens
     clock.start()
     stats = tg.calibrate(cfg, rt, model, tg.Windows(cfg, rt, val.bos), after, clock)
