@@ -1378,6 +1378,15 @@ def save_tensors(path: str, content: dict[str, Any]) -> None:
         file.write(buffer.getbuffer())
 
 
+def say(line: str) -> None:
+    """A line to the console; where nobody reads it any more, which is no reason to lose a run, to nowhere."""
+    try:
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class Launch(NamedTuple):
     """This process among the ones torchrun started."""
 
@@ -1544,11 +1553,7 @@ class Runtime:
         """One line to the console and train.log, from rank 0."""
         if self.rank == 0:
             self.note(message)
-            try:
-                tqdm.write(message, file=sys.stdout)
-                sys.stdout.flush()
-            except OSError:  # nobody reads the console any more, which is no reason to lose a run
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            say(message)
 
     def note(self, message: str) -> None:
         """One line to train.log alone: what a reader of the console can do without."""
@@ -4767,7 +4772,7 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
     if arguments not in ([], ["--help"], ["--config"]):
         raise RunError(f"{' '.join(arguments)}: no such argument; settings are environment variables, see --help")
     if arguments == ["--help"]:
-        print(help_text())
+        say(help_text())
         return 0
     notes, artifact = read_environment(environ), None
     path = notes.explicit.get("eval_only")
@@ -4781,7 +4786,7 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:
         absent = {"not_here": notes.absent} if notes.absent else {}
-        print(json.dumps(dataclasses.asdict(cfg) | {"aliases": notes.aliases} | absent, indent=1))
+        say(json.dumps(dataclasses.asdict(cfg) | {"aliases": notes.aliases} | absent, indent=1))
         for line in notes.absent:
             print(f"note: {line}", file=sys.stderr)
         if notes.ignored:

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -31,6 +32,15 @@ def test_help_names_every_setting_with_its_default_and_meaning():
         assert f.metadata["help"] and len(line) < 230 and f.metadata["proof"] in line
         default = "auto" if f.default is None else str(int(f.default) if f.type is bool else f.default)
         assert default == "" or default in line.split()
+
+
+@pytest.mark.parametrize("argument", ["--help", "--config"])
+def test_a_reader_of_help_may_leave_early(argument):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as nobody:
+        done = subprocess.run([sys.executable, ROOT / "train_gpt.py", argument], stdout=nobody, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_config_prints_resolved_settings_without_data():
