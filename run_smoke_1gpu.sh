@@ -52,6 +52,7 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
         default SPARSE_ATTN_GATE_ENABLED 0
         default WARMDOWN_FRAC 0.72
         default EMA_BLEND 0
+        default KEY_OFFSET 0
         default TTT_MODE none
         default NGRAM_TILT_ENABLED 0  # the local text repeats itself
         default BIGRAM_VOCAB_SIZE 4096

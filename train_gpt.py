@@ -22,9 +22,10 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   reading          environment variables to settings: other names, misspelt ones, contradictions, --help
   main             the run from start to result.json; records/audit.py judges it from outside
 
-The default model: GQA, partial rotary, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net skips, depth
-recurrence, parallel residuals, attention inside documents, smear and output gates, tied embedding. Off by default, each
-by its settings: hashed bigrams, value embeddings, blends of the recurrence, untied or factorised embeddings.
+The default model: GQA, partial rotary, offset keys, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net
+skips, depth recurrence, parallel residuals, attention inside documents, smear and output gates, tied embedding. Off by
+default, each by its settings: hashed bigrams, value embeddings, blends of the recurrence, untied or factorised
+embeddings.
 
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
 """
@@ -113,8 +114,7 @@ class Settings:
                           choices="auto cpu cuda")
     dtype: str = setting("auto", "run", "number format of matrix products; auto: bf16 where it is fast",
                          choices="auto bf16 fp32")
-    compile: str = setting("auto", "run", "1: compile the model with torch.compile; auto: only on GPUs",
-                           choices="auto 0 1")
+    compile: str = setting("auto", "run", "1: compile the model by torch.compile; auto: on GPUs", choices="auto 0 1")
     attention: str = setting("auto", "run", "attention backend; auto: the first that works on this machine",
                              choices="auto fa3 fa2 varlen sdpa")
     fused: bool = setting(False, "run", "use Triton kernels for the MLP and the head's loss; their speed is not "
@@ -145,6 +145,7 @@ class Settings:
     mlp_mult: float = setting(4.0, "model", "hidden width of the MLP as a multiple of MODEL_DIM", low=0.1)
     rope_dims: int = setting(16, "model", "dimensions of each head that get the rotary position embedding")
     rope_base: float = setting(10000.0, "model", "base of the rotary frequencies", low=1.0)
+    key_offset: bool = setting(True, "model", "a key's unrotated dimensions are the token before's", proof="log")
     qk_gain_init: float = setting(5.0, "model", "initial value of the learned gain on each head's normalised queries")
     xsa_last_n: int = setting(11, "model", "XSA in this many last layers: attention output minus its part along the "
                               "token's own value")
@@ -478,8 +479,8 @@ class Settings:
 # ----------------------------------------------------------------------------------------------------------------------
 # Building blocks
 #
-# In: tensors of one layer or of the head. Out: causal attention inside documents or rows, norms, activations and
-# losses, in plain PyTorch, which torch.compile fuses.
+# In: tensors of one layer or of the head, tokens. Out: causal attention inside documents or rows, norms, activations,
+# losses, and what a token takes over from the one before it, in plain PyTorch, which torch.compile fuses.
 
 
 IGNORE = -100  # target of a position that is not scored
@@ -566,6 +567,14 @@ def norm_rotate(x: Tensor, gain: Tensor | None, cos: Tensor, sin: Tensor) -> Ten
     return x * F.pad(cos, (0, rest), value=1.0)[:, None] + partner * F.pad(sin, (0, rest))[:, None]
 
 
+def offset_keys(k: Tensor, starts: Tensor, first: int) -> Tensor:
+    """Keys (B, T, heads, dh) whose dims from `first` on are those of the token before, but where a span of attention
+    `starts` (B, T): one layer then finds what followed a token like the query's (modded-nanogpt PR 169).
+    """
+    own = starts[..., None, None] | (torch.arange(k.size(-1), device=k.device) < first)
+    return torch.where(own, k, F.pad(k, (0, 0, 0, 0, 1, 0))[:, :-1])
+
+
 def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
     """XSA (PR 478): y (B, T, H, dh) less its component along this position's own value, v (B, T, Hkv, dh); then times
     a gate (B, T, H), None is 1.
@@ -579,6 +588,40 @@ def exclude_self(y: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:
 def squared_leaky_relu(h: Tensor) -> Tensor:
     """LeakyReLU(0.5)² (PR 493)."""
     return F.leaky_relu(h, 0.5).square()
+
+
+def document_starts(ids: Tensor, bos: int) -> Tensor:
+    """(B, T) bool: tokens with no token before them in their row or document. Attention may be cut elsewhere too."""
+    return F.pad(ids[:, 1:] == bos, (1, 0), value=True)
+
+
+def span_starts(ids: Tensor, bounds: Bounds | None) -> Tensor:
+    """(B, T) bool: tokens of ids (B, T) from which attention reaches no further back."""
+    if bounds is None:
+        return F.pad(torch.zeros_like(ids[:, 1:], dtype=torch.bool), (1, 0), value=True)
+    return F.pad(bounds.segment.diff() != 0, (1, 0), value=True).view_as(ids)
+
+
+def previous(x: Tensor, starts: Tensor) -> Tensor:
+    """x (B, T, d) of the token before; 0 at a document's start, or the one before it would leak in (PR 1851)."""
+    return F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(starts[..., None], 0.0)
+
+
+def bigram_bucket(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
+    """(B, T) int32 hash of each token and the one before it; the last bucket where there is none (PR 162)."""
+    tokens = ids.int()
+    pair = (36313 * tokens) ^ (27191 * F.pad(tokens, (1, 0))[:, :-1])
+    return torch.where(starts, buckets - 1, pair % (buckets - 1))
+
+
+def sign_table(dim: int) -> Tensor:
+    """(8192, dim) int8 of 1 and -1, to be chosen by (token before xor token) mod 8192: pairs of tokens that share a row
+    of the bigram embedding then do not add up in it (modded-nanogpt's record 83). A hash, the same on every machine.
+    """
+    mixed = torch.arange(8192 * dim) * 0x9E3779B1 % 2**32
+    for factor in (0x85EBCA6B, 0xC2B2AE35):
+        mixed = (mixed ^ mixed >> 15) * factor % 2**32
+    return (1 - 2 * (mixed >> 31)).to(torch.int8).view(8192, dim)
 
 
 def softcap(logits: Tensor, cap: float) -> Tensor:
@@ -720,6 +763,11 @@ def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) ->
     return angle.cos().float(), angle.sin().float()
 
 
+def rotary_of(cfg: Settings, ids: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
+    """rotary_table() of rows ids (B, T)."""
+    return rotary_table(cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
+
+
 def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
     """(physical layer, visit) in running order: LOOP_START..LOOP_END run `loops` times more, in a row (PR 1204)."""
     if not loops:
@@ -737,6 +785,7 @@ class Shared(NamedTuple):
     values: Tensor | None  # (B, T, Hkv dh) value embedding
     rope: list[Tensor]  # cos and sin, as rotary_table's
     bounds: Bounds | None
+    starts: Tensor | None  # (B, T) bool: tokens that no attention reaches back from, where keys are offset
 
 
 class Layer(NamedTuple):
@@ -840,19 +889,22 @@ class GPT(nn.Module):
             new("attn_gate", torch.zeros(cfg.num_layers, cfg.num_heads, cfg.gate_window), "scalar", "layer")
 
     def forward(self, ids: Tensor, targets: Tensor | None = None, bounds: Bounds | None = None,
-                hooks: Hooks = NO_HOOKS, loops: int | None = None, parts: list[Callable] | None = None) -> Tensor:
+                hooks: Hooks = NO_HOOKS, loops: int | None = None, rope: tuple[Tensor, Tensor] | None = None,
+                parts: list[Callable] | None = None) -> Tensor:
         """Losses fp32 in nats of targets (B, T), 0 where IGNORE; without targets, logits (B, T, V) fp32.
 
         Targets (n, B, T) are several tokens at each place, of which the first, alone, gets a gradient, and where it is
         IGNORE the others are too.
 
         ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
-        looped layers run again; None: NUM_LOOPS. `parts`: compiled forms of embed, layer and predict.
+        looped layers run again; None: NUM_LOOPS. `rope`: rotary_of() these; None: made here. `parts`: compiled forms of
+        embed, layer and predict.
         """
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
-        rope = rotary_table(self.cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
+        rope = rope or rotary_of(self.cfg, ids, bounds)
         x, values = embed(ids, hooks.at())
-        shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds)
+        starts = span_starts(ids, bounds) if self.cfg.key_offset else None
+        shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds, starts)
         order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
         half, skips, lane, outputs = len(order) // 2, [], None, {}
         stacks = dict([*self.named_parameters(), *self.named_buffers()])
@@ -988,6 +1040,8 @@ class GPT(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
         q = norm_rotate(q, w["q_gain"].to(q.dtype), *shared.rope)
         k = norm_rotate(k, None, *shared.rope)
+        if cfg.key_offset:
+            k = offset_keys(k, shared.starts, cfg.rope_dims)
         y, gate = self.attend(q, k, v, shared.bounds), None
         if "attn_gate" in w:
             gate = linear(n if cfg.gated_attn_enabled else n[..., : cfg.gate_window], w["attn_gate"], "gate", hooks)
@@ -1023,33 +1077,6 @@ def mix(x: Tensor, z: Tensor, a: Tensor | None, b: Tensor) -> Tensor:
     return (x if a is None else a.to(x.dtype) * x) + b.to(x.dtype) * z
 
 
-def document_starts(ids: Tensor, bos: int) -> Tensor:
-    """(B, T) bool: tokens with no token before them in their row or document. Attention may be cut elsewhere too."""
-    return F.pad(ids[:, 1:] == bos, (1, 0), value=True)
-
-
-def previous(x: Tensor, starts: Tensor) -> Tensor:
-    """x (B, T, d) of the token before; 0 at a document's start, or the one before it would leak in (PR 1851)."""
-    return F.pad(x, (0, 0, 1, 0))[:, :-1].masked_fill(starts[..., None], 0.0)
-
-
-def bigram_bucket(ids: Tensor, starts: Tensor, buckets: int) -> Tensor:
-    """(B, T) int32 hash of each token and the one before it; the last bucket where there is none (PR 162)."""
-    tokens = ids.int()
-    pair = (36313 * tokens) ^ (27191 * F.pad(tokens, (1, 0))[:, :-1])
-    return torch.where(starts, buckets - 1, pair % (buckets - 1))
-
-
-def sign_table(dim: int) -> Tensor:
-    """(8192, dim) int8 of 1 and -1, to be chosen by (token before xor token) mod 8192: pairs of tokens that share a row
-    of the bigram embedding then do not add up in it (modded-nanogpt's record 83). A hash, the same on every machine.
-    """
-    mixed = torch.arange(8192 * dim) * 0x9E3779B1 % 2**32
-    for factor in (0x85EBCA6B, 0xC2B2AE35):
-        mixed = (mixed ^ mixed >> 15) * factor % 2**32
-    return (1 - 2 * (mixed >> 31)).to(torch.int8).view(8192, dim)
-
-
 def orthogonal(count: int, rows: int, cols: int) -> Tensor:
     """(count, rows, cols) random matrices with orthonormal rows or columns, whichever are fewer."""
     return torch.stack([nn.init.orthogonal_(torch.empty(rows, cols)) for _ in range(count)])
@@ -1072,12 +1099,18 @@ def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Cal
     """The model's forward pass compiled whole, and the same by its parts, where layers of a kind share a graph.
 
     Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many,
-    on the evaluation's clock. Parts are soon compiled, and from the second width on for any.
+    on the evaluation's clock. Parts are soon compiled, and from the second width on for any. The rotary table is made
+    outside: inside, each kernel that reads it would work it out again, in float64.
     """
     torch._dynamo.config.recompile_limit = 256  # one function, many graphs: loops, QAT, widths, kinds of layers
     whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
     parts = [torch.compile(part, fullgraph=True, backend=backend) for part in (model.embed, model.layer, model.predict)]
-    return whole, lambda *inputs, **options: model(*inputs, parts=parts, **options)
+
+    def with_rope(forward: Callable, **fixed: Any) -> Callable:
+        return lambda ids, targets=None, bounds=None, **options: forward(
+            ids, targets, bounds, rope=rotary_of(model.cfg, ids, bounds), **fixed, **options)
+
+    return with_rope(whole), with_rope(model, parts=parts)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1188,10 +1221,23 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> A
             bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long, device=device), 0, 16) if cfg.bounded else None
             probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
             probe(q, k, v, bounds).sum().backward()
+            for rows in (1, 2) if bounds else ():  # documents by themselves, in batches of any size
+                probe(*(x.expand(rows, -1, -1, -1).contiguous() for x in (q, k, v)), None).sum().backward()
             return Attention(name, source, attend, skipped)
         except Exception as e:  # an extension that does not fit the machine can raise anything
             skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
     raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
+
+
+def agree_on_attention(cfg: Settings, rt: "Runtime") -> Attention:
+    """The same backend on every rank: the fastest that works on all, or each step would wait for the one without."""
+    names = ("fa3", "fa2", "varlen", "sdpa")
+    mine = pick_attention(cfg, rt.device, rt.dtype)
+    name = names[int(rt.largest(names.index(mine.name)))]
+    if name == mine.name:
+        return mine
+    other = pick_attention(dataclasses.replace(cfg, attention=name), rt.device, rt.dtype)
+    return other._replace(skipped=[*mine.skipped, f"{mine.name}: not on every process"])
 
 
 # Kernels compute in fp32 what plain forms round at every step.
@@ -3579,7 +3625,7 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     bits = octaves_wide + math.log2(4.133)  # entropy of a Gaussian weight over steps from c = 2^0 on: √(2πe) = 4.133
     finest, tried, best, chained = bits - FINEST_BITS, [], b"", False
     wanted = cfg.quant_trellis and cfg.compressor == "ans" and count > 0
-    at = max(finest, bits - 8 * room / max(count, 1))
+    at = rt.largest(max(finest, bits - 8 * room / max(count, 1)))
     for turns_left in reversed(range(12)):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
         stored = quantize(cfg, rt, state, factors, steps, chained)
@@ -3895,18 +3941,23 @@ def half_cosine(i: int, last: int) -> float:
 
 
 class Budget:
-    """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS."""
+    """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS.
+
+    How fast the work goes is judged once it has taken 3 % of the time that was left. Half a second that a first batch
+    loses to a GPU's start would otherwise count as the pace of all.
+    """
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, plain: float):
         """`plain`: this rank's work if it adapted to nothing, in any unit. `began`: when the budget's clock did."""
         self.rt, self.end, self.plain = rt, began + (cfg.eval_budget_seconds or math.inf), plain
         self.began, self.done, self.over = time.perf_counter(), 0.0, False
+        self.early = 0.03 * (self.end - self.began)
 
     def spend(self, work: float, plain: float) -> bool:
         """Whether to adapt on what is done next: `work`, or `plain` without adapting. Once False, always."""
         self.rt.sync()
         now = time.perf_counter()
-        pace = (now - self.began) / self.done if self.done else 0.0
+        pace = (now - self.began) / self.done if self.done and now - self.began > self.early else 0.0
         self.plain -= plain
         self.over = self.over or now + pace * (work + self.plain) > self.end
         self.done += plain if self.over else work
@@ -4015,7 +4066,8 @@ class DocumentAdapters:
             a = (2 * torch.rand(rank, inputs, generator=generator) - 1) / inputs**0.5
             self.initial += [a.to(device), torch.zeros(outputs, rank, device=device)]
         self.sites = [site for site, _, _ in sites]
-        self.whole = [t.repeat(cfg.ttt_batch_size, 1, 1) for t in self.initial]  # of which leaves are the first rows
+        # Leaves are the first rows of these. They lie in memory as their gradients do, or AdamW would take them singly.
+        self.whole = [t.mT.contiguous().repeat(cfg.ttt_batch_size, 1, 1).mT for t in self.initial]
         self.sums = [torch.zeros_like(a, dtype=torch.float64) for a in self.initial[::2]]  # of A, over documents
         self.seen = torch.zeros(1, dtype=torch.float64, device=device)
         self.take(cfg.ttt_batch_size)
@@ -4604,8 +4656,10 @@ class Run:
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
-        self.attention, ops = pick_attention(cfg, rt.device, rt.dtype), pick_ops(cfg, rt.device)
+        self.attention, ops = agree_on_attention(cfg, rt), pick_ops(cfg, rt.device)
         self.code = pack_code(read_code()) if rt.rank == 0 else b""
+        if cfg.compressor != "lzma":  # a package that is missing is told now, not after training
+            import_packer({"ans": "constriction"}.get(cfg.compressor, cfg.compressor))
         rt.open_logs(append=bool(cfg.resume or cfg.eval_only), training=not cfg.eval_only)
         self.device = torch.cuda.get_device_name(rt.device) if rt.device.type == "cuda" else "cpu"
         compiled = rt.device.type == "cuda" if cfg.compile == "auto" else cfg.compile == "1"

@@ -231,6 +231,8 @@ FEATURES = (
     Feature(r"(attention|attn).?out(put)?.?gate", lambda c: c["attn_out_gate_enabled"],
             "attention output gate on {gate_window} inputs"),
     Feature(r"yarn", lambda c: c["rope_yarn"], "YaRN"),
+    Feature(r"key.?offset|offset.?keys|shifted.?keys", lambda c: c["key_offset"],
+            "key offset: unrotated dimensions of keys are the token before's"),
     Feature(r"untied", lambda c: not c["tie_embeddings"], "untied head"),
     Feature(r"\btied", lambda c: c["tie_embeddings"], "tied embedding"),
     Feature(r"factori[sz]ed embedding", lambda c: c["embedding_dim"] > 0, "factorised embedding of {embedding_dim}"),

@@ -105,6 +105,9 @@ class Reference:
             mine, shared = slice(h * dh, (h + 1) * dh), slice(h // group * dh, (h // group + 1) * dh)
             q = p["q_gain"][layer, h] * self.rotated(rms(n @ p["qo_bank"][layer][mine].T))
             k, v = self.rotated(rms(n @ p["kv_bank"][layer][shared].T)), values[:, shared]
+            if cfg.key_offset:
+                k = torch.stack([torch.cat((k[t, : cfg.rope_dims], k[max(t - 1, 0), cfg.rope_dims :]))
+                                 for t in range(len(k))])
             y = (q @ k.T / math.sqrt(dh)).masked_fill(future, -math.inf).softmax(-1) @ v
             if layer >= layers - cfg.xsa_last_n:
                 unit = v / v.norm(dim=-1, keepdim=True)

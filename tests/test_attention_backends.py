@@ -1,9 +1,11 @@
 """FlashAttention from where it is to be had: an installed package, or the newest build on the hub that works here."""
 
 import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
+from helpers import on_ranks, tiny
 
 import train_gpt as tg
 
@@ -50,3 +52,20 @@ def test_what_no_build_serves_says_why(monkeypatch):
     monkeypatch.setitem(sys.modules, "kernels", None)
     with pytest.raises(ImportError):
         tg.load_attention("fa3")
+
+
+def test_ranks_take_the_backend_that_works_on_all(monkeypatch):
+    here = threading.local()
+
+    def pick(cfg, device, dtype):
+        asked = {"auto": "fa2" if here.rank == 1 else "fa3"}.get(cfg.attention, cfg.attention)
+        return tg.Attention(asked, f"build of {here.rank}", FLASH, ["fa3: rate limit"] if here.rank == 1 else [])
+
+    def work(rt):
+        here.rank, rt.dtype = rt.rank, None
+        return tg.agree_on_attention(tiny(), rt)
+
+    monkeypatch.setattr(tg, "pick_attention", pick)
+    first, second = on_ranks(2, work)
+    assert (first.name, first.source, first.skipped) == ("fa2", "build of 0", ["fa3: not on every process"])
+    assert (second.name, second.skipped) == ("fa2", ["fa3: rate limit"])

@@ -458,6 +458,14 @@ def test_names_that_a_console_cannot_print_lose_nothing(tiny, tmp_path):
     assert "caf\\udce9 \\u6f22" in done.stdout
 
 
+def test_a_packer_that_is_missing_is_told_before_training(tiny, tmp_path):
+    (tmp_path / "constriction.py").write_text("raise ImportError('not here')")
+    done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "run"), "COMPRESSOR": "ans", "PYTHONPATH": str(tmp_path)},
+                      fresh=True)
+    assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "run").exists()
+    assert done.stderr.startswith("error: COMPRESSOR=ans: the package constriction is not installed")
+
+
 def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
     read, write = os.pipe()
     with os.fdopen(write, "w") as console:

@@ -71,6 +71,8 @@ TECHNIQUES = {
     "gated": {"gated_attn_enabled": True},
     "out-gate": {"attn_out_gate_enabled": True, "gate_window": 32},
     "yarn": {"rope_yarn": True},
+    "key-offset": {"key_offset": True},
+    "key-offset-of-all-dims": LOOPS | {"key_offset": True, "rope_dims": 0, "num_kv_heads": 1},
     "untied": {"tie_embeddings": False},
     "factorised": {"embedding_dim": 9},
     "factorised-wide": {"embedding_dim": 41},
@@ -308,6 +310,7 @@ TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; paramet
     "gated": ({"gate_window": 2}, {"gated_attn_enabled": True}, {"attn_gate"}, GATE),
     "out-gate": ({"gate_window": 2}, {"attn_out_gate_enabled": True}, {"attn_gate"}, GATE),
     "yarn": ({"train_seq_len": 20}, {"rope_yarn": True, "train_seq_len": 10}, set(), set()),
+    "key-offset": ({"key_offset": False}, {"key_offset": True}, set(), set()),
     "untied": ({"head_lr": 0.5}, {"tie_embeddings": False}, {"head"}, {"head.codes", "head.scales"}),
     "factorised": ({"embedding_dim": 0}, {"embedding_dim": 9}, {"embed_in_bank", "embed_out_bank"},
                    {"embed_in.codes", "embed_in.scales", "embed_out.codes", "embed_out.scales"}),
@@ -449,7 +452,7 @@ PACKED = LOOPS | {"bigram_vocab_size": 13, "bigram_dim": 6, "smear_gate_enabled"
 
 
 @pytest.mark.parametrize("changes", [
-    {"attn_out_gate_enabled": True},
+    {"attn_out_gate_enabled": True, "key_offset": True},
     {"gated_attn_enabled": True, "smear_gate_mode": "vector", "parallel_mode": "lanes", "parallel_start_layer": 4},
     {"sparse_attn_gate_enabled": True, "parallel_mode": "crossed", "parallel_start_layer": 4, "rope_yarn": True},
 ], ids=["sequential", "lanes", "crossed"])
@@ -508,7 +511,7 @@ def test_no_document_reaches_another(smear, parallel, loops):
         if smear:
             changes |= {"smear_gate_enabled": True, "smear_gate_mode": smear}
         if parallel:
-            changes |= {"parallel_mode": parallel, "parallel_start_layer": 4}
+            changes |= {"parallel_mode": parallel, "parallel_start_layer": 4, "key_offset": True}
         assert leaks(tiny(**changes)) == []
 
 
@@ -516,8 +519,9 @@ def test_no_document_reaches_another(smear, parallel, loops):
     ("smear", {"smear_gate_enabled": True}),
     ("smear", {"smear_gate_enabled": True, "smear_gate_mode": "vector"}),
     ("bigram", {"bigram_vocab_size": 13, "bigram_dim": 6}),
+    ("keys", {"key_offset": True}),
     ("attention", {}),
-], ids=["smear-input", "smear-vector", "bigram", "attention"])
+], ids=["smear-input", "smear-vector", "bigram", "keys", "attention"])
 def test_the_check_for_leaks_notices_one(monkeypatch, fault, changes):
     cfg = tiny(**changes)
     assert leaks(cfg) == []
@@ -527,6 +531,8 @@ def test_the_check_for_leaks_notices_one(monkeypatch, fault, changes):
         bucket = tg.bigram_bucket
         monkeypatch.setattr(tg, "bigram_bucket", lambda ids, starts, n: bucket(
             ids.view(1, -1), torch.zeros(1, ids.numel(), dtype=torch.bool), n).view_as(ids))
+    elif fault == "keys":
+        monkeypatch.setattr(tg, "span_starts", lambda ids, bounds: torch.zeros_like(ids, dtype=torch.bool))
     else:
         find = tg.Bounds.find
         monkeypatch.setattr(tg.Bounds, "find", lambda ids, bos, max_len: find(ids, -1, 23))

@@ -677,6 +677,23 @@ def test_what_the_budget_cuts_off_is_scored_without_adaptation(monkeypatch, budg
             assert float(losses[target - 1]) == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_slow_start_is_not_the_pace_of_all(monkeypatch):
+    """Half a second more for the first of 10,000 batches of 20 ms; and then all take as long."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    adapted = []
+    for slow in (1, 10_000):
+        clock.now = 0.0
+        budget = tg.Budget(config(eval_budget_seconds=400.0), FakeRuntime(), 0.0, 10_000 * 0.4)
+        count = 0
+        for i in range(10_000):
+            learns = budget.spend(1.0, 0.4)
+            count += learns
+            clock.now += (0.52 if i < slow else 0.02) * (1.0 if learns else 0.4)
+        adapted.append(count)
+    assert adapted[0] == 10_000 and adapted[1] < 30
+
+
 @pytest.mark.parametrize("mode", ["lora", "phased", "chunk"])
 def test_what_was_spent_before_counts(monkeypatch, mode):
     """Loading, earlier scores, compiling: the budget is one for all that follows the loading of the artifact."""
@@ -704,6 +721,21 @@ def test_no_phase_adapts_again_once_the_budget_is_spent(monkeypatch, budget):
     score, _, said, starts = timed(cfg, monkeypatch, [9] * 12)
     assert score.tokens == 9 * 12 and len(said) == 1
     assert starts and max(starts) <= budget
+
+
+def test_adapters_lie_in_memory_as_their_gradients_do():
+    """And as AdamW's moments: else each of hundreds of tensors is updated by itself, out of its order."""
+    cfg = config(ttt_batch_size=3)
+    model, tokens = random_model(cfg), stream([9, 9, 9])
+    adapters = tg.DocumentAdapters(cfg, model)
+    adapters.reset()
+    for rows in (3, 2):
+        adapters.narrow(rows)
+        ids = torch.stack([tokens[9 * i : 9 * i + 8] for i in range(rows)]).long()
+        adapters.learn(model(ids, ids, hooks=adapters.hooks).sum())
+        for leaf in adapters.leaves:
+            moment = adapters.optimizer.state[leaf]["exp_avg"]
+            assert leaf.grad.stride() == leaf.stride() == moment.stride(), leaf.shape
 
 
 # ----- compile warm-up
