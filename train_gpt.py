@@ -210,7 +210,7 @@ class Settings:
     train_batch_tokens: int = setting(786432, "train", "tokens of one optimizer step, summed over all processes", low=1)
     train_seq_len: int = setting(2048, "train", "tokens of one training window", low=2)
     train_seq_schedule: str = setting("", "train", "growing context; 1024@0.1,2048@0.7: windows of 1024 tokens up to a "
-                                      "tenth of training, 2048 up to 0.7, then TRAIN_SEQ_LEN")
+                                      "tenth of training, 2048 up to 0.7, then TRAIN_SEQ_LEN, the most")
     seq_change_warmup_steps: int = setting(0, "train", "steps in which the learning rates rise from 0 again when "
                                            "TRAIN_SEQ_SCHEDULE changes the windows")
     micro_batch_tokens: int | None = setting(None, "train", "tokens of one forward pass in training; auto: 98304 on a "
@@ -1116,8 +1116,9 @@ def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Cal
 # ----------------------------------------------------------------------------------------------------------------------
 # Kernels
 #
-# In: the machine, and what ATTENTION and FUSED ask for. Out: the fastest attention backend that works there, and with
-# FUSED=1 Triton kernels in place of the plain forms that move more memory than need be (benchmarks/README.md).
+# In: the machine, and what DTYPE, ATTENTION and FUSED ask for. Out: the number format, the fastest attention backend
+# that works there, and with FUSED=1 Triton kernels in place of the plain forms that move more memory than need be
+# (benchmarks/README.md).
 
 
 HEAD_CHUNK = 2**24  # most logits that kernels make at a time: 34 MB in bf16, which Hopper's L2 holds
@@ -1189,6 +1190,17 @@ def load_attention(name: str) -> tuple[Callable, str]:
             raise ImportError("torch.nn.attention.varlen needs torch 2.11")
         return attend_torch_varlen(varlen_attn), "PyTorch"
     return attend_sdpa, "PyTorch"
+
+
+def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
+    """bf16 where matrix products of it are fast: GPUs from Ampere on, and CPUs with AVX512-BF16 or AMX."""
+    if choice == "auto":
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        fast = features.get("avx512_bf16") or features.get("amx_bf16")
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        choice = "bf16" if fast else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
 
 
 class Attention(NamedTuple):
@@ -1561,6 +1573,8 @@ class Runtime:
             os.remove(self.path("result.json"))  # a result is of the run that finished, never of the one before
         if not append:
             self.log_file.truncate(0)
+            if os.path.exists(self.path("checkpoint.pt")):  # an earlier run's, which RESUME=1 must not go on from
+                os.replace(self.path("checkpoint.pt"), self.path("checkpoint.old.pt"))
         self.metrics_file = open(self.path("metrics.jsonl"), "a" if append else "w", encoding="utf-8")
 
     def holds_training(self) -> bool:
@@ -1573,7 +1587,11 @@ class Runtime:
 
     def forget_after(self, step: int) -> None:
         """Take from metrics.jsonl what was logged after `step`, from where a resumed run logs again."""
-        def logged_at(entry: dict[str, Any]) -> float:  # stages in training are called step<n>
+        def logged_at(line: str) -> float:  # stages in training are called step<n>
+            try:
+                entry = json.loads(line)
+            except ValueError:  # a full disk may leave half a line
+                return math.inf
             stage = entry.get("stage", "")
             return entry.get("step", int(stage[4:]) if stage.startswith("step") else math.inf)
 
@@ -1582,7 +1600,7 @@ class Runtime:
             with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
             with atomic_write(self.path("metrics.jsonl")) as file:
-                file.write("".join(line for line in lines if logged_at(json.loads(line)) <= step).encode())
+                file.write("".join(line for line in lines if logged_at(line) <= step).encode())
             self.metrics_file = open(self.path("metrics.jsonl"), "a", encoding="utf-8")
 
     def close(self) -> None:
@@ -1603,15 +1621,18 @@ class Runtime:
 
     def note(self, message: str) -> None:
         """One line to train.log alone: what a reader of the console can do without."""
-        if self.rank == 0:
-            try:
-                print(message, file=self.log_file, flush=True)
-            except OSError as e:  # a full disk ends the run where a result cannot be written, not a line
-                print(f"note: {self.path('train.log')} misses a line: {e.strerror}", file=sys.stderr)
+        self.write_line(self.log_file, message)
 
     def metric(self, **values) -> None:
+        """One line to metrics.jsonl."""
+        self.write_line(self.metrics_file, json.dumps(values))
+
+    def write_line(self, file: Any, line: str) -> None:
         if self.rank == 0:
-            print(json.dumps(values), file=self.metrics_file, flush=True)
+            try:
+                print(line, file=file, flush=True)
+            except OSError as e:  # a full disk ends the run where a result cannot be written, not a line
+                print(f"note: {file.name} misses a line: {e.strerror}", file=sys.stderr)
 
     def progress(self, items: Iterable, what: str, running: Callable[[], str] | None = None) -> Iterator[Any]:
         """The items, with a bar on rank 0's terminal that shows what `running` says; no bar where output is a file."""
@@ -1738,17 +1759,6 @@ class Runtime:
             return torch.cuda.max_memory_allocated()
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
-    """bf16 where matrix products of it are fast: GPUs from Ampere on, and CPUs with AVX512-BF16 or AMX."""
-    if choice == "auto":
-        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        fast = features.get("avx512_bf16") or features.get("amx_bf16")
-        if device.type == "cuda":
-            fast = torch.cuda.is_bf16_supported(including_emulation=False)
-        choice = "bf16" if fast else "fp32"
-    return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
 
 
 class Clock:
@@ -1888,7 +1898,8 @@ def read_tokenizer(path: str, vocab_size: int, bos: int | None = None) -> ByteTa
     import sentencepiece
 
     if not os.path.exists(path):
-        raise RunError(f"TOKENIZER_PATH={path}: no such file; data/tokenize_docs.py makes one beside the shards")
+        raise RunError(f"TOKENIZER_PATH={path}: no such file; data/cached_challenge_fineweb.py downloads one, "
+                       "data/tokenize_docs.py makes one, each beside its shards")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=path)
     except (RuntimeError, OSError):
@@ -2390,11 +2401,11 @@ class Bar:
         self.bar = tqdm(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
                         bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
 
-    def show(self, share: float, seconds: float, latest: str) -> None:
-        """The share of training that took so many seconds, and what was last logged."""
+    def show(self, share: float, seconds: float, step: int, latest: str) -> None:
+        """The share of training that took so many seconds, up to `step`, and what was last logged."""
         if not share or self.rt.rank:
             return
-        state = f"{latest}, {seconds * (1 - share) / share:.0f} s left"
+        state = f"step {step}, {latest}, {seconds * (1 - share) / share:.0f} s left"
         if not self.bar.disable:
             self.bar.set_postfix_str(state, refresh=False)
             self.bar.update(share - self.bar.n)
@@ -2464,12 +2475,6 @@ class Trainer:
             return f"{self.cfg.average} of {self.snapshots} snapshots"
         return f"ema, with {last:g} of the last step's weights" if last else "ema"
 
-    def must_match(self) -> dict[str, Any]:
-        """Settings that a resumed run shares with the one that wrote the checkpoint: all but those of when to stop."""
-        free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
-        names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed"]
-        return {name: getattr(self.cfg, name) for name in names if name not in free and not name.startswith("gptq")}
-
     def save(self, step: int, seconds: float) -> None:
         """Write checkpoint.pt atomically: everything a run needs to go on as if it had not stopped.
 
@@ -2477,35 +2482,62 @@ class Trainer:
         """
         momentum = self.optimizer.muon.state()
         if self.rt.rank == 0:
-            save_tensors(self.rt.path("checkpoint.pt"), {
-                "step": step, "seconds": seconds, "settings": self.must_match(), "shards": self.shards,
+            content = {
+                "step": step, "seconds": seconds, "settings": must_match(self.cfg), "shards": self.shards,
                 "params": [p.detach() for p in self.params], "muon": momentum,
                 "adamw": self.optimizer.adamw.state_dict(), "ema": self.ema, "swa": self.swa,
-                "snapshots": self.snapshots, "window": self.window, "grown": self.grown})
+                "snapshots": self.snapshots, "window": self.window, "grown": self.grown}
+            try:
+                save_tensors(self.rt.path("checkpoint.pt"), content)
+            except RunError as e:  # a full disk is no reason to lose a run; the last checkpoint is still there
+                self.rt.log(f"no checkpoint at step {step}: {e}")
 
     def load(self) -> tuple[int, float]:
         """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another run."""
         path = self.rt.path("checkpoint.pt")
-        if not os.path.exists(path):
-            raise RunError(f"RESUME=1: no {path}; CHECKPOINT_EVERY writes one")
-        try:
-            saved = torch.load(path, map_location=self.rt.device, weights_only=True)
-            for name, value in self.must_match().items():
-                if (was := saved["settings"].get(name)) != value:
-                    raise RunError(f"{path}: made with {name.upper()}={was}, this run has {value}")
-            if other := min(saved["shards"].items() ^ self.shards.items(), default=None):
-                was, now = (shards.get(other[0], "absent") for shards in (saved["shards"], self.shards))
-                raise RunError(f"{path}: made with other training text; {other[0]} was {was}, is {now}")
+        with only_checkpoints(path):
+            saved = read_checkpoint(self.cfg, path, self.shards, self.rt.device)
             torch._foreach_copy_([p.detach() for p in self.params], saved["params"])
             self.optimizer.muon.load(saved["muon"])
             self.optimizer.adamw.load_state_dict(saved["adamw"])
             self.ema, self.swa, self.snapshots = saved["ema"], saved["swa"], saved["snapshots"]
             self.window, self.grown = saved["window"], saved["grown"]
             return saved["step"], saved["seconds"]
-        except RunError:
-            raise
-        except Exception as e:  # whatever a damaged file makes the readers raise
-            raise RunError(f"{path}: not a whole checkpoint ({type(e).__name__})") from None
+
+
+def must_match(cfg: Settings) -> dict[str, Any]:
+    """Settings that a resumed run shares with the one that wrote the checkpoint: all but those of when to stop."""
+    free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
+    names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed"]
+    return {name: getattr(cfg, name) for name in names if name not in free and not name.startswith("gptq")}
+
+
+@contextmanager
+def only_checkpoints(path: str) -> Iterator[None]:
+    """RunError where `path` is no whole checkpoint, whatever a damaged file makes the readers raise."""
+    try:
+        yield
+    except RunError:
+        raise
+    except Exception as e:
+        raise RunError(f"{path}: not a whole checkpoint ({type(e).__name__})") from None
+
+
+def read_checkpoint(cfg: Settings, path: str, shards: dict[str, str], device: torch.device) -> dict[str, Any]:
+    """A checkpoint that this run can go on from. RunError if it is missing, damaged or of another run."""
+    if not os.path.exists(path):
+        raise RunError(f"RESUME=1: no {path}; CHECKPOINT_EVERY writes one")
+    with only_checkpoints(path):
+        saved = torch.load(path, map_location=device, weights_only=True)
+        for name, value in must_match(cfg).items():
+            if (was := saved["settings"].get(name)) != value:
+                raise RunError(f"{path}: made with {name.upper()}={was}, this run has {value}")
+        if other := min(saved["shards"].items() ^ shards.items(), default=None):
+            was, now = (found.get(other[0], "absent") for found in (saved["shards"], shards))
+            raise RunError(f"{path}: made with other training text; {other[0]} was {was}, is {now}")
+        if saved["step"] > (cfg.iterations or math.inf):
+            raise RunError(f"ITERATIONS={cfg.iterations}: {path} has {saved['step']} steps already")
+        return saved
 
 
 def graphs_of(cfg: Settings) -> list[Schedule]:
@@ -2597,7 +2629,7 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         frac = step / cfg.iterations if cfg.iterations else 0.0
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
-        bar.show(min(frac, 1.0), now, latest)
+        bar.show(min(frac, 1.0), now, step, latest)
         phase = trainer.schedule(step, min(frac, 1.0))
         pending.append(trainer.step(feeder.next(phase.window), phase))
         rt.throttle()
@@ -2624,7 +2656,7 @@ def log_losses(cfg: Settings, rt: Runtime, losses: list[Tensor], step: int, now:
             f"{f' window:{phase.window}' if cfg.train_seq_schedule else ''}{' qat' if phase.qat else ''}")
     rt.metric(step=step, train_loss=values[-1], lr_scale=phase.lr_scale, tokens=tokens, seconds=now,
               tok_per_s=tokens / now)
-    return f"step {step}, train_loss {values[-1]:.4f}, {tokens / now:,.0f} tok/s"
+    return f"train_loss {values[-1]:.4f} at step {step}, {tokens / now:,.0f} tok/s"
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -4592,7 +4624,8 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
         if notes.explicit.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
     try:
-        return Settings(**({"train_batch_tokens": stored["train_seq_len"]} | stored | notes.explicit))
+        window = notes.explicit.get("train_seq_len", stored["train_seq_len"])
+        return Settings(**({"train_batch_tokens": window} | stored | notes.explicit))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
 
@@ -4654,8 +4687,11 @@ class Run:
         self.stages: dict[str, Score] = {}
         self.loaded = None  # when the evaluation's clock began
         # inputs first: a run that cannot start leaves the folder, and what is in it, alone
+        shard_paths(cfg, "val")  # who has no data at all is told so, and not that a tokenizer is missing
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
+        if cfg.resume:
+            read_checkpoint(cfg, rt.path("checkpoint.pt"), self.windows.identity(), torch.device("cpu"))
         self.attention, ops = agree_on_attention(cfg, rt), pick_ops(cfg, rt.device)
         self.code = pack_code(read_code()) if rt.rank == 0 else b""
         if cfg.compressor != "lzma":  # a package that is missing is told now, not after training
@@ -4830,7 +4866,7 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
         return 0
     notes, artifact = read_environment(environ), None
     path = notes.explicit.get("eval_only")
-    if path and not arguments:
+    if path:
         if not os.path.isfile(path):
             raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
         with open(path, "rb") as file:

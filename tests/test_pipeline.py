@@ -483,15 +483,84 @@ def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):
 def test_a_log_on_a_full_disk_ends_no_run(tmp_path, capsys):
     rt = runtime(tmp_path)
     rt.open_logs(append=False)
-    rt.log_file.close()
-    rt.log_file = open("/dev/full", "w", encoding="utf-8")
+    for file in ("log_file", "metrics_file"):
+        getattr(rt, file).close()
+        setattr(rt, file, open("/dev/full", "w", encoding="utf-8"))
     rt.log("a line")
+    rt.metric(step=1)
     said = capsys.readouterr()
-    assert said.out == "a line\n" and "train.log misses a line: No space left on device" in said.err
-    with contextlib.suppress(OSError):  # what its buffer holds cannot be written either
-        rt.log_file.close()
-    rt.log_file = None
+    assert said.out == "a line\n" and said.err == 2 * "note: /dev/full misses a line: No space left on device\n"
+    for file in ("log_file", "metrics_file"):
+        with contextlib.suppress(OSError):  # what its buffer holds cannot be written either
+            getattr(rt, file).close()
+        setattr(rt, file, None)
     rt.close()
+
+
+def test_half_a_line_of_metrics_is_left_out_when_a_run_goes_on(tmp_path):
+    rt = runtime(tmp_path)
+    rt.open_logs(append=False)
+    for step in (1, 2, 3):
+        rt.metric(step=step)
+    rt.metrics_file.write('{"step": 1, "tr{"step": 2}\n')
+    rt.forget_after(2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n'
+    rt.close()
+
+
+# ----- what a run leaves of an earlier one
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_run_that_cannot_go_on_leaves_the_one_before_as_it_is(tiny, tmp_path):
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "4", "EVAL_STRIDE": "0"}
+    assert run_script(settings).returncode == 0
+    before = contents(tmp_path)
+    assert error_of(run_script(settings | {"RESUME": "1"})).startswith("error: RESUME=1: no ")
+    assert contents(tmp_path) == before
+    assert run_script(settings | {"CHECKPOINT_EVERY": "2"}).returncode == 0
+    before = contents(tmp_path)
+    for changes, said in (({"NUM_LAYERS": "2"}, "made with NUM_LAYERS="), ({"ITERATIONS": "1"}, "has 4 steps already")):
+        assert said in error_of(run_script(settings | {"RESUME": "1"} | changes))
+    assert contents(tmp_path) == before
+
+
+def test_nothing_goes_on_from_the_checkpoint_of_an_earlier_run(tiny, tmp_path):
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "4", "EVAL_STRIDE": "0"}
+    assert run_script(settings | {"CHECKPOINT_EVERY": "2"}).returncode == 0
+    old = (tmp_path / "checkpoint.pt").read_bytes()
+    assert run_script(settings).returncode == 0
+    assert "no " in error_of(run_script(settings | {"RESUME": "1"}))
+    assert (tmp_path / "checkpoint.old.pt").read_bytes() == old
+
+
+def test_training_goes_on_when_a_checkpoint_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "checkpoint.pt").mkdir()
+    (tmp_path / "checkpoint.pt/in the way").write_text("")
+    (tmp_path / "checkpoint.old.pt").write_text("")
+    settings = tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "4", "CHECKPOINT_EVERY": "2", "EVAL_STRIDE": "0"}
+    assert "checkpoint" in error_of(run_script(settings))  # it cannot be moved away
+    (tmp_path / "checkpoint.old.pt").unlink()
+    done = run_script(settings)
+    assert done.returncode == 0 and read_result(tmp_path)["steps"] == 4
+
+
+def test_config_of_an_evaluation_is_that_of_its_artifact(finished, tiny):
+    artifact = finished[0] / "final_model.int6.ptz"
+    done = run_script({"EVAL_ONLY": str(artifact), "EVAL_STRIDE": "7"}, "--config")
+    config = json.loads(done.stdout)
+    assert (config["num_layers"], config["vocab_size"], config["eval_stride"]) == (int(tiny["NUM_LAYERS"]), 512, 7)
+    done = run_script({"EVAL_ONLY": str(artifact), "TRAIN_SEQ_LEN": "24"}, "--config")  # of which no batch is a multiple
+    assert json.loads(done.stdout)["train_seq_len"] == 24
+    assert "no such file" in error_of(run_script({"EVAL_ONLY": "/nowhere"}, "--config"))
+
+
+def test_who_has_no_data_is_told_how_to_get_it(tmp_path):
+    said = error_of(run_script({"DATA_PATH": str(tmp_path), "ARTIFACT_DIR": str(tmp_path / "run")}))
+    assert said.startswith(f"error: DATA_PATH={tmp_path}: no fineweb_val_") and "cached_challenge_fineweb.py" in said
 
 
 # ----- what PyTorch says

@@ -88,7 +88,8 @@ def run(cfg: tg.Settings, rt: tg.Runtime, model: tg.GPT, crash_after: int | None
     """The training loop as Run.train has it; losses by step."""
     if rt.log_file:
         rt.log_file.close()  # and with it the lock of the run before
-    rt.open_logs(append=False)
+    rt.open_logs(append=resume)
+    rt.metrics_file.truncate(0)
     trainer = tg.Trainer(cfg, rt, model, forward or model)
     first = trainer.load()[0] if resume else 0
     feeder = tg.Feeder(tg.Windows(cfg, rt, BOS), trainer.plan, first * trainer.plan.windows)
