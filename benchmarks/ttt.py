@@ -39,9 +39,11 @@ def main() -> int:
     parser.add_argument("--step", type=int, default=1000, help="tokens of document length in a row of the table")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
-    notes = tg.read_environment(dict(os.environ))
-    path = notes.explicit.get("eval_only", "")
     try:
+        if args.step < 1:
+            raise tg.RunError(f"--step {args.step}: takes a number of at least 1")
+        notes = tg.read_environment(dict(os.environ))
+        path = notes.explicit.get("eval_only", "")
         if not os.path.isfile(path):
             raise tg.RunError("EVAL_ONLY takes the artifact to score")
         artifact = Path(path).read_bytes()

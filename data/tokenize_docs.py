@@ -50,7 +50,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b, file_digest
 from itertools import islice
@@ -493,13 +493,19 @@ def make_encoders(specs: list[Spec], sources: list[Source], sample_mb: float, th
     return encoders
 
 
-def place_folder(new: Path, final: Path, old: Path) -> None:
-    """Give the folder `new` the name `final`. A folder that has this name gets the name `old`."""
+@contextmanager
+def folder_in_place(new: Path, final: Path, old: Path) -> Iterator[None]:
+    """Give the folder `new` the name `final`. A folder that has this name gets the name `old`; after an error in the
+    block all is as before.
+    """
     if final.exists():
         final.rename(old)
     try:
         new.rename(final)
+        yield
     except BaseException:
+        if final.exists():
+            final.rename(new)
         if old.exists():
             old.rename(final)
         raise
@@ -536,13 +542,14 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: list[Sou
     for split, documents in read_batches(sources, "encoding"):
         for dataset in made:
             dataset.add(split, documents)
-    entries, tokenizers = [dataset.finish(docs_sha256) for dataset in made], []
-    for dataset, entry in zip(made, entries):
-        folder = args.out / "datasets" / dataset.name
-        place_folder(dataset.folder, folder, work / f"old {dataset.name}")
-        tokenizers.append(place_tokenizer(args.out, dataset.encoder))
-        report(entry, folder)
-    shards.update_manifest(args.out / "manifest.json", entries, tokenizers)
+    entries, folders = [dataset.finish(docs_sha256) for dataset in made], args.out / "datasets"
+    with ExitStack() as placed:  # all of it or nothing
+        for dataset in made:
+            placed.enter_context(folder_in_place(dataset.folder, folders / dataset.name, work / f"old {dataset.name}"))
+        tokenizers = [place_tokenizer(args.out, dataset.encoder) for dataset in made]
+        shards.update_manifest(args.out / "manifest.json", entries, tokenizers)
+    for entry in entries:
+        report(entry, folders / entry["name"])
 
 
 # ----- the command line

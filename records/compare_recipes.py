@@ -58,6 +58,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each on its share of the cores")
     args = parser.parse_args()
+    if min(args.steps, args.jobs) < 1:
+        parser.error("--steps and --jobs take numbers of at least 1")
     recipes = [None, *sorted(path.parent for path in ROOT.glob("records/track_*/*/recipe.env"))]
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     work = [(recipe, seed) for seed in args.seeds for recipe in recipes]

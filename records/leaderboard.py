@@ -47,8 +47,11 @@ def read_fields(path: Path, *names: str) -> dict[str, Any]:
     for name in names:
         if content.get(name) in (None, "", [], {}):
             raise ValueError(f"{path}: has no {name}")
-    if not isinstance(content["val_bpb"], Decimal):
-        raise ValueError(f"{path}: val_bpb is {content['val_bpb']!r}, expected a number with a point")
+    point, whole = (Decimal, "a number with a point"), (int, "a whole number")
+    for name, (kind, expected) in {"val_bpb": point, "val_bpb_std": point, "largest_artifact_bytes": whole,
+                                   "bytes_total": whole}.items():
+        if not isinstance(content.get(name), kind | None):
+            raise ValueError(f"{path}: {name} is {content[name]!r}, expected {expected}")
     return content
 
 
@@ -75,6 +78,8 @@ def counts(folder: Path) -> str:
 def measured(folder: Path) -> Row:
     """The row of a submission that was measured here."""
     s = read_fields(folder / "submission.json", "name", "val_bpb", "seeds", "bytes_total", "hardware", "date")
+    if not isinstance(s["seeds"], list):
+        raise ValueError(f"{folder}/submission.json: seeds is {s['seeds']!r}, expected a list")
     at_steps = s.get("val_bpb_at_step", {})
     at_step = at_steps.get(str(STEP)) if isinstance(at_steps, dict) else at_steps
     if not isinstance(at_step, Decimal | None):

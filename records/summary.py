@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import sys
 from pathlib import Path
 
@@ -132,6 +133,8 @@ def main() -> int:
         if path is None:
             raise tg.RunError("usage: python records/summary.py <folder of a run> [--compare | --expect]")
         result = json.loads(path.read_text())
+        for name in {"data_path", "tokenizer_path"} & {key.lower() for key in os.environ}:
+            result["config"][name] = os.environ[name.upper()]  # the run's may be relative to another folder
         if options == ["--expect"]:
             print(json.dumps(expectation(result), indent=1))
             return 0
@@ -142,7 +145,7 @@ def main() -> int:
             print(f"{report}\nthe same in {folder}/gpu_report.txt")
         if options == ["--compare"]:
             print(comparison(result, json.loads(EXPECTED.read_text())))
-    except (OSError, ValueError, KeyError, tg.RunError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, tg.RunError) as e:  # SentencePiece raises the last
         print(f"error: {path or ''}{': ' if path else ''}{e}", file=sys.stderr)
         return 1
     return 0

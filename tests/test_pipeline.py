@@ -553,7 +553,7 @@ def test_config_of_an_evaluation_is_that_of_its_artifact(finished, tiny):
     done = run_script({"EVAL_ONLY": str(artifact), "EVAL_STRIDE": "7"}, "--config")
     config = json.loads(done.stdout)
     assert (config["num_layers"], config["vocab_size"], config["eval_stride"]) == (int(tiny["NUM_LAYERS"]), 512, 7)
-    done = run_script({"EVAL_ONLY": str(artifact), "TRAIN_SEQ_LEN": "24"}, "--config")  # of which no batch is a multiple
+    done = run_script({"EVAL_ONLY": str(artifact), "TRAIN_SEQ_LEN": "24"}, "--config")  # no divisor of its batch
     assert json.loads(done.stdout)["train_seq_len"] == 24
     assert "no such file" in error_of(run_script({"EVAL_ONLY": "/nowhere"}, "--config"))
 

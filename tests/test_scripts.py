@@ -423,3 +423,12 @@ def test_clone_by_git_for_windows(tmp_path):
     git("clone", "-q", "-c", "core.autocrlf=true", "here", "there")
     assert {name: (tmp_path / "there" / name).read_bytes() for name in texts} == texts
     assert git("-C", "there", "status", "--short") == ""
+
+
+@pytest.mark.parametrize(("environ", "command"), [
+    ({"ITERATONS": "3"}, ["benchmarks/ttt.py"]), ({}, ["benchmarks/ttt.py", "--step", "0"]),
+    ({}, ["records/compare_recipes.py", "--jobs", "0"])])
+def test_what_a_tool_does_not_take_is_told_in_a_line(environ, command):
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
+                          env=clean_environment(environ))
+    assert done.returncode in (1, 2) and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -102,3 +102,28 @@ def test_what_a_gpu_did_is_told_from_the_log_and_the_result(result):
     assert share == pytest.approx(flops * 1e6 / 989e12, rel=0.01)
     assert said[4:] == ["memory: 50.0 GB at most on one GPU", "seconds: train 120.0, pre_quant 3.0"]
     assert "MFU unknown of this GPU" in summary.gpu_report(ran | {"device": "NVIDIA A100"}, log)
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "{}", '{"config": {}, "stages": {}}'])
+def test_what_is_no_result_is_one_line(tmp_path, monkeypatch, capsys, content):
+    (tmp_path / "result.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path)])
+    assert summary.main() == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/result.json: ") and error.count("\n") == 1
+
+
+def test_a_summary_may_be_asked_for_from_anywhere(tiny, tmp_path, monkeypatch, capsys):
+    """A run's paths may be relative to where it was started; the environment's come first."""
+    config = tg.dataclasses.asdict(bare(data_path="data", tokenizer_path="no.model", vocab_size=512))
+    run = {"config": config, "stages": {}, "steps": 1, "tokens_seen": 1, "train_seconds": 1, "tok_per_s": 1,
+           "fits": True, "world_size": 1, "device": "cpu", "val_bytes": 1, "bytes_total": 2, "budget_bytes": 3,
+           "model_bytes": 1, "code_bytes": 1}
+    (tmp_path / "result.json").write_text(json.dumps(run))
+    monkeypatch.setattr("sys.argv", ["summary.py", str(tmp_path)])
+    assert summary.main() == 1
+    assert "no.model" in capsys.readouterr().err
+    for name in ("DATA_PATH", "TOKENIZER_PATH"):
+        monkeypatch.setenv(name, tiny[name])
+    assert summary.main() == 0
+    assert "bits per byte   gzip -9" in capsys.readouterr().out
