@@ -338,6 +338,23 @@ def test_forward_is_one_graph(packed):
     torch._dynamo.reset()
 
 
+def test_no_graph_works_out_the_rotary_table():
+    """Inductor would draw it into every kernel that reads it, in float64 and for each element."""
+    cfg, graphs = tiny(num_layers=2, loop_start=0, loop_end=0), []
+
+    def backend(graph, inputs):
+        graphs.append(graph.code)
+        return graph.forward
+
+    model, (ids, targets) = random_model(cfg), random_text(cfg, 2, 8)
+    torch._dynamo.reset()
+    for form in tg.compile_model(model, backend):
+        for bounds in (None, tg.Bounds.find(ids, BOS, 4)):
+            assert torch.equal(form(ids, targets, bounds=bounds), model(ids, targets, bounds))
+    torch._dynamo.reset()
+    assert len(graphs) >= 4 and not [code for code in graphs if "cos()" in code or "float64" in code]
+
+
 @pytest.mark.parametrize("layers", [6, 12])
 def test_layers_of_a_kind_share_a_graph(layers):
     """By parts: the embedding, layers with and without a skip that ends there, and the head, however many there are."""
