@@ -6,6 +6,7 @@ packed script of several parts and of a faulty one, is tested apart.
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 import types
@@ -80,6 +81,18 @@ def judged(trained, monkeypatch):
     return judge
 
 
+@pytest.fixture
+def bf16():
+    """Skips where PyTorch's own bf16 does not run: where ATEN_CPU_CAPABILITY forbids what the CPU has."""
+    q = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
+    try:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    except RuntimeError as error:
+        if not (told := tg.explain(error)):
+            raise
+        pytest.skip(told)
+
+
 EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
 
 
@@ -92,17 +105,42 @@ EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
     {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "token_order": "9,4", "ttt_mode": "phased"},
     {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased", "varlen_enabled": 1, "ttt_doc_order": "sorted",
      "ttt_warm_start_a": 1, "ttt_warm_start_docs": 2, "ttt_short_score_first_steps": "60:20"}], ids=str)
-def test_a_clean_run_passes(judged, changes):
+def test_a_clean_run_passes(judged, request, changes):
     if changes.get("dtype") == "bf16":
-        q = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
-        try:
-            torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-        except RuntimeError as error:  # PyTorch's own, where ATEN_CPU_CAPABILITY forbids what the CPU has
-            if not (told := tg.explain(error)):
-                raise
-            pytest.skip(told)
+        request.getfixturevalue("bf16")
     checks = judged(*EVALUATED, **changes)
     assert all(check.ok and check.detail for check in checks.values()), checks
+
+
+CHANCE = torch.Generator().manual_seed(0)  # not that of a run, which draws the same numbers each time
+
+
+def shaky_attention(script):
+    """Gradients that no two runs have alike, as where a GPU's threads add them up in any order."""
+    attend = script.attend_sdpa
+
+    def shaky(q, k, v, bounds):
+        if q.requires_grad:
+            size = 1e-3 if q.dtype == torch.bfloat16 else 1e-7
+            q = q.view_as(q)
+            q.register_hook(lambda g: g * (1 + size * torch.randn(g.shape, generator=CHANCE).to(g.dtype)))
+        return attend(q, k, v, bounds)
+
+    script.attend_sdpa = shaky
+
+
+def on_gpu(subject):
+    subject.on_gpu = True
+
+
+@pytest.mark.parametrize("changes", [{"ttt_mode": "lora", "dtype": "bf16"}, {"ttt_mode": "phased", "dtype": "bf16"},
+                                     {"ttt_mode": "chunk", "dtype": "fp32"}], ids=str)
+def test_a_clean_run_passes_where_no_two_runs_learn_alike(judged, request, changes):
+    if changes["dtype"] == "bf16":
+        request.getfixturevalue("bf16")
+    check = judged("causal", plant=shaky_attention, change=on_gpu, **changes)["causal"]
+    noise = [float(n) for n in re.findall(r"equal runs differ by ([\d.e+-]+)", check.detail)]
+    assert check.ok and noise[0] == 0 and noise[1] < 1e-5, check
 
 
 # ----- planted faults
@@ -380,6 +418,18 @@ FAULTS = {  # the check that names it, settings, what is planted
 def test_a_planted_fault_is_caught_by_its_name(judged, fault):
     check, changes, plant = FAULTS[fault]
     assert judged(check, plant=plant, **changes)[check].ok is False
+
+
+@pytest.mark.parametrize("fault", ["an attention mask off by one", "an adapter's step before the charge",
+                                   "training on a chunk not yet scored"])
+def test_a_planted_fault_is_caught_where_no_two_runs_learn_alike(judged, fault):
+    _, changes, plant = FAULTS[fault]
+
+    def both(script):
+        plant(script)
+        shaky_attention(script)
+
+    assert not judged("causal", plant=both, change=on_gpu, **changes)["causal"].ok
 
 
 def test_a_result_that_was_edited_does_not_add_up(judged):
