@@ -228,7 +228,8 @@ def check_run(answers: list[dict], calibration: str = "train") -> None:
 
 
 # left out: stacks that have nothing which neither the defaults nor another recipe has
-ALIKE = ("SP8192_PR1855_Stack", "SP8192_PR2135_Stack", "SP8192_14L_WithoutLoops")
+ALIKE = ("SP8192_PR1855_Stack", "SP8192_PR2135_Stack", "SP8192_14L_WithoutLoops",
+         "SP8192_PR2135_OffsetKeys_WeightedSteps")
 CASES = [*TOGETHER, *(name for name in RECIPE_OF if name not in ALIKE)]
 
 
