@@ -56,6 +56,17 @@ def trained(tiny, tmp_path_factory) -> Path:
     return folder
 
 
+def skip_without_bf16():
+    """Skip the test where PyTorch's own bf16 does not run: where ATEN_CPU_CAPABILITY forbids what the CPU has."""
+    q = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
+    try:
+        F.scaled_dot_product_attention(q, q, q, is_causal=True)
+    except RuntimeError as error:
+        if not (told := tg.explain(error)):
+            raise
+        pytest.skip(told)
+
+
 @pytest.fixture
 def judged(trained, monkeypatch):
     """Checks of these names, of a run whose evaluation has these settings instead of its own, with a fault planted in
@@ -65,6 +76,9 @@ def judged(trained, monkeypatch):
     real = audit.Script.fresh
 
     def judge(*names: str, plant=None, full: bool = False, change=None, **changes) -> dict[str, audit.Check | None]:
+        if changes.get("dtype") == "bf16":
+            skip_without_bf16()
+
         def fresh(self):
             script = real(self)
             if plant:
@@ -81,18 +95,6 @@ def judged(trained, monkeypatch):
     return judge
 
 
-@pytest.fixture
-def bf16():
-    """Skips where PyTorch's own bf16 does not run: where ATEN_CPU_CAPABILITY forbids what the CPU has."""
-    q = torch.zeros(1, 1, 64, 16, dtype=torch.bfloat16)
-    try:
-        F.scaled_dot_product_attention(q, q, q, is_causal=True)
-    except RuntimeError as error:
-        if not (told := tg.explain(error)):
-            raise
-        pytest.skip(told)
-
-
 EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
 
 
@@ -105,9 +107,7 @@ EVALUATED = "bytes", "single_pass", "normalized", "causal", "score"
     {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "token_order": "9,4", "ttt_mode": "phased"},
     {"ngram_tilt_enabled": 1, "hedge_enabled": 1, "ttt_mode": "phased", "varlen_enabled": 1, "ttt_doc_order": "sorted",
      "ttt_warm_start_a": 1, "ttt_warm_start_docs": 2, "ttt_short_score_first_steps": "60:20"}], ids=str)
-def test_a_clean_run_passes(judged, request, changes):
-    if changes.get("dtype") == "bf16":
-        request.getfixturevalue("bf16")
+def test_a_clean_run_passes(judged, changes):
     checks = judged(*EVALUATED, **changes)
     assert all(check.ok and check.detail for check in checks.values()), checks
 
@@ -135,9 +135,7 @@ def on_gpu(subject):
 
 @pytest.mark.parametrize("changes", [{"ttt_mode": "lora", "dtype": "bf16"}, {"ttt_mode": "phased", "dtype": "bf16"},
                                      {"ttt_mode": "chunk", "dtype": "fp32"}], ids=str)
-def test_a_clean_run_passes_where_no_two_runs_learn_alike(judged, request, changes):
-    if changes["dtype"] == "bf16":
-        request.getfixturevalue("bf16")
+def test_a_clean_run_passes_where_no_two_runs_learn_alike(judged, changes):
     check = judged("causal", plant=shaky_attention, change=on_gpu, **changes)["causal"]
     noise = [float(n) for n in re.findall(r"equal runs differ by ([\d.e+-]+)", check.detail)]
     assert check.ok and noise[0] == 0 and noise[1] < 1e-5, check
@@ -423,13 +421,9 @@ def test_a_planted_fault_is_caught_by_its_name(judged, fault):
 @pytest.mark.parametrize("fault", ["an attention mask off by one", "an adapter's step before the charge",
                                    "training on a chunk not yet scored"])
 def test_a_planted_fault_is_caught_where_no_two_runs_learn_alike(judged, fault):
-    _, changes, plant = FAULTS[fault]
-
-    def both(script):
-        plant(script)
-        shaky_attention(script)
-
-    assert not judged("causal", plant=both, change=on_gpu, **changes)["causal"].ok
+    check, changes, plant = FAULTS[fault]
+    checks = judged(check, plant=lambda script: (plant(script), shaky_attention(script)), change=on_gpu, **changes)
+    assert checks[check].ok is False
 
 
 def test_a_result_that_was_edited_does_not_add_up(judged):
