@@ -38,6 +38,7 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
 import lzma
 import math
@@ -59,7 +60,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import datetime, timedelta, timezone
 from functools import cache, cached_property
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,8 +79,8 @@ except ImportError:  # not on every machine; the kernels' plain forms run instea
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
 #
-# In: values by name, which read_settings() (by main) takes from the environment. Out: one frozen Settings, every value
-# of it checked, `auto` values resolved but for those that the device decides.
+# In: values by name, which read_environment() (by main) takes from the environment. Out: one frozen Settings, every
+# value of it checked, `auto` values resolved but for those that the device decides.
 
 
 MIN_ROWS = 64  # of a step, where rows longer than a window are chosen
@@ -440,7 +440,7 @@ class Settings:
         text = "" if self.train_seq_schedule == "0" else self.train_seq_schedule
         found = [(int(length), float(until)) for length, until in parse_pairs(text, r"\d+", r"\d*\.?\d+", "@")]
         ends, lengths = [0.0, *(until for _, until in found)], [*(length for length, _ in found), self.train_seq_len]
-        fits = bool(found) == bool(text) and min(lengths) > 1 and all(a < b <= 1 for a, b in pairwise(ends))
+        fits = bool(found) == bool(text) and min(lengths) > 1 and all(a < b <= 1 for a, b in itertools.pairwise(ends))
         return [(at, min(length, self.train_seq_len)) for at, length in zip(ends, lengths) if at < 1] if fits else []
 
     def ttt_chunks(self) -> list[tuple[float, int]]:
@@ -505,7 +505,7 @@ class Bounds(NamedTuple):
         starts = ids == bos
         starts[:, 0] = True
         flat = [*starts.flatten().nonzero().flatten().tolist(), ids.numel()]
-        cuts = [c for a, b in pairwise(flat) for c in range(a, b, max_len)]
+        cuts = [c for a, b in itertools.pairwise(flat) for c in range(a, b, max_len)]
         room = max(64, ids.numel() // 256)
         while room <= len(cuts):
             room *= 2
@@ -1794,7 +1794,7 @@ class Clock:
         """Whether one more step ends in time, judged by the slowest of the last five (the GPU may lag by two)."""
         if not self.limit:
             return True
-        lap = max((b - a for a, b in pairwise(self.laps)), default=self.lap)  # 0 at first: not known
+        lap = max((b - a for a, b in itertools.pairwise(self.laps)), default=self.lap)  # 0 at first: not known
         steps = 3 if self.rt.device.type == "cuda" else 1
         return self.laps[-1] + steps * lap <= self.limit - self.reserve
 
@@ -2234,19 +2234,19 @@ class Muon:
 
     def start_reduce(self) -> None:
         """Begin summing the gradients over ranks."""
-        self.shards, self.waiting = [], []
+        self.reducing = []
         for p, share in zip(self.params, self.share):
             missing = share * self.rt.world - p.size(0)
             grad = F.pad(p.grad, (0, 0, 0, 0, 0, missing)) if missing else p.grad
-            shard, wait = self.rt.sum_shares(grad, "gradients of a bank")
-            self.shards.append(shard)
-            self.waiting.append(wait)
+            self.reducing.append(self.rt.sum_shares(grad, "gradients of a bank"))
 
     def finish_reduce(self) -> list[Tensor]:
         """This rank's shares of the summed gradients; a slice stands on exactly one rank."""
-        for wait in self.waiting:
+        self.shards = []
+        for shard, wait in self.reducing:
             wait()
-        self.waiting = []
+            self.shards.append(shard)
+        self.reducing = []
         return self.shards
 
     def step(self, lr_scale: float, momentum: float) -> None:
@@ -2265,6 +2265,7 @@ class Muon:
             wait()
             shape_scale = max(1.0, p.size(1) / p.size(2)) ** 0.5
             p.detach().mul_(1 - lr * self.cfg.muon_wd).add_(update[: p.size(0)], alpha=-lr * shape_scale)
+        self.shards = []  # on one rank these are the gradients themselves
 
     def state(self) -> list[Tensor]:
         """Momentum of whole banks, gathered from all ranks, so that any number of ranks can go on with it."""
@@ -2370,7 +2371,7 @@ class Schedule:
             lr_scale=scale * rise, momentum=muon_momentum(cfg, step), loops=due[-1] if due else 0, penalty=penalty,
             window=[length for at, length in cfg.seq_stages() if frac >= at][-1],
             qat=cfg.qat_enabled and scale < cfg.qat_start_scale,
-            snapshot=cfg.swa_enabled and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0)
+            snapshot="swa" in cfg.average and scale < cfg.swa_start_scale and (step + 1) % cfg.swa_every == 0)
 
 
 def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
@@ -2393,28 +2394,25 @@ def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
     return total / weights
 
 
-class Bar:
+class Bar(tqdm):
     """How far training is and how long it will take: a bar on rank 0's terminal; in a file a line every tenth."""
 
     def __init__(self, rt: Runtime):
         self.rt, self.told = rt, 0
-        self.bar = tqdm(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
-                        bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
+        super().__init__(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
+                         bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
 
     def show(self, share: float, seconds: float, step: int, latest: str) -> None:
         """The share of training that took so many seconds, up to `step`, and what was last logged."""
         if not share or self.rt.rank:
             return
         state = f"step {step}, {latest}, {seconds * (1 - share) / share:.0f} s left"
-        if not self.bar.disable:
-            self.bar.set_postfix_str(state, refresh=False)
-            self.bar.update(share - self.bar.n)
+        if not self.disable:
+            self.set_postfix_str(state, refresh=False)
+            self.update(share - self.n)
         elif int(10 * share) > self.told:
             self.told = int(10 * share)
             self.rt.log(f"training {self.told}0 %: {state}")
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 class Trainer:
@@ -2453,7 +2451,8 @@ class Trainer:
             total += loss.detach()
         if phase.penalty:  # gradients are summed over ranks
             (phase.penalty / self.rt.world * qat_lite_penalty(self.cfg, self.model)).backward()
-        self.optimizer.reduce_gradients()
+        # a gradient that is no number makes the loss none, so that no checkpoint is written of what follows from it
+        total += 0 * self.optimizer.reduce_gradients()
         self.optimizer.step(phase.lr_scale, phase.momentum)
         now = [p.detach() for p in self.params]
         if self.ema is not None:
@@ -2495,7 +2494,7 @@ class Trainer:
     def load(self) -> tuple[int, float]:
         """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another run."""
         path = self.rt.path("checkpoint.pt")
-        with only_checkpoints(path):
+        with refuse(f"{path}: not a whole checkpoint", detail=False):
             saved = read_checkpoint(self.cfg, path, self.shards, self.rt.device)
             torch._foreach_copy_([p.detach() for p in self.params], saved["params"])
             self.optimizer.muon.load(saved["muon"])
@@ -2508,26 +2507,26 @@ class Trainer:
 def must_match(cfg: Settings) -> dict[str, Any]:
     """Settings that a resumed run shares with the one that wrote the checkpoint: all but those of when to stop."""
     free = ("iterations", "max_wallclock_seconds", "warmup_steps", "micro_batch_tokens")
-    names = ["vocab_size", *Settings.group("model", "train", "quant"), "row_tokens", "seed"]
+    names = ["vocab_size", "bos_id", *Settings.group("model", "train", "quant"), "row_tokens", "seed"]
     return {name: getattr(cfg, name) for name in names if name not in free and not name.startswith("gptq")}
 
 
 @contextmanager
-def only_checkpoints(path: str) -> Iterator[None]:
-    """RunError where `path` is no whole checkpoint, whatever a damaged file makes the readers raise."""
+def refuse(fault: str, detail: bool = True) -> Iterator[None]:
+    """RunError with this `fault` where what a file holds breaks its readers, whatever they raise (Rust panics too)."""
     try:
         yield
-    except RunError:
+    except (RunError, PermissionError, torch.OutOfMemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as e:
-        raise RunError(f"{path}: not a whole checkpoint ({type(e).__name__})") from None
+    except BaseException as e:
+        raise RunError(f"{fault} ({type(e).__name__}{f': {e}' if detail else ''})") from None
 
 
 def read_checkpoint(cfg: Settings, path: str, shards: dict[str, str], device: torch.device) -> dict[str, Any]:
     """A checkpoint that this run can go on from. RunError if it is missing, damaged or of another run."""
     if not os.path.exists(path):
         raise RunError(f"RESUME=1: no {path}; CHECKPOINT_EVERY writes one")
-    with only_checkpoints(path):
+    with refuse(f"{path}: not a whole checkpoint", detail=False):
         saved = torch.load(path, map_location=device, weights_only=True)
         for name, value in must_match(cfg).items():
             if (was := saved["settings"].get(name)) != value:
@@ -2590,7 +2589,7 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
 
 def calibration_seconds(cfg: Settings, rt: Runtime, model: GPT, batch: Batch) -> float:
     """Seconds to keep for calibration, at most half of the clock: one batch's time over all that a rank reads."""
-    stats, times = Statistics(empty_hessians(cfg, rt.device), empty_moments(cfg, model, rt.device)), []
+    stats, times = Statistics.empty(cfg, model), []
     for _ in range(2):  # the first pays for allocation
         rt.sync()
         start = time.perf_counter()
@@ -2720,49 +2719,36 @@ class Statistics(NamedTuple):
     moments: dict[str, Tensor]  # group -> (layers, rows) fp32: Σ of squared gradients of its outputs; empty for SDClip
     tokens: int = 0
 
-
-def empty_hessians(cfg: Settings, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for Statistics.hessians."""
-    d, n, e = cfg.model_dim, cfg.num_layers, cfg.embedding_dim or cfg.model_dim
-    widths = {"q": (n, d), "o": (n, d), "up": (n, d), "down": (n, int(cfg.mlp_mult * d)), "head": (1, e),
-              "embed_in": (1, e), "embed_out": (1, d), "bigram": (1, cfg.bigram_dim), "ve": (1, cfg.ve_dim)}
-    used = {group.hessian for group in quant_groups(cfg)}
-    return {role: torch.zeros(count, width, width, device=device) for role, (count, width) in widths.items()
-            if role in used}
-
-
-def empty_moments(cfg: Settings, model: GPT, device: torch.device) -> dict[str, Tensor]:
-    """Zeros for Statistics.moments: by row of each group's matrices, and of a tied embedding also as the head."""
-    if cfg.quant_allocation != "auto":
-        return {}
-    params = dict(model.named_parameters())
-    rows = {g.name: g.view(params[g.param]).shape[:2] for g in quant_groups(cfg) if g.kind != "gate"}
-    return {name: torch.zeros(shape, device=device) for name, shape in (rows | {"head": (1, cfg.vocab_size)}).items()}
+    @classmethod
+    def empty(cls, cfg: Settings, model: GPT) -> "Statistics":
+        """Of no text: zeros for every matrix of the model; a tied embedding has moments as a table and as the head."""
+        params, hessians, moments = dict(model.named_parameters()), {}, {}
+        for group in quant_groups(cfg):
+            weight = group.view(params[group.param].detach())
+            n, rows, cols = weight.shape
+            if group.hessian:
+                hessians[group.hessian] = weight.new_zeros(n, cols, cols)
+            if cfg.quant_allocation == "auto" and group.kind != "gate":
+                names = ("emb", "head") if group.name == "emb" else (group.name,)
+                moments |= {name: weight.new_zeros(n, rows) for name in names}
+        return cls(hessians, moments)
 
 
 def add_statistics(model: GPT, stats: Statistics, batch: Batch) -> None:
     """Add what the tokens of a batch say, all visits of a layer; moments take the gradient of the summed loss."""
-    hooks, exact = Hooks(hessians=stats.hessians, moments=stats.moments), model.dtype == torch.bfloat16
-    if exact:  # products of bf16 values are exact in TF32
-        precision = torch.get_float32_matmul_precision()
+    hooks = Hooks(hessians=stats.hessians, moments=stats.moments)
+    if model.dtype == torch.bfloat16:  # products of bf16 values are exact in TF32
         torch.set_float32_matmul_precision("high")
-    if stats.moments:
+    if stats.moments:  # gradients of the tables pass through every layer, and so through every hook
         tables = list(model.params_of("embedding", "head").values())
         rows = max(1, CALIBRATION_TOKENS // batch.ids.size(1))
-        before = [p.requires_grad for p in tables]
-        for p in tables:
-            p.requires_grad_(True)
-        with torch.enable_grad():  # gradients of the tables pass through every layer, and so through every hook
-            for ids, targets in zip(batch.ids.split(rows), batch.targets.split(rows)):
-                bounds = batch.bounds and Bounds.find(ids, model.bos, batch.bounds.max_len)
-                torch.autograd.grad(model(ids, targets, bounds, hooks).sum(), tables, allow_unused=True)
-        for p, required in zip(tables, before):
-            p.requires_grad_(required)
+        for ids, targets in zip(batch.ids.split(rows), batch.targets.split(rows)):
+            bounds = batch.bounds and Bounds.find(ids, model.bos, batch.bounds.max_len)
+            torch.autograd.grad(model(ids, targets, bounds, hooks).sum(), tables, allow_unused=True)
     else:
         with torch.no_grad():
-            model(batch.ids, bounds=batch.bounds, hooks=Hooks(hessians=stats.hessians))
-    if exact:
-        torch.set_float32_matmul_precision(precision)
+            model(batch.ids, bounds=batch.bounds, hooks=hooks)
+    torch.set_float32_matmul_precision("highest")
 
 
 @torch.no_grad()
@@ -2787,7 +2773,7 @@ def calibrate(cfg: Settings, rt: Runtime, model: GPT, windows: Windows, first: i
     Batches are dealt to ranks one by one, so the sum does not depend on how many there are. Training text is read on
     the running clock: after the first round, one that would not end in time is left out.
     """
-    stats = Statistics(empty_hessians(cfg, rt.device), empty_moments(cfg, model, rt.device))
+    stats = Statistics.empty(cfg, model)
     longest, done = 0.0, 0
     rows = cfg.micro_batch_tokens // cfg.row_tokens
     generator = torch.Generator()
@@ -2879,10 +2865,6 @@ def factorize_all(hessians: dict[str, Tensor], sort: bool = True) -> dict[str, F
     return {role: factorize(hessian, sort) for role, hessian in hessians.items()}
 
 
-def code_type(bits: int) -> torch.dtype:
-    return torch.int8 if bits <= 8 else torch.int16
-
-
 def gptq(weight: Tensor, factors: Factors, scale: Tensor, bits: int, block: int = 128) -> Tensor:
     """Codes, (n, rows, cols) within ±(2^(bits-1) - 1), that keep weight @ x close (GPTQ, arXiv 2210.17323); int8, or
     int16 of more than 8 bits.
@@ -2894,7 +2876,7 @@ def gptq(weight: Tensor, factors: Factors, scale: Tensor, bits: int, block: int 
     w = weight.float().gather(2, order[:, None].expand_as(weight))
     steps = scale.float() if scale.ndim == 3 else scale.float()[..., None].expand_as(weight)
     steps = steps.gather(2, order[:, None].expand_as(weight))
-    codes = torch.empty_like(w, dtype=code_type(bits))
+    codes = torch.empty_like(w, dtype=torch.int8 if bits <= 8 else torch.int16)
     for start in range(0, w.size(2), block):
         stop = min(start + block, w.size(2))
         errors = torch.empty_like(w[:, :, start:stop])
@@ -3139,10 +3121,6 @@ def form_parts(form: str, sizes: list[int]) -> dict[str, tuple[list[int], torch.
 COMMON_APART = ("scaled table", "scaled head", "weighted head")  # forms whose common part only `ans` takes out
 
 
-def stored_half(tensor: Tensor) -> Stored:
-    return Stored("half", list(tensor.shape), {"values": tensor.half()})
-
-
 def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Codes (rank, n) int8 from 0 to 2^bits - 1 for a factor (rank, n), and steps and least values of every `group`
     numbers of a row, (2, rank, groups) fp16.
@@ -3193,16 +3171,17 @@ def quantize_group(rt: Runtime, group: QuantGroup, weight: Tensor, factors: dict
         form, parts = f"scaled {group.kind}", {"scales": scales}
     order, upper = factors[group.hessian] if group.hessian else factorize(
         torch.eye(weight.size(2), device=weight.device)[None])
-    codes, weight = torch.zeros_like(weight, dtype=code_type(bits)), weight.float()
+    codes, weight = torch.zeros_like(weight, dtype=torch.int32), weight.float()  # NCCL has no int16
     if steps and group.kind == "table":
         left, right = (rt.share_(part.int(), "common part") for part in common_part(weight[0] / scales[0]))
-        parts |= {"left": left.to(torch.int8), "right": right.to(torch.int16)}  # shared as int32: NCCL has no int16
+        parts |= {"left": left.to(torch.int8), "right": right.to(torch.int16)}
         weight = weight - scales * (left.T.float() @ right.float() / COMMON_UNIT)
     if chained and len(codes[share]):
         codes[share] = trellis(weight[share] / octaves(row[share])[..., None], upper[share], octaves(col[share]))
     elif len(codes[share]):
         codes[share] = gptq(weight[share], (order[share], upper[share]), scales[share], bits)
-    return Stored(form, list(codes.shape), parts | {"codes": rt.sum_(codes.int(), "codes").to(codes.dtype)})
+    parts["codes"] = rt.sum_(codes, "codes").to(torch.int16 if steps else torch.int8)
+    return Stored(form, list(codes.shape), parts)
 
 
 @torch.no_grad()
@@ -3221,11 +3200,12 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict
             levels = (weight / step.float()[..., None]).round().clamp(-most, most).to(torch.int8)
             stored[group.name] = Stored("gate", list(weight.shape), {"levels": levels, "scales": step})
         elif weight[0].numel() < cfg.quant_min_weights:
-            stored[group.name] = stored_half(weight)
+            stored[group.name] = Stored("half", list(weight.shape), {"values": weight.half()})
         else:
             stored[group.name] = quantize_group(rt, group, weight, factors, steps and steps[group.name], chained)
     covered = {group.param for group in groups}
-    stored |= {name: stored_half(tensor) for name, tensor in state.items() if name not in covered}
+    stored |= {name: Stored("half", list(t.shape), {"values": t.half()}) for name, t in state.items()
+               if name not in covered}
     if cfg.lqer_enabled:
         add_low_rank(cfg, state, stored)
     return {name: Stored(form, sizes, {part: parts[part].cpu() for part in form_parts(form, sizes)})
@@ -3417,20 +3397,9 @@ def whole_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return ((left.T.astype(np.int32) @ right.astype(np.int32) + COMMON_UNIT // 2) // COMMON_UNIT).astype(np.int16)[None]
 
 
-def integer_parts(item: Stored) -> dict[str, torch.dtype]:
-    """The integer parts of a form and their dtypes, in order."""
-    parts = form_parts(item.form, item.sizes)
-    return {part: dtype for part, (_, dtype) in parts.items() if not dtype.is_floating_point}
-
-
-def side_shapes(item: Stored) -> list[list[int]]:
-    """Shapes of the integers that are coded before the codes: the other parts, and what gives the codes' sizes."""
-    parts = form_parts(item.form, item.sizes)
-    shapes = [parts[part][0] for part in integer_parts(item) if part != "codes"]
-    if "codes" in parts:
-        n, rows, cols = item.sizes
-        shapes += [[COMMON_RANK, rows], [COMMON_RANK, cols]] * (item.form in COMMON_APART) + [[n, rows], [n, cols]]
-    return shapes
+def integer_parts(item: Stored) -> dict[str, tuple[list[int], torch.dtype]]:
+    """The integer parts of a form, each with its shape and dtype, in order."""
+    return {part: entry for part, entry in form_parts(item.form, item.sizes).items() if not entry[1].is_floating_point}
 
 
 def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
@@ -3466,27 +3435,29 @@ def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
 
     if any((a != b).any() for a, b in zip(walk_trellis(sizes, visit), columns)):
         raise ValueError("codes that no path through the trellis has")
-    which = np.repeat(np.arange(len(side)).astype(np.uint8), [a.size for a in side])
-    return [*encode_integers([(np.concatenate([a.ravel() for a in side]), which)]),
-            *encode_integers(turns, PLAIN_BITS)]
+    side_turns = [(a.ravel(), np.full(a.size, i % 256, dtype=np.uint8)) for i, a in enumerate(side)]
+    return [*encode_integers(side_turns), *encode_integers(turns, PLAIN_BITS)]
 
 
 def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
     """Inverse of pack_integers: gives their integer parts to things of these forms and sizes, in order."""
-    shapes = [[0], *(shape for item in stored.values() for shape in side_shapes(item))]
-    counts = [math.prod(shape) for shape in shapes]
-    reader, codes = IntegerReader(*streams[:2]), IntegerReader(*streams[2:], PLAIN_BITS)
-    arrays = np.split(reader.read(np.repeat(np.arange(len(shapes)).astype(np.uint8), counts)), np.cumsum(counts)[:-1])
-    reader.close()
-    side = iter([array.reshape(shape) for array, shape in zip(arrays, shapes)][1:])
+    reader, codes, numbers = IntegerReader(*streams[:2]), IntegerReader(*streams[2:], PLAIN_BITS), itertools.count(1)
+
+    def read(*shape: int) -> np.ndarray:
+        return reader.read(np.full(math.prod(shape), next(numbers) % 256, dtype=np.uint8)).reshape(shape)
+
     common, sizes = {}, {}
     for name, item in stored.items():
-        dtypes = integer_parts(item)
-        item.parts.update({part: torch.from_numpy(next(side)).to(dtypes[part]) for part in dtypes if part != "codes"})
-        if "codes" in dtypes:
-            common[name] = whole_part(next(side), next(side)) if item.form in COMMON_APART else np.int16(0)
-            row, col = (next(side) - step for step in step_exponents(item))
+        entries = integer_parts(item)
+        item.parts.update({part: torch.from_numpy(read(*shape)).to(dtype)
+                           for part, (shape, dtype) in entries.items() if part != "codes"})
+        if "codes" in entries:
+            common[name] = np.int16(0)
+            if item.form in COMMON_APART:
+                common[name] = whole_part(*(read(COMMON_RANK, size) for size in item.sizes[1:]))
+            row, col = (read(*step.shape) - step for step in step_exponents(item))
             sizes[name] = size_contexts(row - 4 * item.chained, col)
+    reader.close()
     chained = [name for name in sizes if stored[name].chained]
     flat = codes.read(np.concatenate([EMPTY_TURN[1], *(sizes[name].ravel() for name in sizes if name not in chained)]))
     columns = iter(walk_trellis([size for name in chained for size in sizes[name].transpose(0, 2, 1)],
@@ -3552,28 +3523,10 @@ def write_artifact(settings: dict[str, Any], stored: dict[str, Stored], compress
     return ARTIFACT_MAGIC + hashlib.blake2b(body, digest_size=16).digest() + body
 
 
-class Artifact(NamedTuple):
-    """An artifact whose checksum holds: what its header says, and the streams that its tensors are still packed in."""
-
-    settings: dict[str, Any]
-    compressor: str
-    header: dict[str, Any]
-    streams: list[bytes]
-
-
-@contextmanager
-def only_artifacts(name: str) -> Iterator[None]:
-    """RunError where something that has the checksum of an artifact is none, whatever broke (Rust panics too)."""
-    try:
-        yield
-    except (RunError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as e:
-        raise RunError(f"{name}: checksum holds, content is not an artifact ({type(e).__name__}: {e})") from None
-
-
-def open_artifact(data: bytes, name: str) -> Artifact:
-    """An artifact without its tensors. RunError, naming the file `name`, on anything that is not a whole one."""
+def open_artifact(data: bytes, name: str) -> tuple[dict[str, Any], str, list, list[bytes]]:
+    """An artifact's settings, its compressor, name, form and sizes of what is stored, and the streams that all of it is
+    still packed in. RunError, naming the file `name`, on anything that is not a whole one.
+    """
     if data[:4] != ARTIFACT_MAGIC:
         raise RunError(f"{name}: not an artifact of this script (no {ARTIFACT_MAGIC.decode()} at its start)")
     body = data[20:]
@@ -3582,17 +3535,17 @@ def open_artifact(data: bytes, name: str) -> Artifact:
     if len(body) < 6 or body[0] != ARTIFACT_VERSION or body[1] >= len(COMPRESSORS):
         raise RunError(f"{name}: another version of artifact (this script reads {ARTIFACT_VERSION})")
     compressor, size = COMPRESSORS[body[1]], int.from_bytes(body[2:6], "little")
-    with only_artifacts(name):
+    with refuse(f"{name}: checksum holds, content is not an artifact"):
         header = json.loads(decompress(body[6 : 6 + size], compressor))
         ends = np.cumsum([6 + size] + header["bytes"])
-        return Artifact(dict(header["settings"]), compressor, header, [body[a:b] for a, b in pairwise(ends)])
+        return dict(header["settings"]), compressor, header["stored"], [body[a:b] for a, b in itertools.pairwise(ends)]
 
 
 def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Stored]]:
     """Settings and content of an artifact. RunError, naming the file `name`, on anything that is not a whole one."""
-    settings, compressor, header, streams = open_artifact(data, name)
-    with only_artifacts(name):
-        stored = {n: Stored(form, sizes, {}) for n, form, sizes in header["stored"]}
+    settings, compressor, contents, streams = open_artifact(data, name)
+    with refuse(f"{name}: checksum holds, content is not an artifact"):
+        stored = {n: Stored(form, sizes, {}) for n, form, sizes in contents}
         shapes = [(item.parts, part, *entry) for item in stored.values()
                   for part, entry in form_parts(item.form, item.sizes).items()]
         if sum(math.prod(shape) for *_, shape, _ in shapes) > MOST_CODES:
@@ -3623,10 +3576,8 @@ def artifact_settings(cfg: Settings) -> dict[str, Any]:
 @torch.no_grad()
 def load_weights(model: GPT, cfg: Settings, stored: dict[str, Stored], name: str) -> None:
     """Put an artifact's weights into the model. RunError unless every parameter gets one of its own shape."""
-    try:
+    with refuse(f"{name}: tensors do not fit the model of its settings"):
         state = dequantize(cfg, stored)
-    except (KeyError, ValueError, RuntimeError, IndexError, TypeError) as e:
-        raise RunError(f"{name}: tensors do not fit the model of its settings ({e})") from None
     params = dict(model.named_parameters())
     wrong = sorted(set(params) ^ set(state)) or [n for n in params if params[n].shape != state[n].shape]
     if wrong:
@@ -3654,10 +3605,11 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     count = sum(views[name].numel() for name in curved)
     octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
                              .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
-    bits = octaves_wide + math.log2(4.133)  # entropy of a Gaussian weight over steps from c = 2^0 on: √(2πe) = 4.133
+    # entropy of a Gaussian weight over steps from c = 2^0 on, √(2πe) = 4.133; the same float on every rank
+    bits = rt.largest(octaves_wide + math.log2(4.133))
     finest, tried, best, chained = bits - FINEST_BITS, [], b"", False
     wanted = cfg.quant_trellis and cfg.compressor == "ans" and count > 0
-    at = rt.largest(max(finest, bits - 8 * room / max(count, 1)))
+    at = max(finest, bits - 8 * room / max(count, 1))
     for turns_left in reversed(range(12)):
         steps = {name: weighted_steps(curvature, at) for name, curvature in curved.items()}
         stored = quantize(cfg, rt, state, factors, steps, chained)
@@ -3725,11 +3677,11 @@ def pack_code(code: bytes) -> bytes:
     if zipfile.is_zipfile(io.BytesIO(code)):
         return code
     packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+    with zipfile.ZipFile(packed, "w") as archive:
         for name, content in (("train_gpt.py", code), ("__main__.py", PACKED_MAIN)):
             entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
             entry.create_system = 3  # as on Unix, wherever it is packed
-            archive.writestr(entry, content, zipfile.ZIP_DEFLATED)
+            archive.writestr(entry, content, zipfile.ZIP_DEFLATED, 9)  # an entry takes no level from its archive
     return packed.getvalue()
 
 
@@ -4011,7 +3963,7 @@ def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
     """
     starts = (tokens == bos).nonzero().flatten().tolist()
     starts = starts if starts[:1] == [0] else [0, *starts]
-    return [(a, b) for a, b in pairwise([*starts, len(tokens) - 1]) if b > a]
+    return [(a, b) for a, b in itertools.pairwise([*starts, len(tokens) - 1]) if b > a]
 
 
 class Pass(NamedTuple):
@@ -4059,11 +4011,9 @@ def document_batches(cfg: Settings, documents: list[tuple[int, int]], ranks: int
 
     Batches do not depend on the number of ranks; each goes to the rank with the least work so far, most work first.
     """
-    window = {"sequential": 0, "bucketed": cfg.ttt_bucket_window, "sorted": len(documents)}[cfg.ttt_doc_order]
-    ordered = documents
-    if window:
-        ordered = [d for i in range(0, len(documents), window)
-                   for d in sorted(documents[i : i + window], key=lambda d: d[1] - d[0])]
+    window = {"sequential": 1, "bucketed": cfg.ttt_bucket_window, "sorted": len(documents)}[cfg.ttt_doc_order]
+    ordered = [d for i in range(0, len(documents), window)
+               for d in sorted(documents[i : i + window], key=lambda d: d[1] - d[0])]
     size = cfg.ttt_batch_size
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     cost = [batch_cost(cfg, batch, True) for batch in batches]
@@ -4202,13 +4152,10 @@ class Evaluator:
 
     def charge(self, ids: Tensor, targets: Tensor, place: Tensor, scored: Tensor, **options: Any) -> Tensor:
         """Losses (rows, length) of a forward pass over inputs at `place` of the stream, charged where `scored`."""
-        at = torch.where(scored, place + 1, 0)
-        if self.val.hints is None:
-            losses = self.forward(ids, targets, loops=self.loops, **options)
-            self.scorer.add(at, losses.detach())
-            return losses
-        hints = torch.where(scored, self.val.hints[at], IGNORE)
-        losses = self.forward(ids, torch.stack((targets, hints)), loops=self.loops, **options)
+        at, hints = torch.where(scored, place + 1, 0), self.val.hints
+        if hints is not None:
+            targets = torch.stack((targets, torch.where(scored, hints[at], IGNORE)))
+        losses = self.forward(ids, targets, loops=self.loops, **options).view(-1, *ids.shape)  # the hints' are second
         self.scorer.add(at, *losses.detach())
         return losses[0]
 
@@ -4283,7 +4230,7 @@ class Evaluator:
         ends = {cfg.phased_ttt_prefix_docs * i // len(phases) for i in phases}  # of phases
         warm = range(0, len(documents), cfg.ttt_warm_start_docs) if cfg.ttt_warm_start_a else ()
         cuts = sorted({0, len(documents), *warm, *(end for end in ends if end < len(documents))})
-        dealt = [document_batches(cfg, documents[low:high], rt.world)[rt.rank] for low, high in pairwise(cuts)]
+        dealt = [document_batches(cfg, documents[a:b], rt.world)[rt.rank] for a, b in itertools.pairwise(cuts)]
         budget = Budget(cfg, rt, self.scorer.loaded, sum(batch_cost(cfg, b, False) for mine in dealt for b in mine))
         over, plain = False, 0
         for i, (high, mine) in enumerate(zip(cuts[1:], dealt)):
@@ -4299,8 +4246,10 @@ class Evaluator:
             if high in ends:
                 sgd, size = Sgd(cfg, rt, self.model, self.forward), cfg.global_ttt_chunk_tokens
                 last = (documents[high - 1][1] - 1) // size  # step of what has been scored, on any rank; left out
-                with budget.paused():
-                    for step in range(last):
+                for step in range(last):
+                    if rt.largest(float(not budget.spend(0, 0))):
+                        break
+                    with budget.paused():
                         sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
         return int(rt.sum_(torch.tensor(plain, device=rt.device)))
 
@@ -4371,6 +4320,7 @@ def random_text(cfg: Settings, val: Validation) -> Validation:
 
 LARGEST = 1e30  # of a setting: float32 holds 3e38, and optimizers divide learning rates by small numbers
 ORDINARY = ("COMPILER", "TYPE")  # one letter from a setting, but set by clusters' modules and by build scripts
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}
 # Settings of the field's other scripts that have no like here, each with the value that asks for nothing more than this
 # script does: off, what is built in, or what another setting says. With * none does: it changes no figure.
 ELSEWHERE = dict(pair.split("=", 1) for pair in """
@@ -4402,16 +4352,14 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
     meta, kind, name = f.metadata, kind_of(f), source or f.name.upper()
     if value is None and f.default is None:
         return
-    if isinstance(value, int) and not isinstance(value, bool) and kind is float:
-        value = float(value)
-    if type(value) is not kind:
-        raise RunError(f"{name}={value}: takes {type_name(kind)}")
+    if type(value) is not kind and (type(value), kind) != (int, float):  # a whole number is a number too
+        raise RunError(f"{name}={value}: takes {TYPE_NAMES[kind]}")
     if meta["choices"] and value not in meta["choices"]:
         raise RunError(f"{name}={value}: takes one of {', '.join(meta['choices'])}")
     low, high = meta["low"], meta["high"]
     if kind in (int, float) and not low <= value <= (math.inf if high is None else high):  # `not` also stops nan
         bounds = f"of at least {low}" if high is None else f"from {low} to {high}"
-        raise RunError(f"{name}={value}: takes {type_name(kind)} {bounds}")
+        raise RunError(f"{name}={value}: takes {TYPE_NAMES[kind]} {bounds}")
     if kind is float and abs(value) > LARGEST:
         raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
 
@@ -4483,25 +4431,18 @@ def kind_of(f: dataclasses.Field) -> type:
     return f.type.__args__[0] if f.default is None else type(f.default)
 
 
-def type_name(kind: type) -> str:
-    return {int: "a whole number", float: "a number", bool: "0 or 1", str: "text"}[kind]
-
-
 def parse_value(f: dataclasses.Field, name: str, raw: str):
-    """The typed value of environment variable `name`; RunError when `raw` is not one."""
+    """The typed value of environment variable `name`; RunError when `raw` is not one that the setting takes."""
     kind = kind_of(f)
     if f.default is None and raw.lower() == "auto":
         return None
     try:
-        if kind is bool:
-            return {"0": False, "1": True}[as_digit(raw)]
-        value = kind(raw)
-        if kind is float and not math.isfinite(value):
-            raise ValueError
-        return value
+        value = {"0": False, "1": True}[as_digit(raw)] if kind is bool else kind(raw)
     except (KeyError, ValueError):
         auto = " or auto" if f.default is None else ""
-        raise RunError(f"{name}={raw}: takes {type_name(kind)}{auto}") from None
+        raise RunError(f"{name}={raw}: takes {TYPE_NAMES[kind]}{auto}") from None
+    check_range(f, value, name)
+    return value
 
 
 def parse_numbers(text: str) -> list[int]:
@@ -4584,15 +4525,12 @@ def allowed_by(f: dataclasses.Field, name: str, values: dict[str, str] | Callabl
     """The values that NAME=raw leaves to its field, the likeliest first; `values` as in `setting`."""
     # a blank may be a shell variable that is not set: a path that is lost must not start a training
     if not raw and (f.default != "" or f.name == "eval_only"):
-        raise RunError(f"{name}=: takes {type_name(kind_of(f))}, not a blank; unset it for the default")
+        raise RunError(f"{name}=: takes {TYPE_NAMES[kind_of(f)]}, not a blank; unset it for the default")
     word = as_digit(raw)
     if values and name != f.name.upper() and not callable(values) and word not in values:
         raise RunError(f"{name}={raw}: takes one of {', '.join(sorted(values))}")
     words = values(raw).split() if callable(values) else values[word].split() if word in values else [raw]
-    options = [parse_value(f, name, word) for word in words]
-    for option in options:
-        check_range(f, option, name)
-    return options
+    return [parse_value(f, name, word) for word in words]
 
 
 def asks_for_more(name: str, raw: str, chosen: dict[str, Any]) -> bool:
@@ -4620,26 +4558,27 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     wrong = set(stored) ^ set(artifact_settings(Settings()))
     if wrong:
         raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
-    for key in ("vocab_size", "caseops_enabled", *Settings.group("model")):
-        if notes.explicit.get(key, stored[key]) != stored[key]:
-            raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {notes.explicit[key]}")
+    given = {key: value for key, value in notes.explicit.items() if value is not None}  # auto: what the artifact has
+    if given.get("embedding_dim") == stored["model_dim"]:
+        given["embedding_dim"] = 0
+    for key in ("vocab_size", "caseops_enabled", *Settings.group("model"), *["train_seq_len"] * stored["rope_yarn"]):
+        if given.get(key, stored[key]) != stored[key]:
+            raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {given[key]}")
     try:
-        window = notes.explicit.get("train_seq_len", stored["train_seq_len"])
-        return Settings(**({"train_batch_tokens": window} | stored | notes.explicit))
+        window = given.get("train_seq_len", stored["train_seq_len"])
+        return Settings(**({"train_batch_tokens": window} | stored | given))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
 
 
-def changes(cfg: Settings, chosen: Iterable[str] = ()) -> str:
+def changes(cfg: Settings, chosen: Iterable[str]) -> str:
     """Settings that differ from their defaults, a line for each group; an `auto` one only where it was `chosen`."""
-    text = ""
-    for group in dict.fromkeys(f.metadata["group"] for f in dataclasses.fields(cfg)):
-        fields = [f for f in dataclasses.fields(cfg) if f.metadata["group"] == group]
-        changed = {f.name: getattr(cfg, f.name) for f in fields if getattr(cfg, f.name) != f.default}
-        words = [f"{name.upper()}={shown(value)}" for name, value in changed.items()
-                 if name in chosen or cfg.__dataclass_fields__[name].default is not None]
-        text += f"\n  {group:6}{' '.join(words)}" if words else ""
-    return text or " none"
+    groups = {}
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if value != f.default and (f.name in chosen or f.default is not None):
+            groups.setdefault(f.metadata["group"], []).append(f"{f.name.upper()}={shown(value)}")
+    return "".join(f"\n  {group:6}{' '.join(words)}" for group, words in groups.items()) or " none"
 
 
 def help_text() -> str:
@@ -4673,7 +4612,8 @@ def fit_to_device(cfg: Settings, rt: Runtime) -> Settings:
     """Resolve the `auto` values that depend on the device."""
     most = 8192
     if rt.device.type == "cuda":
-        most = int(98304 * min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9))
+        share = min(1.0, torch.cuda.get_device_properties(rt.device).total_memory / 80e9)
+        most = int(-98304 * rt.largest(-share))  # of the smallest GPU: all ranks must deal the same rows
     micro = cfg.micro_batch_tokens or max(cfg.train_seq_len, most)
     return dataclasses.replace(cfg, micro_batch_tokens=micro,
                                eval_batch_tokens=cfg.eval_batch_tokens or max(micro, cfg.eval_seq_len))
@@ -4690,7 +4630,7 @@ class Run:
         shard_paths(cfg, "val")  # who has no data at all is told so, and not that a tokenizer is missing
         self.val = Validation.load(cfg, read_tokenizer(cfg.tokenizer_path, cfg.vocab_size, cfg.bos_id), rt.device)
         self.windows = None if cfg.eval_only else Windows(cfg, rt, self.val.bos)
-        if cfg.resume:
+        if cfg.resume and not cfg.eval_only:
             read_checkpoint(cfg, rt.path("checkpoint.pt"), self.windows.identity(), torch.device("cpu"))
         self.attention, ops = agree_on_attention(cfg, rt), pick_ops(cfg, rt.device)
         self.code = pack_code(read_code()) if rt.rank == 0 else b""
@@ -4718,22 +4658,20 @@ class Run:
                f"{f', {len(self.val.pairs)} pairs of tokens fused' if self.val.pairs else ''}")
         self.model = build_model(cfg, rt, self.attention.run, self.val.bos, ops, self.val.pairs)
         rt.log(f"model: {sum(p.numel() for p in self.model.parameters()):,} parameters")
-        self.forward, parts = compile_model(self.model) if compiled else (self.model, self.model)
-        self.final_forward = self.forward if cfg.ttt_mode == "none" else parts
+        # the second for test-time training
+        self.forward, self.final_forward = compile_model(self.model) if compiled else (self.model, self.model)
 
     def evaluator(self, forward: Callable, loops: int | None = None, val: Validation | None = None) -> Evaluator:
         return Evaluator(self.cfg, self.rt, self.model, forward, val or self.val, self.loaded, loops)
 
-    def stage(self, name: str, evaluation: Callable[[], Score]) -> Score:
-        """Run an evaluation, log its score and return it."""
-        score = evaluation()
+    def stage(self, name: str, stride: int, loops: int | None = None) -> Score:
+        """Evaluate by windows `stride` apart, or if that is 0 by test-time training; log the score and return it."""
+        evaluator = self.evaluator(self.forward if stride else self.final_forward, loops)
+        score = evaluator.by_windows(stride, name) if stride else evaluator.final()
         self.rt.log(f"stage:{name} val_loss:{score.val_loss:.6f} val_bpb:{score.val_bpb:.6f} tokens:{score.tokens} "
                     f"bytes:{score.bytes} seconds:{score.seconds:.1f}")
         self.rt.metric(stage=name, val_loss=score.val_loss, val_bpb=score.val_bpb, seconds=score.seconds)
         return score
-
-    def window_stage(self, name: str, stride: int, loops: int | None = None) -> Score:
-        return self.stage(name, lambda: self.evaluator(self.forward, loops).by_windows(stride, name))
 
     def train(self) -> tuple[bytes, dict[str, Any]]:
         """Train, calibrate, quantize and pack; returns the artifact and the training part of the result."""
@@ -4752,7 +4690,7 @@ class Run:
             rt.log(f"resumed at step {first}, {clock.spent:.1f}s on the clock")
         feeder = Feeder(self.windows, plan, first * plan.windows)
         steps = train(cfg, rt, trainer, feeder, clock,
-                      lambda step, loops: self.window_stage(f"step{step}", cfg.eval_seq_len, loops), first)
+                      lambda step, loops: self.stage(f"step{step}", cfg.eval_seq_len, loops), first)
         feeder.close()
         loop_seconds = rt.largest(clock.seconds())
         kept = trainer.use_average()
@@ -4764,7 +4702,7 @@ class Run:
                f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}; kept: {kept}")
         if cfg.save_model and rt.rank == 0:
             save_tensors(rt.path("final_model.pt"), self.model.state_dict())
-        self.stages["pre_quant"] = self.window_stage("pre_quant", cfg.eval_seq_len)
+        self.stages["pre_quant"] = self.stage("pre_quant", cfg.eval_seq_len)
         return self.compress(stats), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
                                           "tok_per_s": tokens / max(loop_seconds, 1e-9)}
 
@@ -4803,19 +4741,16 @@ class Run:
         if cfg.eval_stages == "final":
             if not cfg.eval_only and len(stages) > 1:
                 self.load(artifact, name)
-                self.stages["quantized"] = self.window_stage("quantized", cfg.eval_seq_len)
+                self.stages["quantized"] = self.stage("quantized", cfg.eval_seq_len)
             stages = stages[-1:]
         self.loaded = time.perf_counter()
         self.load(artifact, name)
         self.val = dataclasses.replace(self.val)  # what was derived from the text is made anew, on this clock
         for stage in stages:
-            if stage == "ttt":
-                if self.forward is not self.model:
-                    self.evaluator(self.final_forward, val=random_text(cfg, self.val)).warm_ttt()
-                self.stages[stage] = self.stage(stage, lambda: self.evaluator(self.final_forward).final())
-            else:
-                stride = cfg.eval_stride if stage == "sliding" else cfg.eval_seq_len
-                self.stages[stage] = self.window_stage(stage, stride)
+            if stage == "ttt" and self.forward is not self.model:
+                self.evaluator(self.final_forward, val=random_text(cfg, self.val)).warm_ttt()
+            stride = {"quantized": cfg.eval_seq_len, "sliding": cfg.eval_stride, "ttt": 0}[stage]
+            self.stages[stage] = self.stage(stage, stride)
         return self.rt.largest(time.perf_counter() - self.loaded)
 
     def execute(self, artifact: bytes | None = None) -> int:
@@ -4871,7 +4806,8 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
             raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
         with open(path, "rb") as file:
             artifact = file.read()
-        cfg = adopt_settings(notes, open_artifact(artifact, path).settings, path)
+        settings, compressor, *_ = open_artifact(artifact, path)
+        cfg = dataclasses.replace(adopt_settings(notes, settings, path), compressor=compressor)
     else:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:

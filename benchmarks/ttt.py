@@ -47,7 +47,7 @@ def main() -> int:
         if not os.path.isfile(path):
             raise tg.RunError("EVAL_ONLY takes the artifact to score")
         artifact = Path(path).read_bytes()
-        cfg = tg.adopt_settings(notes, tg.open_artifact(artifact, path).settings, path)
+        cfg = tg.adopt_settings(notes, tg.open_artifact(artifact, path)[0], path)
         with tempfile.TemporaryDirectory() as folder:
             return measure(dataclasses.replace(cfg, artifact_dir=folder), notes, artifact, args)
     except tg.RunError as error:

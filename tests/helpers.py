@@ -115,14 +115,17 @@ def flat(stored: dict[str, tg.Stored]) -> dict[str, torch.Tensor]:
 
 
 def empty_statistics(cfg: tg.Settings, model: tg.GPT, tokens: int = 0) -> tg.Statistics:
-    """Statistics on the CPU to which no text has been added; `tokens`: how many they are to be of."""
-    cpu = torch.device("cpu")
-    return tg.Statistics(tg.empty_hessians(cfg, cpu), tg.empty_moments(cfg, model, cpu), tokens)
+    """Statistics to which no text has been added; `tokens`: how many they are to be of."""
+    return tg.Statistics.empty(cfg, model)._replace(tokens=tokens)
+
+
+def empty_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
+    return tg.Statistics.empty(cfg, tg.GPT(cfg)).hessians
 
 
 def stored_weights(cfg: tg.Settings, model: tg.GPT) -> dict[str, tg.Stored]:
     """The weights as an artifact stores them, each rounded by itself: inputs without correlations."""
-    hessians = {role: h + torch.eye(h.size(1)) for role, h in tg.empty_hessians(cfg, torch.device("cpu")).items()}
+    hessians = {role: h + torch.eye(h.size(1)) for role, h in empty_hessians(cfg).items()}
     weights = {name: p.detach() for name, p in model.named_parameters()}
     return tg.quantize(cfg, FakeRuntime(), weights, tg.factorize_all(hessians))
 

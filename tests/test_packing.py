@@ -9,6 +9,7 @@ import random
 import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -498,6 +499,22 @@ def test_the_same_setting_given_again_is_fine():
     assert tg.adopt_settings(notes, stored_settings(), NAME).num_layers == 2
 
 
+@pytest.mark.parametrize("changes, said", [
+    ({"loop_start": 2, "loop_end": 2, "num_loops": 1}, {"loop_start": None, "loop_end": None, "eval_seq_len": None}),
+    ({}, {"embedding_dim": 16})])  # as wide as the model: no factors
+def test_what_says_the_same_in_other_words_is_adopted(changes, said):
+    stored = stored_settings(**{"num_layers": 4} | changes)
+    adopted = tg.adopt_settings(tg.Notes(said, {}, ()), stored, NAME)
+    assert {name: getattr(adopted, name) for name in stored} == stored
+
+
+def test_a_length_that_moves_the_rotary_base_is_refused():
+    cfg, notes = explicit(train_seq_len=256)
+    assert tg.adopt_settings(notes, stored_settings(), NAME).train_seq_len == 256
+    with pytest.raises(tg.RunError, match="dir/model.ptz: made with TRAIN_SEQ_LEN=.*, this run has 256"):
+        tg.adopt_settings(notes, stored_settings(rope_yarn=True), NAME)
+
+
 def test_evaluation_settings_may_differ():
     cfg, notes = explicit(eval_stride=16, eval_seq_len=512, data_path="elsewhere", device="cpu")
     adopted = tg.adopt_settings(notes, stored_settings(), NAME)
@@ -587,6 +604,7 @@ def test_packing_is_deterministic_and_idempotent(packed):
     code = packed.read_bytes()
     assert tg.pack_code(SCRIPT.read_bytes()) == code
     assert tg.pack_code(code) == code
+    assert len(code) < len(zlib.compress(SCRIPT.read_bytes(), 9)) + 500  # of zlib's best
     assert tg.pack_code(SCRIPT.read_bytes() + b"\n") != code
 
 

@@ -17,7 +17,7 @@ import pytest
 import sentencepiece
 import torch
 from conftest import LONGEST, ROOT, TRAIN, ForkedRun, clean_environment, read_losses, read_result, run_script
-from helpers import bare
+from helpers import FakeRuntime, bare, on_ranks
 
 import train_gpt as tg
 
@@ -125,8 +125,9 @@ def test_any_number_of_processes_trains_and_scores_alike(finished, tiny, tmp_pat
 
 
 def test_over_budget_is_written_and_ends_with_status_2(finished, tiny, tmp_path):
+    """By an evaluation, which resumes nothing, whatever the environment still says of a training."""
     done = run_script(tiny | {"EVAL_ONLY": str(finished[0] / "final_model.int6.ptz"), "ARTIFACT_DIR": str(tmp_path),
-                              "ARTIFACT_BUDGET_BYTES": "20000", "EVAL_STRIDE": "0"})
+                              "ARTIFACT_BUDGET_BYTES": "20000", "EVAL_STRIDE": "0", "RESUME": "1"})
     result = read_result(tmp_path)
     assert done.returncode == 2 and result["fits"] is False and list(result["stages"]) == ["quantized"]
     assert f"OVER by {result['bytes_total'] - 20000}" in done.stdout
@@ -318,6 +319,13 @@ def test_loss_against_bytes_of_a_run(finished, tmp_path):
         assert 59_000 < more["bytes"]["ans"] <= 60_000 and 29_000 < less["bytes"]["ans"] <= 30_000
         assert abs(more["gap"]) < less["gap"] and 0 < more["kl"] < less["kl"]
     assert done.stdout.count(" gap ") == len(found["rows"]) == 7
+    # of a run with low-rank corrections too, which two of its rows are to compare
+    result = read_result(finished[0])
+    shutil.copytree(finished[0], tmp_path / "lqer")
+    (tmp_path / "lqer/result.json").write_text(json.dumps(result | {"config": result["config"] | {
+        "lqer_enabled": True, "qat_enabled": True, "quant_allocation": "sdclip"}}))
+    done = run_script({}, str(tmp_path / "lqer"), "--bytes", "60000", "30000", "--json", str(figures), script=BYTES)
+    assert done.returncode == 0 and json.loads(figures.read_text())["rows"] == found["rows"], done.stderr
 
 
 @pytest.mark.parametrize("change, said", [
@@ -356,7 +364,7 @@ def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, setti
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     run = SimpleNamespace(cfg=bare(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
-                          window_stage=stage, load=lambda *_: advance(3), rt=SimpleNamespace(largest=float),
+                          load=lambda *_: advance(3), rt=SimpleNamespace(largest=float),
                           val=tg.Validation(torch.zeros(2), torch.ones(2), 1, None))
     assert tg.Run.score(run, b"", "x") == seconds
     assert list(run.stages) == stages
@@ -464,6 +472,29 @@ def test_a_packer_that_is_missing_is_told_before_training(tiny, tmp_path):
                       fresh=True)
     assert (done.returncode, done.stdout) == (1, "") and not (tmp_path / "run").exists()
     assert done.stderr.startswith("error: COMPRESSOR=ans: the package constriction is not installed")
+
+
+def test_an_artifact_needs_the_packer_that_packed_it_alone(tiny, tmp_path):
+    settings = tiny | {"ITERATIONS": "1", "EVAL_STRIDE": "0"}
+    done = run_script(settings | {"ARTIFACT_DIR": str(tmp_path / "run"), "COMPRESSOR": "lzma"})
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "constriction.py").write_text("raise ImportError('not here')")
+    done = run_script(settings | {"EVAL_ONLY": str(tmp_path / "run/final_model.int6.ptz"), "COMPRESSOR": "ans",
+                                  "ARTIFACT_DIR": str(tmp_path / "eval"), "PYTHONPATH": str(tmp_path)}, fresh=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_ranks_on_unlike_gpus_deal_the_same_rows(monkeypatch):
+    """As many tokens at a time as the least of them holds, or windows would be scored twice or by nobody."""
+    monkeypatch.setattr(torch.cuda, "get_device_properties",
+                        lambda device: SimpleNamespace(total_memory=(48e9, 24e9)[device.index]))
+
+    def work(rt: FakeRuntime) -> tg.Settings:
+        rt.device = SimpleNamespace(type="cuda", index=rt.rank)
+        return tg.fit_to_device(bare(run_id="run"), rt)
+
+    one, other = on_ranks(2, work)
+    assert one == other and one.micro_batch_tokens == int(98304 * 0.3)
 
 
 def test_a_console_that_is_gone_ends_no_run(tmp_path, monkeypatch):

@@ -277,10 +277,10 @@ CAUGHT = {
     ("nccl_refuses",): (2, {}, "error", "RunError: updates of a bank over ranks: refused\nas ever$"),
     ("nccl_refuses", "no_checks_in_runtime"): (2, {}, "error", "^ValueError: refused"),
     ("used_before_waited_for",): (
-        2, {}, "unfinished", r"RunError: train_loss is nan at step 2;.*\nreduce_scatter_tensor\n"),
+        2, {}, "unfinished", r"RunError: train_loss is nan at step 1;.*\nreduce_scatter_tensor\n"),
     ("changed_before_waited_for",): (2, {}, "error", "the input of reduce_scatter_tensor was changed before"),
     ("unlike_on_each_rank",): (2, {}, "error", "RunError: .*: all_reduce of .* is another on other ranks"),
-    ("int16_exchanged",): (1, {}, "error", "RunError: codes over ranks: .* torch.int16"),
+    ("int16_exchanged",): (1, {}, "error", "RunError: common part over ranks: .* torch.int16"),
     ("int16_exchanged", "no_checks_in_runtime"): (2, {}, "error", "data type is not supported .*: torch.int16"),
     ("made_on_the_cpu",): (1, {}, "error", "all tensors to be on the same device, .* cpu, cuda:0!"),
     ("loss_read_in_the_step",): (1, {}, "waits", "_local_scalar_dense: loss_read_in_the_step.*step"),

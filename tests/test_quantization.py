@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import shifted
-from helpers import FakeRuntime, Products, empty_statistics, flat, on_ranks, redrawn, small_run
+from helpers import FakeRuntime, Products, empty_hessians, empty_statistics, flat, on_ranks, redrawn, small_run
 from torch.overrides import TorchFunctionMode
 
 import train_gpt as tg
@@ -219,7 +219,7 @@ def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
     cfg = tiny(tmp_path)
     model = random_model(cfg)
     ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(shifted(0)))
-    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    hessians = empty_hessians(cfg)
     with Products() as products, torch.no_grad():
         model(ids)
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
@@ -232,7 +232,7 @@ def test_each_matrix_has_the_hessian_of_its_own_inputs(tmp_path):
 
 
 def diagonal_hessians(cfg: tg.Settings) -> dict[str, torch.Tensor]:
-    hessians, generator = tg.empty_hessians(cfg, torch.device("cpu")), torch.Generator().manual_seed(shifted(3))
+    hessians, generator = empty_hessians(cfg), torch.Generator().manual_seed(shifted(3))
     for hessian in hessians.values():
         hessian.diagonal(dim1=1, dim2=2).add_(1 + torch.rand(hessian.shape[:2], generator=generator))
     return hessians
@@ -284,7 +284,7 @@ def test_small_matrices_stay_fp16(rt, tmp_path):
 def test_quantizing_twice_gives_the_same(rt, tmp_path):
     cfg = tiny(tmp_path)
     model = random_model(cfg)
-    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    hessians = empty_hessians(cfg)
     ids = torch.randint(0, 41, (2, 8), generator=torch.Generator().manual_seed(shifted(2)))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}
@@ -296,7 +296,7 @@ def test_quantizing_twice_gives_the_same(rt, tmp_path):
 def test_gptq_on_the_model_uses_the_hessians(rt, tmp_path):
     cfg = tiny(tmp_path, matrix_bits=3, matrix_clip_sigmas=3.0)
     model = random_model(cfg)
-    hessians = tg.empty_hessians(cfg, torch.device("cpu"))
+    hessians = empty_hessians(cfg)
     ids = torch.randint(0, 41, (40, 8), generator=torch.Generator().manual_seed(shifted(2)))
     tg.add_statistics(model, tg.Statistics(hessians, {}), tg.Batch(ids, None))
     state = {n: p.detach() for n, p in model.named_parameters()}

@@ -11,6 +11,7 @@ import resource
 import signal
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -310,6 +311,9 @@ def test_snapshots_are_taken_late_and_now_and_then(tmp_path):
     cfg = tiny(tmp_path, warmdown_frac=0.5, swa_enabled=True, swa_every=5, swa_start_scale=0.25)
     assert [step for step in range(30) if tg.Schedule.at(cfg, step, 0.9).snapshot] == [4, 9, 14, 19, 24, 29]
     assert not any(tg.Schedule.at(cfg, step, 0.875).snapshot for step in range(30))
+    for average in ("ema", "swa"):  # none that nothing keeps
+        cfg = tiny(tmp_path, warmdown_frac=0.5, swa_enabled=True, average=average, swa_every=1, swa_start_scale=0.25)
+        assert tg.Schedule.at(cfg, 4, 0.99).snapshot == (average == "swa")
     off = tiny(tmp_path, warmdown_frac=0.5, swa_every=5, swa_start_scale=0.25)
     assert not any(tg.Schedule.at(off, step, 1.0).snapshot for step in range(30))
 
@@ -747,7 +751,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused(rt, tmp_path, few_rows):
     for changes in ({"num_layers": 3}, {"model_dim": 32}, {"num_loops": 1}, {"parallel_start_layer": 2},
                     {"smear_gate_enabled": True}, {"rope_base": 9.0}, {"varlen_enabled": False}, {"ema_decay": 0.0},
                     {"seed": 3}, {"train_batch_tokens": 12 * T}, {"train_seq_len": 16, "eval_stride": 4},
-                    {"micro_batch_tokens": T}):
+                    {"micro_batch_tokens": T}, {"bos_id": 5}):
         with pytest.raises(tg.RunError, match="checkpoint.pt: made with"):
             load(**changes)
     good = open(path, "rb").read()
@@ -762,6 +766,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused(rt, tmp_path, few_rows):
         torch.save(spoilt(content, key), path)
         with pytest.raises(tg.RunError, match="checkpoint.pt"):
             load()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(torch.OutOfMemoryError):  # no fault of the file
+        patch.setattr(torch, "load", Mock(side_effect=torch.OutOfMemoryError("full")))
+        load()
     for other in ([], 5, {"settings": None}, content | {"params": content["params"][:-1]}, content | {"muon": []}):
         torch.save(other, path)
         with pytest.raises(tg.RunError, match="checkpoint.pt"):
@@ -785,6 +792,23 @@ def test_a_checkpoint_is_never_of_a_broken_run(rt, tmp_path):
     saved = torch.load(rt.path("checkpoint.pt"), weights_only=True)
     assert all(p.isfinite().all() for p in saved["params"])
     assert saved["step"] <= 9
+
+
+def test_a_checkpoint_never_follows_from_a_gradient_that_is_no_number(rt, tmp_path):
+    """The losses before it are all sound, and clipping makes every weight nan."""
+    cfg = tiny(tmp_path, checkpoint_every=1, train_log_every=50, iterations=10)
+    model, count = random_model(cfg), iter(range(10**6))
+
+    def breaks_down(*arguments, **options):
+        losses = model(*arguments, **options)
+        if next(count) >= 3 * 9:  # three passes a step; in the last one
+            losses.register_hook(lambda gradient: gradient * math.nan)
+        return losses
+
+    with pytest.raises(tg.RunError, match="train_loss is nan at step 10"):
+        run(cfg, rt, model, forward=breaks_down)
+    saved = torch.load(rt.path("checkpoint.pt"), weights_only=True)
+    assert saved["step"] == 9 and all(p.isfinite().all() for p in saved["params"])
 
 
 # ----- compilation

@@ -723,6 +723,19 @@ def test_no_phase_adapts_again_once_the_budget_is_spent(monkeypatch, budget):
     assert starts and max(starts) <= budget
 
 
+def test_a_phase_ends_when_the_budget_does(monkeypatch):
+    """4 documents of 3 s, then 35 steps of a second, then 2 documents of 5 s: 57 s in all. The time for backward passes,
+    which this clock does not have, is judged to be there, and so the rest to take 5 s.
+    """
+    cfg = config(ttt_mode="phased", ttt_batch_size=1, phased_ttt_prefix_docs=4, phased_ttt_num_phases=1,
+                 global_ttt_chunk_tokens=1, ttt_doc_order="sequential", eval_budget_seconds=40.0)
+    steps, real = [], tg.Sgd.step
+    monkeypatch.setattr(tg.Sgd, "step", lambda *arguments: (steps.append(1), real(*arguments)))
+    score, _, said, _ = timed(cfg, monkeypatch, [9] * 6)
+    assert score.tokens == 9 * 6 and len(said) == 1 and 0 < len(steps) < 35
+    assert tg.time.perf_counter() - 100 <= 40 + 6
+
+
 def test_adapters_lie_in_memory_as_their_gradients_do():
     """And as AdamW's moments: else each of hundreds of tensors is updated by itself, out of its order."""
     cfg = config(ttt_batch_size=3)
