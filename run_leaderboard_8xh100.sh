@@ -23,8 +23,9 @@ seeds=("$@")
 for seed in "${seeds[@]}"; do
     [[ "$seed" =~ ^[0-9]+$ ]] || { echo "error: $seed: neither a recipe's folder nor a seed" >&2; exit 1; }
 done
+unset SEED  # each run gets its own; a list of them is none
 use_python requirements.txt
-NPROC="${NPROC:-$(gpu_count)}"
+NPROC="${NPROC:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}"
 [[ "$NPROC" =~ ^[0-9]+$ ]] || { echo "error: NPROC=$NPROC: takes a number of processes" >&2; exit 1; }
 if [ "$NPROC" -eq 0 ]; then
     echo "error: no GPU here; ./run_smoke_1gpu.sh runs anywhere, NPROC=<n> forces n processes" >&2
@@ -38,19 +39,17 @@ start=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC"
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
 "$PYTHON" records/gpu_check.py --record  # so does a machine on which the run would be lost
-mapfile -t paths < <("$PYTHON" -c '
-import glob, json, sys
+mapfile -t places < <("$PYTHON" -c '
+import json, sys
 config = json.loads(sys.argv[1])
-for split in ("train", "val"):
-    pattern = glob.escape(config["data_path"]) + f"/fineweb_{split}_*.bin"
-    print(len(glob.glob(pattern)) or config["data_path"] + f"/fineweb_{split}_*.bin")
-print(len(glob.glob(glob.escape(config["tokenizer_path"]))) or config["tokenizer_path"])' "$config")
-for path in "${paths[@]}"; do  # numbers of files, or what was not found
-    [[ "$path" =~ ^[0-9]+$ ]] && continue
+print(config["data_path"], config["tokenizer_path"], sep="\n")' "$config")
+for path in "${places[0]}"/fineweb_{train,val}_*.bin "${places[1]}"; do  # a pattern stays where nothing is found
+    [ -e "$path" ] && continue
     echo "error: $path: no such file; data/cached_challenge_fineweb.py downloads the published data" >&2
     exit 1
 done
-echo "$recipe: seeds ${seeds[*]}, $NPROC processes, ${paths[0]} train shards"
+shards=("${places[0]}"/fineweb_train_*.bin)
+echo "$recipe: seeds ${seeds[*]}, $NPROC processes, ${#shards[@]} train shards"
 
 worst=0
 started="$(mktemp)"

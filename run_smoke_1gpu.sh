@@ -23,6 +23,9 @@ if [ "$machine" != "no GPU is used" ]; then
     default TRAIN_BATCH_TOKENS 196608
     default MAX_WALLCLOCK_SECONDS 120
     default EVAL_STRIDE 256
+elif [ -n "${EVAL_ONLY:-}" ]; then  # an artifact has its model's settings, and those of its evaluation
+    default VOCAB_SIZE 1024
+    default DTYPE fp32
 else  # sizes that a CPU can train, whatever the recipe says; its techniques stay
     default VOCAB_SIZE 1024
     default MODEL_DIM 128

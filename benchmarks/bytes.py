@@ -89,7 +89,8 @@ def read_run(run: Path) -> dict[str, Any]:
 def measure(result: dict[str, Any], folder: str, args: argparse.Namespace) -> int:
     """Calibrate, then quantize, pack and score in every way, and print the table."""
     cfg = tg.Settings(**result["config"] | {"artifact_dir": folder, "quant_allocation": "auto",
-                                            "gptq_reserve_seconds": 0.0, "ngram_tilt_enabled": False})
+                                            "gptq_reserve_seconds": 0.0, "ngram_tilt_enabled": False,
+                                            "lqer_enabled": False, "qat_enabled": False})
     rt = tg.Runtime(cfg, tg.Launch())
     rt.open_logs(append=False)
     cfg = tg.fit_to_device(cfg, rt)

@@ -121,7 +121,7 @@ class Still(tg.Trainer):
 
     def reset(self) -> None:
         self.params, self.ema = list(self.model.parameters()), None
-        self.optimizer = SimpleNamespace(reduce_gradients=lambda: None, step=self.forget)
+        self.optimizer = SimpleNamespace(reduce_gradients=lambda: 0.0, step=self.forget)
 
     def forget(self, *_) -> None:
         for p in self.params:
@@ -231,10 +231,6 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def compile_form(form: str, known: dict[str, Kernel]) -> Row:
     """Compile all of a form. `known` has the kernels compiled before, by source; those of this form are added to it."""
     start, failed, graphs, found, made = cpu_seconds(), {}, [], [], {}
@@ -243,27 +239,27 @@ def compile_form(form: str, known: dict[str, Kernel]) -> Row:
     try:
         find_kernels(cfg, graphs, found)
     except Exception as error:  # of any of the compilers
-        failed["graphs"] = words(error)
+        failed["graphs"] = plan.words(error)
     middle = cpu_seconds()
     for name, source in {source.replace(name, "kernel"): (name, source) for name, source in found}.values():
         key = source.replace(name, "kernel")
         try:
             made[key] = known[key] = known.get(key) or compile_kernel(name, source)
         except Exception as error:
-            failed[name] = words(error)
+            failed[name] = plan.words(error)
     made = [*made.values()]
     if cfg.fused:
         try:
             made += compile_own(cfg)
         except Exception as error:
-            failed["FUSED=1"] = words(error)
+            failed["FUSED=1"] = plan.words(error)
     return Row(len(graphs), len(found), made, middle - start, cpu_seconds() - middle, failed)
 
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("forms", nargs="*", metavar="form", help=f"of {', '.join([*FORMS, *RECIPES])} (default: all)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=plan.place, help="also write the figures to this file")
     args = parser.parse_args(arguments)
     if not {*args.forms} <= {*FORMS, *RECIPES}:
         parser.error(f"takes forms of {', '.join([*FORMS, *RECIPES])}")

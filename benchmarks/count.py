@@ -55,6 +55,12 @@ class Device(NamedTuple):
 DEVICES = (Device("H100 SXM", 989e12, 3.35e12), Device("H200", 989e12, 4.8e12))
 
 
+def device_called(name: str) -> Device | None:
+    """The one of DEVICES that CUDA calls so. An H100 on PCIe is none of them, for its peaks differ."""
+    marks = {"H100 SXM": ("H100", "HBM3"), "H200": ("H200",)}
+    return next((d for d in DEVICES if all(mark in name for mark in marks[d.name])), None)
+
+
 class Work(NamedTuple):
     """The work of one step for the GPU. What is done once in a step, such as the optimizer's work, counts as backward.
     """
@@ -278,12 +284,9 @@ def optimizer_work(cfg: tg.Settings, shapes: dict[str, tuple[int, ...]], world: 
             flops += share * ns_flops
             moved += share * (ns_bytes + (4 + 14) * rows * cols) + 14 * size
         else:
-            moved += (32 + (BF16 if is_table(name) else 0)) * size
+            table = name in ("tok_emb", "head") or name.endswith("_table")
+            moved += (32 + BF16 * table) * size
     return Work(flops_backward=flops, bytes_backward=moved)
-
-
-def is_table(name: str) -> bool:
-    return name in ("tok_emb", "head") or name.endswith("_table")
 
 
 def parameter_shapes(cfg: tg.Settings) -> dict[str, tuple[int, ...]]:
@@ -417,6 +420,8 @@ def read_measured(path: Path) -> dict | None:
     if not path.exists():
         return None
     measured = json.loads(path.read_text())
+    if not isinstance(measured, dict) or "check_only" not in measured:
+        raise tg.RunError(f"{path}: not written by benchmarks/gpu.py")
     if measured["check_only"]:
         raise tg.RunError(f"{path}: written on a CPU as a check, its times mean nothing")
     return measured

@@ -53,11 +53,12 @@ if not torch.cuda.is_available() or os.environ.get("DEVICE") == "cpu":  # read w
     os.environ["TRITON_INTERPRET"] = "1"
 import count
 import kernel_check
+import plan
 from shards import write_shard
 
 import train_gpt as tg
 
-FULL = {"num_loops": 2, "train_batch_tokens": 98304, "micro_batch_tokens": 98304}
+FULL = {"num_loops": 2, "train_batch_tokens": 98304, "micro_batch_tokens": 98304, "eval_stride": 64}
 TINY = {"num_layers": 2, "loop_start": 1, "loop_end": 1, "num_loops": 1, "model_dim": 64, "num_heads": 4,
         "num_kv_heads": 2, "vocab_size": 384, "rope_dims": 8, "train_seq_len": 32, "train_batch_tokens": 64,
         "micro_batch_tokens": 32, "eval_stride": 16, "gptq_calibration_batches": 2, "quant_min_weights": 2048,
@@ -96,7 +97,7 @@ class Bench:
         self.compiled, self.by_parts = self.compile()
         self.fused = tg.fused_ops() if kernel_check.can_run(rt.device) else None
         name = torch.cuda.get_device_name(rt.device) if self.gpu else "cpu"
-        self.device, self.peak = name, next((d.flops for d in count.DEVICES if is_device(name, d.name)), None)
+        self.device, self.peak = name, getattr(count.device_called(name), "flops", None)
         shapes = count.parameter_shapes(cfg)
         self.work = {loops: count.count_step(cfg, cfg.train_batch_tokens, loops=loops, shapes=shapes)
                      for loops in sorted({0, cfg.num_loops})}
@@ -156,7 +157,7 @@ class Bench:
                 try:
                     row = kernel_check.compare(name, self.fused, self.rt.device, dtype, sizes)
                 except Exception as error:  # such as a kernel that this GPU cannot take
-                    row = {"ok": False, "error": describe(error)}
+                    row = {"ok": False, "error": plan.words(error)}
                 rows[f"{name}, {label}"] = row
         return rows or self.no_kernels()
 
@@ -167,12 +168,6 @@ class Bench:
         trainer, start = tg.Trainer(self.cfg, self.rt, self.model, self.compiled), time.perf_counter()
         tg.warm_up(self.cfg, self.rt, trainer)
         return {"cold_seconds": time.perf_counter() - start, "graphs": len(self.work)}
-
-    def compiled_steps(self) -> dict:
-        return self.step_speed(self.compiled)
-
-    def eager_steps(self) -> dict:
-        return self.step_speed(self.model)
 
     def fused_steps(self) -> dict:
         if not self.fused:
@@ -191,7 +186,7 @@ class Bench:
                 rows[name] = {"error": "out of time"}
                 break
             except Exception as error:
-                rows[name] = {"error": describe(error)}
+                rows[name] = {"error": plan.words(error)}
         return rows or self.no_kernels()
 
     def curve(self) -> dict:
@@ -209,7 +204,7 @@ class Bench:
         except OutOfTime:
             found["error"] = "out of time"
         except Exception as error:  # what has been measured is worth having
-            found["error"] = describe(error)
+            found["error"] = plan.words(error)
         finally:
             for p, value in zip(self.model.parameters(), before):
                 p.detach().copy_(value)
@@ -231,16 +226,16 @@ class Bench:
             feeder.close()
         return torch.stack(losses[-last:]).mean().item()
 
-    def step_speed(self, forward: Callable, which: Iterable[int] = (), **changes) -> dict:
+    def step_speed(self, forward: Callable, which: Iterable[int] = ()) -> dict:
         """Speed of training steps with their data, by number of virtual layers. Memory is the most that was allocated.
         """
-        rows, cfg = {}, dataclasses.replace(self.cfg, **changes)
+        rows = {}
         for loops in which or self.work:
             if self.gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             try:
-                seconds = self.time_steps(tg.Trainer(cfg, self.rt, self.model, forward), loops)
+                seconds = self.time_steps(tg.Trainer(self.cfg, self.rt, self.model, forward), loops)
                 rows[self.layers(loops)] = self.speed(seconds, loops)
             except torch.cuda.OutOfMemoryError:
                 rows[self.layers(loops)] = {"error": "out of memory"}
@@ -256,7 +251,7 @@ class Bench:
             trainer = tg.Trainer(self.cfg, self.rt, self.model, self.compiled)
             seconds = self.time_steps(trainer, loops)
             for name in ("reduce_gradients", "step"):
-                setattr(trainer.optimizer, name, in_range("optimizer", getattr(trainer.optimizer, name)))
+                setattr(trainer.optimizer, name, record_function("optimizer")(getattr(trainer.optimizer, name)))
             kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.gpu else [])]
             with self.fed_steps(trainer, loops) as step, profile(activities=kinds, record_shapes=True) as prof:
                 for _ in range(steps):
@@ -325,12 +320,6 @@ class Bench:
         tg.write_artifact(settings, stored, self.cfg.compressor)
         lap("pack")
         return seconds | {"calibration_tokens": stats.tokens, "bytes": len(artifact)}
-
-    def lora_eager(self) -> dict:
-        return self.lora(self.model)
-
-    def lora_compiled(self) -> dict:
-        return self.lora(self.by_parts)
 
     def lora(self, forward: Callable) -> dict:
         """LoRA test-time training over the validation documents, after one batch of them to warm up or compile.
@@ -408,16 +397,11 @@ class Bench:
 
 # in the order they run: what is wanted most first, as the time may end
 PARTS = {"exchange": Bench.exchange, "kernels": Bench.check_kernels, "warm_up": Bench.warm_up,
-         "compiled": Bench.compiled_steps, "families": Bench.families, "fused": Bench.fused_steps,
-         "each": Bench.each_kernel, "curve": Bench.curve, "syncs": Bench.syncs,
-         "update": Bench.update, "sliding": Bench.sliding, "eager": Bench.eager_steps, "lora_eager": Bench.lora_eager,
-         "quantization": Bench.quantization, "lora_compiled": Bench.lora_compiled}
-
-
-def is_device(name: str, kind: str) -> bool:
-    """Whether CUDA's `name` of a GPU is of the `kind` in count.DEVICES. An H100 on PCIe is not, for its peaks differ.
-    """
-    return {"H100 SXM": "H100" in name and "HBM3" in name, "H200": "H200" in name}[kind]
+         "compiled": lambda bench: bench.step_speed(bench.compiled), "families": Bench.families,
+         "fused": Bench.fused_steps, "each": Bench.each_kernel, "curve": Bench.curve, "syncs": Bench.syncs,
+         "update": Bench.update, "sliding": Bench.sliding, "eager": lambda bench: bench.step_speed(bench.model),
+         "lora_eager": lambda bench: bench.lora(bench.model), "quantization": Bench.quantization,
+         "lora_compiled": lambda bench: bench.lora(bench.by_parts)}
 
 
 def write_data(cfg: tg.Settings, val_tokens: int, document: int) -> None:
@@ -436,15 +420,6 @@ def write_data(cfg: tg.Settings, val_tokens: int, document: int) -> None:
     tokens = draw.integers(2, cfg.vocab_size, val_tokens + 1)
     tokens[::document] = BOS
     write_shard(os.path.join(cfg.data_path, "fineweb_val_000000.bin"), tokens.astype("<u2"))
-
-
-def in_range(name: str, function: Callable) -> Callable:
-    """The function, with a range of this name around it in the profile."""
-    def marked(*arguments):
-        with record_function(name):
-            return function(*arguments)
-
-    return marked
 
 
 def kernel_times(prof: profile, gpu: bool) -> Iterator[tuple[str, list, str, list[str], float]]:
@@ -496,13 +471,10 @@ def family_of(cfg: tg.Settings, op: str, shapes: list, kernel: str, scopes: list
     return "norms and glue" if re.search(r"triton_(per|poi|red)|rms_norm", words) else "other"
 
 
-def describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def failed(found: dict) -> bool:
-    """Whether a part could not be measured, or found a wrong kernel."""
-    return "error" in found or any(isinstance(row, dict) and row.get("ok") is False for row in found.values())
+    """Whether a part, or a row of it, could not be measured, or found a wrong kernel."""
+    rows = [row for row in found.values() if isinstance(row, dict)]
+    return "error" in found or any("error" in row or row.get("ok") is False for row in rows)
 
 
 def run_parts(bench: Bench, names: list[str], until: float) -> dict[str, dict]:
@@ -525,7 +497,7 @@ def run_parts(bench: Bench, names: list[str], until: float) -> dict[str, dict]:
         except OutOfTime:
             results[name] = {"error": "out of time"}
         except Exception as error:  # one part that fails on a new machine must not cost the others
-            results[name] = {"error": describe(error)}
+            results[name] = {"error": plan.words(error)}
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
         print(f"{name}: {results[name].get('error', 'done')}, {time.perf_counter() - start:.1f} s", file=sys.stderr)
@@ -566,7 +538,7 @@ def read_config(folder: str, world: int) -> tuple[tg.Settings, bool]:
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=plan.place, help="also write the figures to this file")
     parser.add_argument("--minutes", type=float, default=8.0, help="parts still to come then are left out (default: 8)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="only these (default: all; on several GPUs exchange "
                         "and compiled)")

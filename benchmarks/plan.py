@@ -193,13 +193,24 @@ def plan(cfg: tg.Settings, form: str, tokens: int, loops: int, attend: Callable)
     return Plan(*found, len(made), seconds)
 
 
+def words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def place(text: str) -> Path:
+    """A file to be written when all is done; its folder must be there now."""
+    if not Path(text).resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{Path(text).parent}: no such folder")
+    return Path(text)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("forms", nargs="*", metavar="form", help=f"of {', '.join(FORMS)} (default: all)")
     parser.add_argument("--tokens", type=int, default=98304, help="of a step on one GPU (default: 98304)")
     parser.add_argument("--loops", type=int, default=0, help="times that looped layers run again (default: 0)")
     parser.add_argument("--list", action="store_true", help="each kernel, in bf16 numbers a token and channel")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=place, help="also write the figures to this file")
     args = parser.parse_args(arguments)
     if not set(args.forms) <= set(FORMS) or args.tokens < 1 or args.loops < 0:
         parser.error(f"takes forms of {', '.join(FORMS)}, --tokens of at least 1, --loops of at least 0")
@@ -218,9 +229,8 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Exception as error:  # what is not public may be otherwise in any version, and fails in any way
-        said = " ".join(str(error).split())[:300]
-        print(f"error: torch {torch.__version__}: its compiler is not as plan.py knows it (of 2.13): "
-              f"{type(error).__name__}: {said}", file=sys.stderr)
+        print(f"error: torch {torch.__version__}: its compiler is not as plan.py knows it (of 2.13): {words(error)}",
+              file=sys.stderr)
         return 1
     report(found, args, 2 * args.tokens * cfg.model_dim, len(tg.virtual_layers(cfg, args.loops)))
     return 0

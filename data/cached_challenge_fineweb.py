@@ -203,13 +203,6 @@ def find_published(manifest: dict, variant: str) -> tuple[dict, dict]:
     return entry, shards.find_entry(manifest, "tokenizers", entry["tokenizer_name"])
 
 
-def set_files(entry: dict, train_shards: int) -> list[str]:
-    """Return the names of all validation shards of a data set and of its first `train_shards` training shards."""
-    splits = ["val", "val_bytes"] if entry.get("caseops") else ["val"]
-    validation = [name for split in splits for name in shards.shard_names(split, entry["stats"]["files_val"])]
-    return validation + shards.shard_names("train", train_shards)
-
-
 def check_folder(out: Path, entry: dict) -> None:
     """Raise ValueError if the data set `entry` would replace what data/tokenize_docs.py made."""
     for other in shards.read_manifest(out / "manifest.json")["datasets"]:
@@ -251,7 +244,9 @@ def plan(hub: Hub, args: argparse.Namespace, vocab_size: int) -> tuple[dict, dic
     if count > available:
         raise ValueError(f"--train-shards: expected at most {available} for {theirs['name']}, found {count}")
     here = {path.name for path in folder.glob("fineweb_train_*.bin")}  # these are checked too
-    names = set_files(entry, count) + [name for name in shards.shard_names("train", available)[count:] if name in here]
+    splits = ["val", "val_bytes"] if entry["caseops"] else ["val"]
+    names = [name for split in splits for name in shards.shard_names(split, theirs["stats"]["files_val"])]
+    names += [name for i, name in enumerate(shards.shard_names("train", available)) if i < count or name in here]
     files = {args.out / tokenizer[key]: hub.find(their_tokenizer[key]) for key in ("model_path", "vocab_path")}
     return entry, tokenizer, files | {folder / name: hub.find(f"datasets/{theirs['name']}/{name}") for name in names}
 

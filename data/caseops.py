@@ -135,21 +135,26 @@ def restored_bytes(transformed: str, rule: re.Pattern = MARKED) -> np.ndarray:
     return result
 
 
-def share_byte_pieces(processor: spm.SentencePieceProcessor, ids: np.ndarray, counts: np.ndarray) -> None:
-    """Spread the charge of each character that is spelled in byte pieces evenly over these pieces.
+def charges(processor: spm.SentencePieceProcessor, ids: list[int], rule: re.Pattern = MARKED) -> np.ndarray:
+    """Return the bytes of raw text that each token of `ids` is charged, an int64 array of shape (n,).
 
-    SentencePiece gives the whole character to the last of them. `ids` and `counts` are int64 arrays of shape (n,), and
-    `counts` is changed in place.
+    The charge of a character that is spelled in byte pieces is spread evenly over them; SentencePiece gives the whole
+    character to the last one.
     """
-    where = np.flatnonzero(processor.is_byte(ids.tolist()))
+    decoded = processor.decode(ids, return_type="offset_mapping", return_bytes=False)  # offsets in characters
+    ends = np.fromiter((end for _, end in decoded["offsets"]), np.int64, len(ids))
+    so_far = np.append(0, restored_bytes(decoded["text"], rule).cumsum())
+    counts = np.diff(so_far[ends], prepend=0)
+    where = np.flatnonzero(processor.is_byte(ids))
     if not len(where):
-        return
-    values = np.array([int(processor.id_to_piece(token)[3:5], 16) for token in ids[where].tolist()])  # "<0xE2>"
+        return counts
+    values = np.array([int(processor.id_to_piece(token)[3:5], 16) for token in np.array(ids)[where].tolist()])
     first = np.flatnonzero(values & 0xC0 != 0x80)  # not a continuation byte
     pieces = np.diff(first, append=len(where))
     total = np.repeat(np.add.reduceat(counts[where], first), pieces)
     place, pieces = np.arange(len(where)) - np.repeat(first, pieces), np.repeat(pieces, pieces)
     counts[where] = total * (place + 1) // pieces - total * place // pieces
+    return counts
 
 
 def token_bytes(processor: spm.SentencePieceProcessor, text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -160,15 +165,11 @@ def token_bytes(processor: spm.SentencePieceProcessor, text: str) -> tuple[np.nd
     back: the charges sum to the bytes of restore(processor.decode(ids), strict=False). That is `text` itself, unless
     the tokenizer normalizes, or `text` has a literal "▁", which becomes a space.
     """
-    ids = np.array(processor.encode(transform(text)), np.int64)
-    if not len(ids):
+    ids = processor.encode(transform(text))
+    if not ids:
         return np.zeros(0, np.uint16), np.zeros(0, np.uint16)
-    decoded = processor.decode(ids.tolist(), return_type="offset_mapping", return_bytes=False)  # offsets in characters
-    ends = np.fromiter((end for _, end in decoded["offsets"]), np.int64, len(ids))
-    so_far = np.append(0, restored_bytes(decoded["text"]).cumsum())
-    counts = np.diff(so_far[ends], prepend=0)
-    share_byte_pieces(processor, ids, counts)
-    return ids.astype(np.uint16), counts.astype(np.uint16)  # SentencePiece refuses pieces that would not fit
+    # SentencePiece refuses pieces that would not fit
+    return np.array(ids, np.uint16), charges(processor, ids).astype(np.uint16)
 
 
 # ----- pairs of a piece and a marker

@@ -494,8 +494,8 @@ def make_encoders(specs: list[Spec], sources: list[Source], sample_mb: float, th
 
 
 @contextmanager
-def folder_in_place(new: Path, final: Path, old: Path) -> Iterator[None]:
-    """Give the folder `new` the name `final`. A folder that has this name gets the name `old`; after an error in the
+def in_place(new: Path, final: Path, old: Path) -> Iterator[None]:
+    """Give the folder or file `new` the name `final`. What has this name gets the name `old`; after an error in the
     block all is as before.
     """
     if final.exists():
@@ -511,15 +511,14 @@ def folder_in_place(new: Path, final: Path, old: Path) -> Iterator[None]:
         raise
 
 
-def place_tokenizer(out: Path, encoder: Encoder) -> dict:
-    """Write the files of a tokenizer, and return its entry for the manifest."""
-    entry = {"name": encoder.name, "vocab_size": encoder.tokenizer.vocab_size(),
-             "model_path": f"tokenizers/{encoder.name}.model", "vocab_path": f"tokenizers/{encoder.name}.vocab"}
-    (out / "tokenizers").mkdir(exist_ok=True)
-    for key, content in (("model_path", encoder.model), ("vocab_path", vocab_lines(encoder.tokenizer))):
-        with shards.atomic_write(out / entry[key]) as file:
+def write_tokenizer(folder: Path, encoder: Encoder) -> tuple[dict, list[str]]:
+    """Write the files of a tokenizer, and return its entry for the manifest and their names."""
+    names = [f"{encoder.name}.model", f"{encoder.name}.vocab"]
+    for name, content in zip(names, (encoder.model, vocab_lines(encoder.tokenizer))):
+        with shards.atomic_write(folder / name) as file:
             file.write(content)
-    return entry
+    return {"name": encoder.name, "vocab_size": encoder.tokenizer.vocab_size(),
+            "model_path": f"tokenizers/{names[0]}", "vocab_path": f"tokenizers/{names[1]}"}, names
 
 
 def report(entry: dict, folder: Path) -> None:
@@ -543,11 +542,14 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: list[Sou
         for dataset in made:
             dataset.add(split, documents)
     entries, folders = [dataset.finish(docs_sha256) for dataset in made], args.out / "datasets"
+    tokenizers, names = zip(*(write_tokenizer(work, dataset.encoder) for dataset in made))
+    (args.out / "tokenizers").mkdir(exist_ok=True)
     with ExitStack() as placed:  # all of it or nothing
         for dataset in made:
-            placed.enter_context(folder_in_place(dataset.folder, folders / dataset.name, work / f"old {dataset.name}"))
-        tokenizers = [place_tokenizer(args.out, dataset.encoder) for dataset in made]
-        shards.update_manifest(args.out / "manifest.json", entries, tokenizers)
+            placed.enter_context(in_place(dataset.folder, folders / dataset.name, work / f"old {dataset.name}"))
+        for name in {name for pair in names for name in pair}:  # data sets may share a tokenizer
+            placed.enter_context(in_place(work / name, args.out / "tokenizers" / name, work / f"old {name}"))
+        shards.update_manifest(args.out / "manifest.json", entries, [*tokenizers])
     for entry in entries:
         report(entry, folders / entry["name"])
 

@@ -45,13 +45,15 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import caseops
 from overlap import ALLOWED, find_overlap
-from shards import atomic_write, file_sha256, find_shards, read_pairs, read_shard, write_shard
+from shards import atomic_write, file_sha256, find_shards, one_line, read_pairs, read_shard, write_shard
 
 CODE, ARTIFACT, RESULT, VERDICT = "train_gpt.packed.py", "final_model.int6.ptz", "result.json", "audit.json"
 CHECKS = ("bytes", "single_pass", "normalized", "causal", "no_overlap", "score", "training")
 CAUSAL_TOLERANCE, NORMAL_TOLERANCE = 1e-5, 1e-4  # of losses in nats and of probabilities
 SUM_TOLERANCE, SCORE_TOLERANCE = 1e-6, 2e-4  # of one run's sums, relative; of bits per byte on two machines
 LOST_TOLERANCE = 1e-5  # of bytes, relative: published sidecars count a raw text that its tokens do not give back
+CONFIG = ("data_path", "tokenizer_path", "device", "dtype", "fused", "train_seq_len", "eval_only", "eval_seq_len",
+          "eval_stages", "eval_stride", "ttt_mode")  # settings that are read here
 HEDGE_STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)  # boosts that HEDGE_ENABLED mixes, in units of TOKEN_BOOST
 HINT_KINDS = 10  # of hints whose boosts it weighs apart, by how often their probability halves 1
 
@@ -131,11 +133,7 @@ class Text:
         for a, b in self.documents():
             ids, places = self.words(a, b)
             if ids:
-                decoded = self.sp.decode(ids, return_type="offset_mapping", return_bytes=False)
-                ends = np.fromiter((end for _, end in decoded["offsets"]), np.int64, len(ids))
-                so_far = np.append(0, caseops.restored_bytes(decoded["text"], self.rule).cumsum())
-                counts = np.diff(so_far[ends], prepend=0)
-                caseops.share_byte_pieces(self.sp, np.array(ids), counts)
+                counts = caseops.charges(self.sp, ids, self.rule)
                 charges[b - len(places) : b] = np.add.reduceat(counts, places)
         return charges.astype(np.uint16)
 
@@ -481,6 +479,7 @@ def read_result(run: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_bytes())
         missing = [key for key in ("config", "stages", "val_bpb", "code_sha256", "model_sha256") if key not in result]
+        missing = missing or [f"config.{key}" for key in CONFIG if key not in result["config"]]
     except OSError as e:
         raise AuditError(f"{path}: {e.strerror}: not the folder of a finished run") from None
     except (ValueError, TypeError):
@@ -739,7 +738,7 @@ def check_score(subject: Subject, plain: Evaluation, n_bytes: int, full: bool) -
         faults += [] if result[name] == value else [f"{name} is {result[name]}, expected {value}"]
     compared = f"sums of {len(plain.stages)} stages on the short text, {RESULT} with itself and the text"
     if full:
-        again = subject.evaluate(subject.text, data_path=subject.config["data_path"])
+        again = subject.evaluate(subject.text, data_path=subject.config["data_path"], eval_budget_seconds=0)
         faults += differing(again, again.said, targets, n_bytes)
         faults += [fault for seen in again.stages for fault in seen.faults()]
         ours = again.stages[-1].nats / (math.log(2) * n_bytes)
@@ -831,9 +830,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return audit(args.run, args.full)
     except (AuditError, ValueError, OSError) as e:
-        what = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) and e.filename else str(e)
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {' '.join(what.split())}", file=sys.stderr)
+            print(f"error: {one_line(e)}", file=sys.stderr)
         return 1
 
 

@@ -467,7 +467,8 @@ def check_documents(sub: Submission) -> str:
 
 
 def check_audit(sub: Submission) -> str:
-    names = [name for name in s.AUDIT if name not in ("no_overlap", "single_pass")]  # those have lines of their own
+    of_their_own = ("no_overlap", "single_pass")  # they have lines of their own
+    names = [name for name in s.audit.CHECKS if name not in of_their_own]
     faults = [fault for name in names for fault in sub.audit(name)]
     for seed, run in sub.results.items():
         faults += [f"seed {seed}: audited was another {what}" for what, key in (
@@ -489,7 +490,8 @@ def run_copies(sub: Submission, copies: dict[str, Path], command: list[Any], out
     command writes there; the check fails if there is none. Of the settings in the environment only DEVICE is kept.
     """
     tokenizer, *_ = need(sub.tokenizers(), "no tokenizer; --tokenizer names one")
-    ours = {name.upper() for name in tg.Settings.__dataclass_fields__} - {"DEVICE"}
+    fields = tg.Settings.__dataclass_fields__.values()
+    ours = {name for f in fields for name in (f.name.upper(), *f.metadata["aliases"])} - {"DEVICE"}
     env = {name: value for name, value in os.environ.items() if name not in ours} | settings
     env |= {"DATA_PATH": str(sub.data_path), "TOKENIZER_PATH": str(tokenizer)}
     with tempfile.TemporaryDirectory() as folder:
@@ -624,7 +626,7 @@ def check_score(sub: Submission) -> str:
     dtype = re.search(r"^environment: .*, dtype (\w+)", sub.log_texts.get(seed, ""), re.M)
     again = run_copies(
         sub, {s.CODE: sub.folder / s.CODE, artifact.name: artifact}, [s.CODE], "out/result.json",
-        EVAL_ONLY=artifact.name, ARTIFACT_DIR="out",
+        EVAL_ONLY=artifact.name, ARTIFACT_DIR="out", EVAL_BUDGET_SECONDS="0",  # which a slower machine would overrun
         DTYPE={"bfloat16": "bf16", "float32": "fp32"}.get(dtype[1] if dtype else "", "auto"))
     gap = abs(again["val_bpb"] - run["val_bpb"])
     names = ("val_docs", "val_tokens", "val_bytes")
@@ -700,6 +702,8 @@ def main(argv: list[str] | None = None) -> int:
         sub.data_path = args.data.resolve() if args.data else None
         if args.data and not sub.data_path.is_dir():
             raise tg.RunError(f"{args.data}: no such folder")
+        if args.tokenizer and not args.tokenizer.is_file():
+            raise tg.RunError(f"{args.tokenizer}: no such file")
         lines = check(sub)
     except (tg.RunError, OSError) as e:
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)

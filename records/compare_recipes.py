@@ -19,6 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import train_gpt as tg
+
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = {"BIGRAM_VOCAB_SIZE": "0", "VARLEN_ENABLED": "0", "SMEAR_GATE_ENABLED": "0", "MUON_NS": "quintic",
          "MUON_ROW_NORMALIZE": "0", "MIN_LR": "0", "BETA2": "0.95"}  # without what the smoke run has
@@ -28,8 +31,9 @@ def run(recipe: Path | None, seed: int, steps: int, threads: int) -> dict:
     """The result of one scaled-down run, which is reused if it exists. RuntimeError with its last line if the run
     fails.
     """
-    code = (ROOT / "train_gpt.py").read_bytes() + ((recipe / "recipe.env").read_bytes() if recipe else b"")
-    version = hashlib.sha256(code).hexdigest()[:8]  # figures of another version are not taken for this one's
+    files = [ROOT / "train_gpt.py", ROOT / "run_smoke_1gpu.sh", *([recipe / "recipe.env"] if recipe else [])]
+    code = b"".join(path.read_bytes() for path in files) + repr((PLAIN, tg.read_environment(dict(os.environ)))).encode()
+    version = hashlib.sha256(code).hexdigest()[:8]  # figures of other code or settings are not taken for these
     folder = ROOT / "logs" / "compare" / f"{recipe.name if recipe else 'plain'}_{steps}_{seed}_{version}"
     if not (folder / "result.json").exists():
         settings = {"NUM_LAYERS": "11", "SEED": str(seed), "ITERATIONS": str(steps), "MAX_WALLCLOCK_SECONDS": "0",
@@ -67,7 +71,7 @@ def main() -> int:
         run(None, args.seeds[0], args.steps, threads)  # makes the corpus and the shards, which the others share
         with ThreadPoolExecutor(args.jobs) as pool:
             results = list(tqdm(pool.map(lambda w: run(*w, args.steps, threads), work), total=len(work), disable=None))
-    except RuntimeError as e:
+    except (RuntimeError, tg.RunError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     tokens = results[0]["tokens_seen"]

@@ -1,6 +1,5 @@
 # Shared by the run scripts and run_tests.sh; source it from the repository's root. Defines:
 #   use_python REQUIREMENTS   sets $PYTHON to an interpreter that has these packages
-#   gpu_count                 how many GPUs PyTorch can use here; after use_python
 #   default NAME VALUE        exports NAME=VALUE unless the caller's environment has NAME or one of its aliases
 #   use_recipe FOLDER         the same for every NAME=VALUE line of its recipe.env
 #   audit FOLDER MARKER PROGRAM...     if AUDIT says so, a finished run by records/audit.py, started by this program;
@@ -71,8 +70,6 @@ make_environment() {
     said="$(python3 -m venv --clear .venv 2>&1)" ||
         stop "python3 -m venv .venv: ${said//$'\n'/ }; mend that and start again"
 }
-
-gpu_count() { "$PYTHON" -c 'import torch; print(torch.cuda.device_count())'; }
 
 default() {
     local name also

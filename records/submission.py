@@ -9,7 +9,6 @@
 A "run" is the content of a result.json. `runs` is a list of them in the order of the submission's seeds.
 """
 
-import hashlib
 import json
 import re
 import shlex
@@ -35,7 +34,7 @@ import train_gpt as tg
 RECORD_TRACK, OTHER_TRACK = TRACKS = "track_10min_16mb", "track_non_record_16mb"
 MOST_BYTES, MOST_SECONDS, ALL_DOCUMENTS, LEAST_SEEDS = 16_000_000, 600.0, 50_000, 3
 MARGIN_NATS, P_VALUE = 0.005, 0.01
-AUDIT = audit.CHECKS
+sha256 = audit.file_sha256
 
 CODE, README, SUBMISSION, REQUIREMENTS, TOKENIZER = (
     "train_gpt.py", "README.md", "submission.json", "requirements.txt", "tokenizer.model")
@@ -55,10 +54,6 @@ OF_A_RUN, OF_A_MACHINE = ("seed", "run_id", "artifact_dir"), ("data_dir", "data_
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def parse_object(text: bytes, where: Path | str, number: Callable = float) -> tuple[dict[str, Any], list[str]]:
@@ -146,8 +141,8 @@ LOG_PATTERNS = {  # of this project's logs, then of the field's; the last match 
     "artifact_bytes": [r"bytes_total:(\d+)", r"Total submission size[^:\n]*: (\d+)"],
     "code_bytes": [r"^artifact: model \d+ \+ code (\d+) =", r"Code size[^:\n]*: (\d+)"],
     "steps": [r"^trained (\d+) steps", r"stopping_early:.* step: ?(\d+)/", r"^step:(\d+)/"],
-    "train_time_s": [r"^trained .* tokens in ([\d.]+)s"],
-    "eval_time_s": [r"total_eval_time:([\d.]+)s"],
+    "train_time_s": [r"^trained .* tokens in (\d+\.?\d*)s"],
+    "eval_time_s": [r"total_eval_time:(\d+\.?\d*)s"],
     "docs": [r"^validation: (\d+) documents", r"total_docs:(\d+)"],
 }
 
@@ -158,7 +153,7 @@ def read_log(text: str) -> dict[str, Any]:
     """
     said: dict[str, Any] = {}
     scores = re.findall(r"val_loss:(\d+\.\d{6,})\s+val_bpb:(\d+\.\d{6,})", text)
-    final = re.findall(r"^final val_loss:(\S+) val_bpb:(\S+)", text, re.M) or scores
+    final = re.findall(r"^final val_loss:(\d+\.?\d*) val_bpb:(\d+\.?\d*)", text, re.M) or scores
     if final:
         said["val_loss"], said["val_bpb"] = map(Decimal, final[-1])
     for name, patterns in LOG_PATTERNS.items():
@@ -176,7 +171,7 @@ def read_log(text: str) -> dict[str, Any]:
         try:
             said["config"] = json.loads(settings[-1])
             said["seed"] = said["config"].get("seed")
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
     complete = re.findall(r"^validation: .*, complete: (\w+)", text, re.M)
     if complete:

@@ -116,8 +116,8 @@ def gpu_report(result: dict, log: str) -> str:
     cfg = tg.Settings(**result["config"])
     lines = [line for line in log.splitlines() if line.startswith(("environment: ", "attention: not", "warm-up: "))]
     flops = count.model_flops(count.count_step(cfg, cfg.train_batch_tokens)) / cfg.train_batch_tokens
-    peak = next((d.flops for d in count.DEVICES if d.name.split()[0] in result["device"]), None)
-    used = flops * result["tok_per_s"] / (result["world_size"] * peak) if peak else None
+    device = count.device_called(result["device"])
+    used = flops * result["tok_per_s"] / (result["world_size"] * device.flops) if device else None
     lines.append(f"speed: {result['tok_per_s']:,.0f} tok/s, {flops / 1e6:,.0f} MFLOP a token with all loops on, MFU "
                  f"{f'{used:.1%}' if used else 'unknown of this GPU'}")
     lines.append(f"memory: {result['peak_memory_bytes'] / 1e9:.1f} GB at most on one GPU")

@@ -578,5 +578,7 @@ def test_kernels_are_told_apart_by_operation_shapes_and_name():
         ("aten::fill_", [], "void at::native::vectorized_elementwise_kernel", [], "other"),
     ):
         assert gpu.family_of(cfg, op, shapes, name, scopes) == family, (op, name)
-    assert gpu.is_device("NVIDIA H100 80GB HBM3", "H100 SXM") and gpu.is_device("NVIDIA H200", "H200")
-    assert not gpu.is_device("NVIDIA H100 PCIe", "H100 SXM") and not gpu.is_device("cpu", "H200")
+    assert [count.device_called(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200")] == [*count.DEVICES]
+    assert not count.device_called("NVIDIA H100 PCIe") and not count.device_called("cpu")
+    assert all(tg.Settings(**settings).eval_stride for settings in (gpu.FULL, gpu.TINY))  # or no window slides
+    assert gpu.failed({"mlp": {"error": "out of time"}}) and not gpu.failed({"mlp": {"ok": True}, "seconds": 1.0})

@@ -29,12 +29,12 @@ def leaderboard(tmp_path_factory):
 
 
 def test_leaderboard_run_checks_before_it_trains(leaderboard, tiny, tmp_path):
-    empty = tiny | {"NPROC": "2", "DATA_PATH": str(tmp_path)}
+    empty = tiny | {"NPROC": "2", "DATA_PATH": str(tmp_path), "SEED": "42 0"}
     for settings, arguments, words in (
         (tiny, ["nonsense"], "error: nonsense: neither a recipe's folder nor a seed"),
         (tiny, [str(tmp_path)], f"error: {tmp_path}: no recipe.env in it"),
         (tiny | {"NPROC": "2", "NUM_HEADS": "7"}, ["1"], "error: NUM_HEADS=7"),
-        (empty, ["1"], f"error: {tmp_path}/fineweb_train_*.bin: no such file"),
+        (empty, [], f"error: {tmp_path}/fineweb_train_*.bin: no such file"),
         (tiny, ["1"], "error: no GPU here"),
     ):
         done = leaderboard(settings, *arguments)
@@ -42,7 +42,7 @@ def test_leaderboard_run_checks_before_it_trains(leaderboard, tiny, tmp_path):
 
 
 def test_leaderboard_run_trains_each_seed_and_reports_it(leaderboard, tiny):
-    done = leaderboard(tiny | {"NPROC": "2", "ITERATIONS": "3", "EVAL_STRIDE": "0", "AUDIT": "0"}, "91", "92")
+    done = leaderboard(tiny | {"NPROC": "2", "ITERATIONS": "3", "EVAL_STRIDE": "0", "AUDIT": "0", "SEED": "91 92"})
     assert done.returncode == 0, done.stderr
     results = [read_result(ROOT / f"logs/defaults_seed{seed}") for seed in (91, 92)]
     assert [(r["seed"], r["world_size"], r["steps"]) for r in results] == [(91, 2, 3), (92, 2, 3)]
@@ -427,7 +427,11 @@ def test_clone_by_git_for_windows(tmp_path):
 
 @pytest.mark.parametrize(("environ", "command"), [
     ({"ITERATONS": "3"}, ["benchmarks/ttt.py"]), ({}, ["benchmarks/ttt.py", "--step", "0"]),
-    ({}, ["records/compare_recipes.py", "--jobs", "0"])])
+    ({}, ["records/compare_recipes.py", "--jobs", "0"]),
+    ({}, ["benchmarks/gpu.py", "--json", "/nowhere/figures.json"]),
+    ({}, ["benchmarks/plan.py", "--json", "/nowhere/figures.json"]),
+    ({}, ["benchmarks/codegen.py", "--json", "/nowhere/figures.json"]),
+    ({}, ["benchmarks/count.py", "--measured", "records/smoke.json"])])
 def test_what_a_tool_does_not_take_is_told_in_a_line(environ, command):
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
                           env=clean_environment(environ))

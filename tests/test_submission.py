@@ -201,8 +201,9 @@ def test_a_laptop_gets_a_checked_folder_whose_limits_are_notes(runs, tmp_path, c
         "hardware", "documents", "train_time"}
 
 
-def test_the_score_is_that_of_the_artifact_run_from_the_folder(runs, tiny, tmp_path, capsys):
+def test_the_score_is_that_of_the_artifact_run_from_the_folder(runs, tiny, tmp_path, capsys, monkeypatch):
     folder = make(runs, tmp_path, s.OTHER_TRACK)
+    monkeypatch.setenv("EVAL_ONLY_PATH", "elsewhere")  # no setting of the environment counts, by any name
     assert check_submission.main([str(folder), "--data", tiny["DATA_PATH"]]) == 0
     lines = {line.split()[1]: line for line in capsys.readouterr().out.splitlines() if line.startswith("pass")}
     assert "from the artifact alone" in lines["score"] and "and once more here" in lines["audit"]
@@ -937,8 +938,15 @@ def test_other_unreadable_input_is_one_line(folder, tmp_path, capsys):
         assert check_submission.main(arguments) == 1
         assert capsys.readouterr().err.count("\n") == 1
     (folder / "result_seed3.json").unlink()
-    assert check_submission.main([str(folder), "--data", str(tmp_path / "nowhere")]) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    for option in ("--data", "--tokenizer"):
+        assert check_submission.main([str(folder), option, str(tmp_path / "nowhere")]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path}/nowhere: no such")
+
+
+def test_a_log_that_looks_like_ours_is_read_as_far_as_it_goes():
+    log = ("final val_loss:2.31, val_bpb:1.06\ntotal_eval_time:1.2.3s\ntrained 5 steps, 9 tokens in 1.2.3s\n"
+           'settings: ' + '{"a":' * 50_000 + '1' + '}' * 50_000)
+    assert s.read_log(log) == {"steps": 5, "over_clock": False}
 
 
 def test_nothing_is_executed_without_data(folder, tmp_path):

@@ -1,5 +1,6 @@
 """data/tokenize_docs.py and data/shards.py against expectations computed without them."""
 
+import errno
 import gzip
 import hashlib
 import io
@@ -16,6 +17,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest.mock import Mock
 
 import cached_challenge_fineweb
 import caseops
@@ -861,6 +863,18 @@ def test_a_tokenizer_that_cannot_be_written_leaves_the_data_set_before(corpus, b
         assert tree(tmp_path) == before
 
 
+def test_a_manifest_that_cannot_be_written_leaves_shards_with_their_tokenizer(corpus, built, tmp_path, monkeypatch,
+                                                                              capsys):
+    """Shards of one tokenizer decode to nonsense by another of as many pieces, and nothing says so."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "train.jsonl").write_bytes(jsonl(make_documents(60, 7)))
+    before = tree(tmp_path)
+    monkeypatch.setattr(shards, "update_manifest", Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+    assert tokenize_docs.main(["--train", str(tmp_path / "train.jsonl"), "--val", str(corpus[0] / "val.jsonl"), "--out",
+                               str(tmp_path), "--name", "local_sp600", "--vocab-size", "600", "--workers", "1"]) == 1
+    assert capsys.readouterr().err == "error: No space left on device\n" and tree(tmp_path) == before
+
+
 def test_an_interruption_anywhere_leaves_whole_data_sets(several, several_built, tmp_path, monkeypatch, capsys):
     """What has its place is what an undisturbed run makes, the manifest comes last, and the next run mends the rest."""
     small_batches(monkeypatch)
@@ -880,7 +894,7 @@ def test_an_interruption_anywhere_leaves_whole_data_sets(several, several_built,
         left = tree(tmp_path / "out")
         assert left.items() <= made.items() and "manifest.json" not in left
         assert not any(path.startswith("datasets/") for path in left)  # all of them or none
-    assert left  # tokenizers had their place before the last interruption
+        assert not left  # and without it all goes back
     assert tokenize_docs.main(command) == 0
     assert tree(tmp_path / "out") == made
 
