@@ -98,7 +98,8 @@ def check(cfg: tg.Settings, record: bool) -> str:
     free = shutil.disk_usage(folder_of(cfg.artifact_dir)).free
     return (f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(device)}, "
             f"{torch.cuda.mem_get_info(0)[0] / 1e9:.0f} GB free; attention {attention.name} of {attention.source}"
-            f"{f' (not {passed})' if passed else ''}; compiler works; {free / 1e9:.0f} GB of disk free")
+            f"{f' (not {passed})' if passed else ''}; {'not compiled' if cfg.compile == '0' else 'compiler works'}; "
+            f"{free / 1e9:.0f} GB of disk free")
 
 
 def main(arguments: list[str]) -> int:

@@ -15,11 +15,13 @@ measured result. If it does not, the column has the first line of records/check_
 
 import argparse
 import json
-import os
 import sys
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from shards import atomic_write, one_line
 
 HERE = Path(__file__).resolve().parent
 START = "<!-- leaderboard: written by `python records/leaderboard.py --write` -->"
@@ -127,13 +129,13 @@ def main(argv: list[str] | None = None, records: Path = HERE) -> int:
     try:
         table = leaderboard(records)
         if args.write:
-            temporary = readme.with_name(".README.md.tmp")
-            temporary.write_text(with_leaderboard(readme, table))
-            os.replace(temporary, readme)
+            text = with_leaderboard(readme, table)
+            with atomic_write(readme) as file:
+                file.write(text.encode())
         else:
             print(table)
     except (OSError, ValueError) as e:
-        print(f"error: {f'{e.filename}: {e.strerror}' if isinstance(e, OSError) else e}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
         return 1
     return 0
 

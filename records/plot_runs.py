@@ -28,6 +28,9 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
+from shards import one_line
+
 import train_gpt as tg
 
 ROLES = {
@@ -200,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
                 draw_artifacts(runs, sizes, args.out / "artifact.png")
                 print(args.out / "artifact.png")
     except (OSError, tg.RunError) as e:
-        print(f"error: {f'{e.filename}: {e.strerror}' if isinstance(e, OSError) else e}", file=sys.stderr)
+        print(f"error: {one_line(e)}", file=sys.stderr)
         return 1
     return 0
 
