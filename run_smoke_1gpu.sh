@@ -8,6 +8,8 @@ RECIPE="${RECIPE:+$(realpath "$RECIPE")}"
 cd "$(dirname "$0")"
 source records/lib.sh
 use_python requirements.txt
+text="${VOCAB_SIZE:+VOCAB_SIZE=$VOCAB_SIZE }${DATA_PATH:+DATA_PATH=$DATA_PATH }"
+text="$text${TOKENIZER_PATH:+TOKENIZER_PATH=$TOKENIZER_PATH }"  # what of it was given
 
 if [ -z "${DATA_PATH:-}" ]; then default CASEOPS_ENABLED 0; fi  # the local text is plain, whatever the recipe says
 recipe() { if [ -n "$RECIPE" ]; then use_recipe "$RECIPE"; fi; }
@@ -23,7 +25,7 @@ if [ "$machine" != "no GPU is used" ]; then
     default TRAIN_BATCH_TOKENS 196608
     default MAX_WALLCLOCK_SECONDS 120
     default EVAL_STRIDE 256
-elif [ -n "${EVAL_ONLY:-}" ]; then  # an artifact has its model's settings, and those of its evaluation
+elif [ -n "${EVAL_ONLY:-}" ]; then  # an artifact has the settings of its model, recipe and evaluation
     default VOCAB_SIZE 1024
     default DTYPE fp32
 else  # sizes that a CPU can train, whatever the recipe says; its techniques stay
@@ -56,6 +58,7 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
         default WARMDOWN_FRAC 0.72
         default EMA_BLEND 0
         default KEY_OFFSET 0
+        default VE_ENABLED 0
         default TTT_MODE none
         default NGRAM_TILT_ENABLED 0  # the local text repeats itself
         default BIGRAM_VOCAB_SIZE 4096
@@ -89,7 +92,7 @@ if [ "$status" -eq 0 ]; then
     cat <<END
 files: $ARTIFACT_DIR (train.log, metrics.jsonl, result.json, final_model.int6.ptz, train_gpt.packed.py)
 next: another shape       NUM_LAYERS=6 MODEL_DIM=192 ARTIFACT_DIR=logs/wide ./run_smoke_1gpu.sh
-      test-time training  TTT_MODE=lora TTT_LORA_RANK=16 EVAL_ONLY=$ARTIFACT_DIR/final_model.int6.ptz ./run_smoke_1gpu.sh
+      test-time training  ${text}TTT_MODE=lora TTT_LORA_RANK=16 EVAL_ONLY=$ARTIFACT_DIR/final_model.int6.ptz ./run_smoke_1gpu.sh
       what can be set     $PYTHON train_gpt.py --help
 END
 fi

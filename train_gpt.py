@@ -22,9 +22,9 @@ One file that runs under `python` or `torchrun`, on CPU or GPU, configured by en
   reading          environment variables to settings: other names, misspelt ones, contradictions, --help
   main             the run from start to result.json; records/audit.py judges it from outside
 
-The default model: GQA, partial rotary, offset keys, query/key norm and gain, XSA, LeakyReLU(0.5)^2 MLP, gated U-Net
-skips, depth recurrence, parallel residuals, attention inside documents, smear and output gates, tied embedding. Off by
-default, each by its settings: hashed bigrams, value embeddings, blends of the recurrence, untied or factorised
+The default model: GQA, partial rotary, offset keys, value embeddings, query/key norm and gain, XSA, LeakyReLU(0.5)^2
+MLP, gated U-Net skips, depth recurrence, parallel residuals, attention inside documents, smear and output gates, tied
+embedding. Off by default, each by its settings: hashed bigrams, blends of the recurrence, untied or factorised
 embeddings.
 
 Importing it runs nothing. Formulas cite the paper or the openai/parameter-golf pull request ("PR n") they come from.
@@ -117,8 +117,7 @@ class Settings:
     compile: str = setting("auto", "run", "1: compile the model by torch.compile; auto: on GPUs", choices="auto 0 1")
     attention: str = setting("auto", "run", "attention backend; auto: the first that works on this machine",
                              choices="auto fa3 fa2 varlen sdpa")
-    fused: bool = setting(False, "run", "use Triton kernels for the MLP and the head's loss; their speed is not "
-                          "measured yet")
+    fused: bool = setting(False, "run", "Triton kernels for the MLP and the head's loss, whose speed is not measured")
     eval_only: str = setting("", "run", "path of an artifact to load and score instead of training",
                              aliases={"EVAL_ONLY_PATH": {}})
     save_model: bool = setting(False, "run", "also write the averaged weights before compression, as final_model.pt")
@@ -187,9 +186,10 @@ class Settings:
                                        "document", proof="PR 1855")
     smear_gate_mode: str = setting("input", "model", "smear gate; input: from GATE_WINDOW inputs, before the norm; "
                                    "vector: by channel, after the norm", choices="input vector")
-    ve_enabled: bool = setting(False, "model", "add a learned token embedding to attention's values in VE_LAYERS")
-    ve_dim: int = setting(128, "model", "width of the rows of the value embedding", low=1)
-    ve_layers: str = setting("9,10", "model", "layers whose attention values get the value embedding")
+    ve_enabled: bool | None = setting(None, "model", "add token embeddings to attention's values in VE_LAYERS; auto: "
+                                      "with QUANT_ALLOCATION=auto", proof="log")
+    ve_dim: int = setting(0, "model", "width of a table that VE_LAYERS share by a matrix; 0: each has its own table")
+    ve_layers: str | None = setting(None, "model", "layers with value embeddings, as 9,10; auto: three, evenly spaced")
     sparse_attn_gate_enabled: bool | None = setting(None, "model", "gate each head's output by the first GATE_WINDOW "
                                                     "inputs, from 1/2 on; auto: unless another gate is on",
                                                     proof="PR 1855")
@@ -397,17 +397,17 @@ class Settings:
         case = "_caseops" if marked else ""
         for name, value in {
             "caseops_enabled": marked, "loop_start": first, "loop_end": last,
+            "ve_enabled": self.quant_allocation == "auto" and not self.qat_enabled,
+            "ve_layers": ",".join(map(str, sorted({n * i // 6 for i in (1, 3, 5)}))),
             "parallel_start_layer": min(n, max(round(8 * n / 11), last + 1 if self.num_loops else 0)),
             "sparse_attn_gate_enabled": not (self.gated_attn_enabled or self.attn_out_gate_enabled),
             "eval_stride": 0 if self.ttt_mode in ("lora", "phased") else min(64, length),
-            "run_id": run_id,
-            "artifact_dir": os.path.join("logs", run_id),
+            "run_id": run_id, "artifact_dir": os.path.join("logs", run_id),
             "data_path": os.path.join(self.data_dir, "datasets", f"fineweb10B_sp{self.vocab_size}{case}"),
             "tokenizer_path": os.path.join(self.data_dir, "tokenizers", f"fineweb_{self.vocab_size}_bpe{case}.model"),
             "average": "+".join(n for n, on in (("ema", self.ema_decay), ("swa", self.swa_enabled)) if on) or "ema",
             **dict.fromkeys(("attn_clip_sigmas", "mlp_clip_sigmas"), self.matrix_clip_sigmas),
-            "eval_seq_len": self.train_seq_len,
-            "ttt_eval_seq_len": length,
+            "eval_seq_len": self.train_seq_len, "ttt_eval_seq_len": length,
             "ttt_chunk_size": min(48, self.ttt_eval_seq_len or length),
         }.items():
             if getattr(self, name) is None:
@@ -419,9 +419,9 @@ class Settings:
         check_contradictions(self, given)
 
     def ve_layer_list(self) -> list[int]:
-        """VE_LAYERS as numbers; empty if it is not a list of layers of the model."""
+        """VE_LAYERS as numbers; empty if it is not a list of different layers of the model."""
         layers = parse_numbers(self.ve_layers)
-        return layers if all(layer < self.num_layers for layer in layers) else []
+        return layers if set(layers) <= set(range(self.num_layers)) and len(set(layers)) == len(layers) else []
 
     def token_orders(self) -> list[int]:
         """TOKEN_ORDER as numbers; empty if it is not a list of different ones, the largest first."""
@@ -782,7 +782,6 @@ class Shared(NamedTuple):
     """What all layers of one forward pass share."""
 
     x0: Tensor  # (B, T, d) normed input
-    values: Tensor | None  # (B, T, Hkv dh) value embedding
     rope: list[Tensor]  # cos and sin, as rotary_table's
     bounds: Bounds | None
     starts: Tensor | None  # (B, T) bool: tokens that no attention reaches back from, where keys are offset
@@ -878,10 +877,11 @@ class GPT(nn.Module):
             new("smear_scale", torch.tensor(0.0), "scalar")
         elif cfg.smear_gate_enabled:
             new("smear_theta", torch.zeros(d), "scalar")
-        if cfg.ve_enabled:
-            new("ve_table", torch.randn(cfg.vocab_size, cfg.ve_dim) * 0.01, "embedding")
-            new("ve_bank", orthogonal(1, kv, cfg.ve_dim), "matrix")
-            new("ve_scale", torch.tensor(0.1), "scalar")
+        if cfg.ve_enabled:  # a table for each layer: modded-nanogpt, nanochat
+            new("ve_table", torch.randn(cfg.vocab_size, cfg.ve_dim or kv * len(self.ve_layers)) * 0.01, "embedding")
+            if cfg.ve_dim:  # one for all: PR 374
+                new("ve_bank", orthogonal(1, kv, cfg.ve_dim), "matrix")
+                new("ve_scale", torch.tensor(0.1), "scalar")
             new("ve_layer_scale", torch.ones(len(self.ve_layers)), "scalar", "value layer")
         if cfg.gated_attn_enabled:
             new("attn_gate", torch.randn(cfg.num_layers, cfg.num_heads, d) * 0.01, "scalar", "layer")
@@ -903,8 +903,9 @@ class GPT(nn.Module):
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
         rope = rope or rotary_of(self.cfg, ids, bounds)
         x, values = embed(ids, hooks.at())
+        values = () if values is None else values.split(self.kv_bank.size(1), -1)  # one for all layers, or for each
         starts = span_starts(ids, bounds) if self.cfg.key_offset else None
-        shared = Shared(x.view_as(x), values, [t.to(x.dtype) for t in rope], bounds, starts)
+        shared = Shared(x.view_as(x), [t.to(x.dtype) for t in rope], bounds, starts)
         order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
         half, skips, lane, outputs = len(order) // 2, [], None, {}
         stacks = dict([*self.named_parameters(), *self.named_buffers()])
@@ -912,6 +913,8 @@ class GPT(nn.Module):
         for n, (layer, visit) in enumerate(order):
             skip = skips.pop() if n >= half and skips else None
             params = self.slice_layer(stacks, layer, visit, None if skip is None else n - half)
+            if layer in self.ve_layers:
+                params.weights["values"] = values[self.ve_layers.index(layer) % len(values)]
             last = outputs[layer] if "recur_blend" in params.weights else None
             x, lane = run_layer(x, lane, skip, last, params, shared, hooks.at(layer, visit))
             if self.cfg.recur_blend != "none":
@@ -933,7 +936,9 @@ class GPT(nn.Module):
         return Layer(weights, layer >= cfg.num_layers - cfg.xsa_last_n, layer >= cfg.parallel_start_layer)
 
     def embed(self, ids: Tensor, hooks: Hooks) -> tuple[Tensor, Tensor | None]:
-        """Normed input x0 (B, T, d) and, if enabled, the value embedding (B, T, Hkv dh) of ids (B, T)."""
+        """Normed input x0 (B, T, d) and, if enabled, the value embedding of ids (B, T): (B, T, Hkv dh), or with
+        VE_DIM=0 those of all VE_LAYERS side by side.
+        """
         cfg, starts = self.cfg, document_starts(ids, self.bos)
         x = lookup(self.tok_emb, ids, "emb", hooks, self.dtype)
         if cfg.embedding_dim:
@@ -955,6 +960,8 @@ class GPT(nn.Module):
         if not cfg.ve_enabled:
             return x, None
         values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
+        if not cfg.ve_dim:
+            return x, values
         return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
 
     def shut(self, gate: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
@@ -1035,8 +1042,8 @@ class GPT(nn.Module):
         """Attention on the normed stream n (B, T, d)."""
         cfg, w = self.cfg, params.weights
         q, k, v = (linear(n, w[role], role, hooks) for role in "qkv")
-        if "ve_layer_scale" in w:  # PR 374
-            v = v + w["ve_layer_scale"].to(v.dtype) * shared.values
+        if "values" in w:
+            v = v + w["ve_layer_scale"].to(v.dtype) * w["values"]
         q, k, v = (x.unflatten(-1, (-1, cfg.model_dim // cfg.num_heads)) for x in (q, k, v))
         q = norm_rotate(q, w["q_gain"].to(q.dtype), *shared.rope)
         k = norm_rotate(k, None, *shared.rope)
@@ -2699,11 +2706,12 @@ def quant_groups(cfg: Settings) -> list[QuantGroup]:
     if not cfg.tie_embeddings:
         groups.append(QuantGroup("head", "head", "head", *embed, kind="head"))
     for name, on in (("embed_in", cfg.embedding_dim), ("embed_out", cfg.embedding_dim),
-                     ("bigram", cfg.bigram_vocab_size), ("ve", cfg.ve_enabled)):
+                     ("bigram", cfg.bigram_vocab_size), ("ve", cfg.ve_enabled and cfg.ve_dim)):
         if on:
             groups.append(QuantGroup(name, f"{name}_bank", name, bits, cfg.matrix_clip_sigmas, 0, 1))
-        if on and name in ("bigram", "ve"):
-            groups.append(QuantGroup(f"{name}_table", f"{name}_table", None, *embed, kind="table"))
+    for name, on in (("bigram_table", cfg.bigram_vocab_size), ("ve_table", cfg.ve_enabled)):
+        if on:
+            groups.append(QuantGroup(name, name, None, *embed, kind="table"))
     if cfg.gated_attn_enabled or cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
         groups.append(QuantGroup("attn_gate", "attn_gate", None, 8, 0.0, 0, n, kind="gate"))
     return groups
@@ -4396,7 +4404,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
         (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
         (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
-         f"layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),
+         f"different layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),
         (cfg.qat_lite_enabled and cfg.qat_lite_layer_start >= cfg.num_layers,
          "qat_lite_layer_start num_layers qat_lite_enabled", f"a layer below NUM_LAYERS={cfg.num_layers}"),
         (cfg.num_loops and not cfg.loop_stages(), "loop_schedule num_loops recur_blend",
@@ -4558,10 +4566,11 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     wrong = set(stored) ^ set(artifact_settings(Settings()))
     if wrong:
         raise RunError(f"{name}: made by another version of this script (it differs in {min(wrong).upper()})")
-    given = {key: value for key, value in notes.explicit.items() if value is not None}  # auto: what the artifact has
+    fixed = ("vocab_size", "caseops_enabled", *Settings.group("model"))  # where auto is what the artifact has
+    given = {key: value for key, value in notes.explicit.items() if value is not None or key not in fixed}
     if given.get("embedding_dim") == stored["model_dim"]:
         given["embedding_dim"] = 0
-    for key in ("vocab_size", "caseops_enabled", *Settings.group("model"), *["train_seq_len"] * stored["rope_yarn"]):
+    for key in (*fixed, *["train_seq_len"] * stored["rope_yarn"]):
         if given.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {given[key]}")
     try:

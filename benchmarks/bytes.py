@@ -24,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import plan
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -65,7 +66,7 @@ def main() -> int:
     parser.add_argument("run", type=Path, help="folder of a run with SAVE_MODEL=1")
     parser.add_argument("--tokens", type=int, default=500_000, help="validation tokens to score (default: 500000)")
     parser.add_argument("--bytes", type=int, nargs="+", help="sizes of weighted artifacts, instead of shares")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=plan.place, help="also write the figures to this file")
     args = parser.parse_args()
     try:
         with tempfile.TemporaryDirectory() as folder:

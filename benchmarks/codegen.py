@@ -77,7 +77,8 @@ class Row(NamedTuple):
 def settings_of(form: str) -> dict[str, str]:
     """The settings of a form, as environment variables."""
     given = dict(re.findall(r"^(\w+)=(\S+)", RECIPES[form].read_text(), re.M)) if form in RECIPES else FORMS[form]
-    return given | ({} if form == "layers" else FEW_LAYERS) | ONE_GPU
+    few = {name: value for name, value in FEW_LAYERS.items() if name != "VE_LAYERS" or name in given}
+    return given | ({} if form == "layers" else few) | ONE_GPU
 
 
 # ----- what stands in for the machine

@@ -17,6 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import plan
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,7 +38,7 @@ def by_length(losses: torch.Tensor, val: tg.Validation, step: int) -> dict[int, 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--step", type=int, default=1000, help="tokens of document length in a row of the table")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=plan.place, help="also write the figures to this file")
     args = parser.parse_args()
     try:
         if args.step < 1:
@@ -47,7 +48,8 @@ def main() -> int:
         if not os.path.isfile(path):
             raise tg.RunError("EVAL_ONLY takes the artifact to score")
         artifact = Path(path).read_bytes()
-        cfg = tg.adopt_settings(notes, tg.open_artifact(artifact, path)[0], path)
+        settings, compressor, *_ = tg.open_artifact(artifact, path)
+        cfg = dataclasses.replace(tg.adopt_settings(notes, settings, path), compressor=compressor)
         with tempfile.TemporaryDirectory() as folder:
             return measure(dataclasses.replace(cfg, artifact_dir=folder), notes, artifact, args)
     except tg.RunError as error:

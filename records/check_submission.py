@@ -631,7 +631,7 @@ def check_score(sub: Submission) -> str:
     gap = abs(again["val_bpb"] - run["val_bpb"])
     names = ("val_docs", "val_tokens", "val_bytes")
     faults = [f"{name} is {again[name]:,}, the run had {run[name]:,}" for name in names if again[name] != run[name]]
-    if not gap <= 2e-4:
+    if not s.audit.same_score(again["val_bpb"], run["val_bpb"], sub.log_texts.get(seed, "")):
         faults.append(f"seed {seed}: {again['val_bpb']:.8f}, its run says {run['val_bpb']:.8f}")
     fail(faults)
     return f"seed {seed}: {again['val_bpb']:.8f} from the artifact alone, {gap:.1e} from its run"

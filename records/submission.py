@@ -196,6 +196,7 @@ def facts(run: dict[str, Any]) -> dict[str, Any]:
     """A run's settings, and the words that follow from them."""
     c = run["config"]
     return c | {"head_dim": c["model_dim"] // c["num_heads"], "xsa_layers": min(c["xsa_last_n"], c["num_layers"]),
+                "ve_tables": f"a table of {c['ve_dim']} for all" if c["ve_dim"] else "a table for each",
                 "visits": c["num_loops"] + 1, "backend": run["attention"], "loops_from": c["loop_schedule"] or
                 f"{c['enable_looping_at']:g}{' of training' if c['enable_looping_at'] <= 1 else ' steps'}"}
 
@@ -218,8 +219,8 @@ FEATURES = (
     Feature(r"bigram", lambda c: c["bigram_vocab_size"] > 0,
             "hashed bigram embedding, {bigram_vocab_size} x {bigram_dim}"),
     Feature(r"smear", lambda c: c["smear_gate_enabled"], "SmearGate ({smear_gate_mode})"),
-    Feature(r"value embedding|\bVE\d*\b", lambda c: c["ve_enabled"],
-            "value embedding of {ve_dim} on layers {ve_layers}"),
+    Feature(r"value embeddings?|\bVE\d*\b", lambda c: c["ve_enabled"],
+            "value embeddings on layers {ve_layers}, {ve_tables}"),
     Feature(r"sparse.?(attention|attn).?gate", lambda c: c["sparse_attn_gate_enabled"],
             "sparse attention gate on {gate_window} inputs"),
     Feature(r"\bgated.?(attention|attn)", lambda c: c["gated_attn_enabled"], "gated attention"),

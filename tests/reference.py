@@ -98,8 +98,11 @@ class Reference:
         values = n @ p["kv_bank"][layers + layer].T
         with_ve = [int(i) for i in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
         if layer in with_ve:
-            t = p["ve_layer_scale"][with_ve.index(layer)]
-            values = values + t * p["ve_scale"] * p["ve_table"][ids] @ p["ve_bank"][0].T
+            i, kv = with_ve.index(layer), cfg.num_kv_heads * dh
+            of_layer = p["ve_table"][ids][:, i * kv : (i + 1) * kv]
+            if cfg.ve_dim:  # one for all
+                of_layer = p["ve_scale"] * p["ve_table"][ids] @ p["ve_bank"][0].T
+            values = values + p["ve_layer_scale"][i] * of_layer
         future, heads = torch.ones(len(n), len(n)).triu(1).bool(), []
         for h in range(cfg.num_heads):
             mine, shared = slice(h * dh, (h + 1) * dh), slice(h // group * dh, (h // group + 1) * dh)

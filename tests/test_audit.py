@@ -559,6 +559,13 @@ def test_a_faulty_script_ends_with_3_and_a_verdict(trained, tmp_path):
     assert verdict["checks"]["no_overlap"]["detail"].startswith("1 of 6 ")
 
 
+@pytest.mark.parametrize("here, cut, same", [
+    (1.0001, False, True), (0.9999, False, True), (1.0003, False, False), (0.9997, False, False),
+    (0.9, True, True), (1.0003, True, False)])  # who ran out of time could have done better, and not worse
+def test_the_score_of_a_run_that_ran_out_of_time_may_be_worse_than_here(here, cut, same):
+    assert audit.same_score(here, 1.0, "EVAL_BUDGET_SECONDS=600: 9 tokens scored and not trained on" * cut) == same
+
+
 def edit_result(run: Path, **values) -> None:
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | values))

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import PLAIN, ROOT, run_script
 from helpers import OFF, bare
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -41,6 +41,7 @@ TECHNIQUES = {
     "lanes": {"parallel_start_layer": 4, "parallel_mode": "lanes", "num_loops": 1, "gated_attn_enabled": True},
     "crossed": {"parallel_start_layer": 4, "parallel_mode": "crossed", "smear_gate_enabled": True},
     "tables": {"bigram_vocab_size": 64, "bigram_dim": 24, "ve_enabled": True, "ve_dim": 20, "ve_layers": "1,5"},
+    "values": {"ve_enabled": True, "ve_dim": 0, "num_loops": 1},
     "factorised": {"embedding_dim": 24, "tie_embeddings": False, "num_loops": 1, "recur_blend": "ab"},
 }
 
@@ -391,7 +392,7 @@ def test_plan_says_in_one_line_that_it_does_not_know_this_torch(monkeypatch, cap
 @pytest.mark.skipif(not torch.version.cuda, reason="needs a CUDA build of PyTorch")
 def test_kernels_leave_fewer_bytes_in_the_plan(tmp_path):
     path = tmp_path / "plan.json"
-    done = run_plan({"NUM_LAYERS": "4"}, "plain", "parts", "fused", "--list", "--json", str(path))
+    done = run_plan(PLAIN | {"NUM_LAYERS": "4"}, "plain", "parts", "fused", "--list", "--json", str(path))
     assert done.returncode == 0, done.stderr
     forms = json.loads(path.read_text())["forms"]
     for i in (0, 1):

@@ -144,7 +144,8 @@ def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
     ("NUM_LAYERS=4 LOOP_START=4", "LOOP_START=4: LOOP_END=4 takes a layer from LOOP_START=4 to 3"),
     ("NUM_LAYERS=4 LOOP_END=4", "LOOP_END=4: takes a layer from LOOP_START=1 to 3"),
     ("PARALLEL_START_LAYER=5", "PARALLEL_START_LAYER=5: takes more than LOOP_END=5 with PARALLEL_MODE=crossed"),
-    ("NUM_LAYERS=4 VE_ENABLED=1", "NUM_LAYERS=4: VE_LAYERS=9,10 takes layers below NUM_LAYERS=4, as 9,10"),
+    ("NUM_LAYERS=4 VE_LAYERS=9,10", "VE_LAYERS=9,10: takes different layers below NUM_LAYERS=4, as 9,10"),
+    ("VE_LAYERS=9,9", "VE_LAYERS=9,9: takes different layers below NUM_LAYERS=11, as 9,10"),
     ("TOKEN_ORDER=4,16", "TOKEN_ORDER=4,16: takes numbers from 64 down to 2, as 16,8,4"),
     ("NUM_LAYERS=4 QAT_LITE_ENABLED=1", "NUM_LAYERS=4: QAT_LITE_LAYER_START=7 takes a layer below NUM_LAYERS=4"),
 ])

@@ -430,6 +430,8 @@ def test_clone_by_git_for_windows(tmp_path):
     ({}, ["records/compare_recipes.py", "--jobs", "0"]),
     ({}, ["benchmarks/gpu.py", "--json", "/nowhere/figures.json"]),
     ({}, ["benchmarks/plan.py", "--json", "/nowhere/figures.json"]),
+    ({}, ["benchmarks/ttt.py", "--json", "/nowhere/figures.json"]),
+    ({}, ["benchmarks/bytes.py", "run", "--json", "/nowhere/figures.json"]),
     ({}, ["benchmarks/codegen.py", "--json", "/nowhere/figures.json"]),
     ({}, ["benchmarks/count.py", "--measured", "records/smoke.json"])])
 def test_what_a_tool_does_not_take_is_told_in_a_line(environ, command):

@@ -67,6 +67,8 @@ TECHNIQUES = {
     "smear-vector": {"smear_gate_enabled": True, "smear_gate_mode": "vector"},
     "value-embedding": {"ve_enabled": True, "ve_dim": 5, "ve_layers": "1,5"},
     "value-embedding-in-the-loop": LOOPS | {"ve_enabled": True, "ve_dim": 40, "ve_layers": "4,3"},
+    "value-embeddings": {"ve_enabled": True, "ve_dim": 0, "ve_layers": "5,1,2"},
+    "value-embeddings-in-the-loop": LOOPS | {"ve_enabled": True, "ve_dim": 0, "num_kv_heads": 1},
     "sparse-gate": {"sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 0.6},
     "gated": {"gated_attn_enabled": True},
     "out-gate": {"attn_out_gate_enabled": True, "gate_window": 32},
@@ -302,7 +304,9 @@ TECHNIQUES_OFF = {  # what may be set while it is off; what turns it on; paramet
                     {"smear_weight", "smear_scale"}),
     "smear-vector": ({"smear_gate_mode": "vector"}, {"smear_gate_enabled": True, "smear_gate_mode": "vector"},
                      {"smear_theta"}, {"smear_theta"}),
-    "value-embedding": ({"ve_dim": 7, "ve_layers": "0,3"}, {"ve_enabled": True, "ve_layers": "0,3"},
+    "value-embeddings": ({"ve_layers": "0,3"}, {"ve_enabled": True, "ve_dim": 0}, {"ve_table", "ve_layer_scale"},
+                         {"ve_table.codes", "ve_table.scales", "ve_layer_scale"}),
+    "value-embedding": ({"ve_dim": 7, "ve_layers": "0,3"}, {"ve_enabled": True, "ve_dim": 7, "ve_layers": "0,3"},
                         {"ve_table", "ve_bank", "ve_scale", "ve_layer_scale"},
                         {"ve_table.codes", "ve_table.scales", "ve.codes", "ve.scales", "ve_scale", "ve_layer_scale"}),
     "sparse-gate": ({"sparse_attn_gate_scale": 3.0, "gate_window": 2}, {"sparse_attn_gate_enabled": True},
@@ -433,6 +437,9 @@ def test_initial_values():
     assert not model.smear_scale.any() and not model.smear_weight.any() and not model.attn_gate.any()
     assert abs(model.ve_table.std() / 0.01 - 1) < 0.1 and abs(model.ve_table.mean()) < 0.001
     assert model.ve_scale == torch.tensor(0.1) and (model.ve_layer_scale == 1).all()
+    own = tg.GPT(tiny(ve_enabled=True, ve_dim=0, vocab_size=500), bos=BOS)
+    assert own.ve_table.shape == (500, 3 * 16) and abs(own.ve_table.std() / 0.01 - 1) < 0.1
+    assert own.ve_layers == [1, 3, 5] and (own.ve_layer_scale == torch.ones(3)).all()
     for bank in (model.bigram_bank[0], model.ve_bank[0]):
         assert bank.size(0) > bank.size(1) and (bank.T @ bank - torch.eye(bank.size(1))).abs().max() < 1e-5
     for blend, value in (("alpha", 0.7), ("gate", 4.0)):

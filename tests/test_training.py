@@ -824,7 +824,7 @@ def test_nothing_is_compiled_after_the_warm_up(rt, tmp_path):
 
     logging.disable(logging.DEBUG)  # or pytest's log handler has every graph printed
     changes = EVERYTHING | {"num_layers": 2, "loop_start": 0, "loop_end": 0, "parallel_start_layer": 1,
-                            "ve_layers": "0,1", "num_loops": 1, "loop_schedule": "0.2:1"}
+                            "ve_layers": "0,1", "ve_dim": 0, "num_loops": 1, "loop_schedule": "0.2:1"}
     phases, counts = set(), []
     for warmup_steps, iterations in ((1, 12), (0, 1)):
         cfg = tiny(tmp_path, **changes | {"warmup_steps": warmup_steps, "iterations": iterations})

@@ -724,8 +724,8 @@ def test_no_phase_adapts_again_once_the_budget_is_spent(monkeypatch, budget):
 
 
 def test_a_phase_ends_when_the_budget_does(monkeypatch):
-    """4 documents of 3 s, then 35 steps of a second, then 2 documents of 5 s: 57 s in all. The time for backward passes,
-    which this clock does not have, is judged to be there, and so the rest to take 5 s.
+    """4 documents of 3 s, then 35 steps of a second, then 2 documents of 5 s: 57 s in all. Backward passes, which take
+    no time here, are judged to take some, and so the last documents to take 5 s.
     """
     cfg = config(ttt_mode="phased", ttt_batch_size=1, phased_ttt_prefix_docs=4, phased_ttt_num_phases=1,
                  global_ttt_chunk_tokens=1, ttt_doc_order="sequential", eval_budget_seconds=40.0)
