@@ -883,6 +883,7 @@ class GPT(nn.Module):
                 new("ve_bank", orthogonal(1, kv, cfg.ve_dim), "matrix")
                 new("ve_scale", torch.tensor(0.1), "scalar")
             new("ve_layer_scale", torch.ones(len(self.ve_layers)), "scalar", "value layer")
+            self.slices["values"] = ("values", "value layer", 0)
         if cfg.gated_attn_enabled:
             new("attn_gate", torch.randn(cfg.num_layers, cfg.num_heads, d) * 0.01, "scalar", "layer")
         elif cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
@@ -903,18 +904,17 @@ class GPT(nn.Module):
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
         rope = rope or rotary_of(self.cfg, ids, bounds)
         x, values = embed(ids, hooks.at())
-        values = () if values is None else values.split(self.kv_bank.size(1), -1)  # one for all layers, or for each
         starts = span_starts(ids, bounds) if self.cfg.key_offset else None
         shared = Shared(x.view_as(x), [t.to(x.dtype) for t in rope], bounds, starts)
         order = virtual_layers(self.cfg, self.cfg.num_loops if loops is None else loops)
         half, skips, lane, outputs = len(order) // 2, [], None, {}
         stacks = dict([*self.named_parameters(), *self.named_buffers()])
         stacks |= {name: bank.unbind(0) for name, bank in self.params_of("matrix").items()}  # gradients in one piece
+        if values is not None:  # VE_DIM: the same for each of its layers
+            stacks["values"] = values.split(self.kv_bank.size(1), -1) * (len(self.ve_layers) if self.cfg.ve_dim else 1)
         for n, (layer, visit) in enumerate(order):
             skip = skips.pop() if n >= half and skips else None
             params = self.slice_layer(stacks, layer, visit, None if skip is None else n - half)
-            if layer in self.ve_layers:
-                params.weights["values"] = values[self.ve_layers.index(layer) % len(values)]
             last = outputs[layer] if "recur_blend" in params.weights else None
             x, lane = run_layer(x, lane, skip, last, params, shared, hooks.at(layer, visit))
             if self.cfg.recur_blend != "none":
@@ -3129,6 +3129,10 @@ def form_parts(form: str, sizes: list[int]) -> dict[str, tuple[list[int], torch.
 COMMON_APART = ("scaled table", "scaled head", "weighted head")  # forms whose common part only `ans` takes out
 
 
+def stored_half(tensor: Tensor) -> Stored:
+    return Stored("half", list(tensor.shape), {"values": tensor.half()})
+
+
 def even_grid(factor: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     """Codes (rank, n) int8 from 0 to 2^bits - 1 for a factor (rank, n), and steps and least values of every `group`
     numbers of a row, (2, rank, groups) fp16.
@@ -3208,12 +3212,11 @@ def quantize(cfg: Settings, rt: Runtime, state: dict[str, Tensor], factors: dict
             levels = (weight / step.float()[..., None]).round().clamp(-most, most).to(torch.int8)
             stored[group.name] = Stored("gate", list(weight.shape), {"levels": levels, "scales": step})
         elif weight[0].numel() < cfg.quant_min_weights:
-            stored[group.name] = Stored("half", list(weight.shape), {"values": weight.half()})
+            stored[group.name] = stored_half(weight)
         else:
             stored[group.name] = quantize_group(rt, group, weight, factors, steps and steps[group.name], chained)
     covered = {group.param for group in groups}
-    stored |= {name: Stored("half", list(t.shape), {"values": t.half()}) for name, t in state.items()
-               if name not in covered}
+    stored |= {name: stored_half(tensor) for name, tensor in state.items() if name not in covered}
     if cfg.lqer_enabled:
         add_low_rank(cfg, state, stored)
     return {name: Stored(form, sizes, {part: parts[part].cpu() for part in form_parts(form, sizes)})
@@ -4497,10 +4500,15 @@ def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
     return Settings(**notes.explicit), notes
 
 
+def environment_names() -> list[tuple[str, dataclasses.Field, Any]]:
+    """Every name by which the environment gives a setting, with its field and the `values` that allowed_by() takes."""
+    return [(name, f, values) for f in dataclasses.fields(Settings)
+            for name, values in ({f.name.upper(): {}} | f.metadata["aliases"]).items()]
+
+
 def read_environment(environ: dict[str, str]) -> Notes:
     """The values of all environment variables that are settings or their aliases, each checked by itself."""
-    names = [(name, f, values) for f in dataclasses.fields(Settings)
-             for name, values in ({f.name.upper(): {}} | f.metadata["aliases"]).items()]
+    names = environment_names()
     allowed, source, spelt = {}, {}, []
     for name, f, values in (entry for entry in names if entry[0] in environ):
         raw = environ[name].strip()
@@ -4578,6 +4586,12 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
         return Settings(**({"train_batch_tokens": window} | stored | given))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
+
+
+def settings_to_score(notes: Notes, artifact: bytes, name: str) -> Settings:
+    """Settings to evaluate an artifact, as adopt_settings() has them; its compressor is the one that packed it."""
+    stored, compressor, *_ = open_artifact(artifact, name)
+    return dataclasses.replace(adopt_settings(notes, stored, name), compressor=compressor)
 
 
 def changes(cfg: Settings, chosen: Iterable[str]) -> str:
@@ -4815,8 +4829,7 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
             raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
         with open(path, "rb") as file:
             artifact = file.read()
-        settings, compressor, *_ = open_artifact(artifact, path)
-        cfg = dataclasses.replace(adopt_settings(notes, settings, path), compressor=compressor)
+        cfg = settings_to_score(notes, artifact, path)
     else:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:

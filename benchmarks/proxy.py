@@ -73,7 +73,7 @@ SIZES = {
 }
 FIXED = {"MAX_WALLCLOCK_SECONDS": "0", "EVAL_BUDGET_SECONDS": "0"}  # tokens and text are fixed, not time
 OWN = {"SEED", "DEVICE", "ARTIFACT_DIR", "RUN_ID", "EVAL_ONLY", "EVAL_ONLY_PATH", "RESUME", "AUDIT", *FIXED}
-NAMES = {name for f in tg.Settings.__dataclass_fields__.values() for name in (f.name.upper(), *f.metadata["aliases"])}
+NAMES = {name for name, *_ in tg.environment_names()}
 TORCHRUN = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT"}
 STAGES = ("pre_quant", "quantized", "final")
 EFFECT, P_VALUE, POWER, MOST_SEEDS = 0.002, 0.01, 0.8, 10_000

@@ -511,14 +511,14 @@ def in_place(new: Path, final: Path, old: Path) -> Iterator[None]:
         raise
 
 
-def write_tokenizer(folder: Path, encoder: Encoder) -> tuple[dict, list[str]]:
-    """Write the files of a tokenizer, and return its entry for the manifest and their names."""
-    names = [f"{encoder.name}.model", f"{encoder.name}.vocab"]
-    for name, content in zip(names, (encoder.model, vocab_lines(encoder.tokenizer))):
-        with shards.atomic_write(folder / name) as file:
+def write_tokenizer(folder: Path, encoder: Encoder) -> dict:
+    """Write the files of a tokenizer into `folder`, and return its entry for the manifest."""
+    entry = {"name": encoder.name, "vocab_size": encoder.tokenizer.vocab_size(),
+             "model_path": f"tokenizers/{encoder.name}.model", "vocab_path": f"tokenizers/{encoder.name}.vocab"}
+    for key, content in (("model_path", encoder.model), ("vocab_path", vocab_lines(encoder.tokenizer))):
+        with shards.atomic_write(folder / Path(entry[key]).name) as file:
             file.write(content)
-    return {"name": encoder.name, "vocab_size": encoder.tokenizer.vocab_size(),
-            "model_path": f"tokenizers/{names[0]}", "vocab_path": f"tokenizers/{names[1]}"}, names
+    return entry
 
 
 def report(entry: dict, folder: Path) -> None:
@@ -542,14 +542,15 @@ def make_datasets(args: argparse.Namespace, specs: list[Spec], sources: list[Sou
         for dataset in made:
             dataset.add(split, documents)
     entries, folders = [dataset.finish(docs_sha256) for dataset in made], args.out / "datasets"
-    tokenizers, names = zip(*(write_tokenizer(work, dataset.encoder) for dataset in made))
+    tokenizers = [write_tokenizer(work, dataset.encoder) for dataset in made]
     (args.out / "tokenizers").mkdir(exist_ok=True)
     with ExitStack() as placed:  # all of it or nothing
         for dataset in made:
             placed.enter_context(in_place(dataset.folder, folders / dataset.name, work / f"old {dataset.name}"))
-        for name in {name for pair in names for name in pair}:  # data sets may share a tokenizer
-            placed.enter_context(in_place(work / name, args.out / "tokenizers" / name, work / f"old {name}"))
-        shards.update_manifest(args.out / "manifest.json", entries, [*tokenizers])
+        # data sets may share a tokenizer
+        for path in {Path(entry[key]) for entry in tokenizers for key in ("model_path", "vocab_path")}:
+            placed.enter_context(in_place(work / path.name, args.out / path, work / f"old {path.name}"))
+        shards.update_manifest(args.out / "manifest.json", entries, tokenizers)
     for entry in entries:
         report(entry, folders / entry["name"])
 

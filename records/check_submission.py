@@ -490,8 +490,7 @@ def run_copies(sub: Submission, copies: dict[str, Path], command: list[Any], out
     command writes there; the check fails if there is none. Of the settings in the environment only DEVICE is kept.
     """
     tokenizer, *_ = need(sub.tokenizers(), "no tokenizer; --tokenizer names one")
-    fields = tg.Settings.__dataclass_fields__.values()
-    ours = {name for f in fields for name in (f.name.upper(), *f.metadata["aliases"])} - {"DEVICE"}
+    ours = {name for name, *_ in tg.environment_names()} - {"DEVICE"}
     env = {name: value for name, value in os.environ.items() if name not in ours} | settings
     env |= {"DATA_PATH": str(sub.data_path), "TOKENIZER_PATH": str(tokenizer)}
     with tempfile.TemporaryDirectory() as folder:

@@ -732,8 +732,8 @@ def test_a_phase_ends_when_the_budget_does(monkeypatch):
     steps, real = [], tg.Sgd.step
     monkeypatch.setattr(tg.Sgd, "step", lambda *arguments: (steps.append(1), real(*arguments)))
     score, _, said, _ = timed(cfg, monkeypatch, [9] * 6)
-    assert score.tokens == 9 * 6 and len(said) == 1 and 0 < len(steps) < 35
-    assert tg.time.perf_counter() - 100 <= 40 + 6
+    # 12 s, the steps and 10 s end within 6 s of the budget
+    assert score.tokens == 9 * 6 and len(said) == 1 and 0 < len(steps) <= 40 + 6 - 12 - 10
 
 
 def test_adapters_lie_in_memory_as_their_gradients_do():
