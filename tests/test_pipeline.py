@@ -342,6 +342,7 @@ def test_bytes_of_another_versions_run_are_refused_in_a_line(finished, tmp_path,
 # ----- the evaluation's clock
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("settings,stages,seconds", [
     ({}, ["quantized", "sliding"], 33), ({"eval_stages": "final"}, ["quantized", "sliding"], 23),
     ({"eval_stride": 0}, ["quantized"], 13), ({"eval_stride": 0, "eval_stages": "final"}, ["quantized"], 13),
@@ -350,9 +351,9 @@ def test_bytes_of_another_versions_run_are_refused_in_a_line(finished, tmp_path,
     ({"ttt_mode": "lora", "eval_only": "x"}, ["quantized", "sliding", "ttt"], 73),
     ({"ttt_mode": "lora", "eval_only": "x", "eval_stages": "final"}, ["ttt"], 43),
 ])
-def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, settings, stages, seconds):
-    """By a clock that loading advances by 3 seconds and the stages by 10, 20 and 40."""
-    clock, began = SimpleNamespace(now=500.0), []
+def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, settings, stages, seconds, compiled):
+    """By a clock that loading advances by 3 seconds, the stages by 10, 20 and 40, and compiling by 1000."""
+    clock, began, ahead = SimpleNamespace(now=500.0), [], []
 
     def advance(seconds: float):
         clock.now += seconds
@@ -363,12 +364,41 @@ def test_evaluation_is_timed_from_the_loading_of_the_artifact(monkeypatch, setti
         return advance({"quantized": 10, "sliding": 20, "ttt": 40}[name])
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
-    run = SimpleNamespace(cfg=bare(**settings), stages={}, loaded=None, forward=None, model=None, stage=stage,
+    run = SimpleNamespace(cfg=bare(**settings), stages={}, loaded=None, forward=compiled, model=False, stage=stage,
                           load=lambda *_: advance(3), rt=SimpleNamespace(largest=float),
+                          compile_ahead=lambda stages: ahead.append((list(stages), advance(1000))),
                           val=tg.Validation(torch.zeros(2), torch.ones(2), 1, None))
     assert tg.Run.score(run, b"", "x") == seconds
     assert list(run.stages) == stages
     assert run.loaded == clock.now - seconds and began[-1] == run.loaded  # from where the budget counts
+    timed = stages[-1:] if settings.get("eval_stages") == "final" else stages
+    assert ahead == [(timed, 1000)] * compiled
+
+
+@pytest.mark.parametrize("stages, expected", [(["quantized", "sliding", "ttt"], ["windows", "ttt"]),
+                                              (["quantized"], ["windows"]), (["ttt"], ["ttt"])])
+def test_what_the_stages_run_is_compiled_on_random_text(monkeypatch, stages, expected):
+    """Of each kind of graph, by the form of the model that the stage has."""
+    called, said = [], []
+
+    class Evaluator:
+        def __init__(self, forward: str, val: str):
+            self.given = (forward, val)
+
+        def warm_windows(self):
+            called.append(("windows", *self.given))
+
+        def warm_ttt(self):
+            called.append(("ttt", *self.given))
+
+    monkeypatch.setattr(tg, "random_text", lambda cfg, val: "random")
+    run = SimpleNamespace(cfg=None, val="validation", forward="whole", final_forward="parts", evaluator=Evaluator,
+                          rt=SimpleNamespace(log=said.append), model=torch.nn.Linear(2, 2).requires_grad_(False))
+    tg.Run.compile_ahead(run, stages)
+    assert all(p.requires_grad for p in run.model.parameters())
+    form = {"windows": "whole", "ttt": "parts"}
+    assert called == [(kind, form[kind], "random") for kind in expected]
+    assert re.fullmatch(r"evaluation compiled in \d+\.\ds, before its clock", *said)
 
 
 def test_only_the_final_score_on_the_clock(tiny, tmp_path):
