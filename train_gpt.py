@@ -3939,14 +3939,14 @@ class Budget:
     """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS.
 
     How fast the work goes is judged once it has taken 3 % of the time that was left. Half a second that a first batch
-    loses to a GPU's start would otherwise count as the pace of all.
+    loses to a GPU's start would otherwise count as the pace of all. As much is kept for the tilt, which comes last.
     """
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, plain: float):
         """`plain`: this rank's work if it adapted to nothing, in any unit. `began`: when the budget's clock did."""
-        self.rt, self.end, self.plain = rt, began + (cfg.eval_budget_seconds or math.inf), plain
-        self.began, self.done, self.over = time.perf_counter(), 0.0, False
-        self.early = 0.03 * (self.end - self.began)
+        self.rt, self.plain, self.began, self.done, self.over = rt, plain, time.perf_counter(), 0.0, False
+        left = began + (cfg.eval_budget_seconds or math.inf) - self.began
+        self.early, self.end = 0.03 * left, self.began + 0.97 * left
 
     def spend(self, work: float, plain: float) -> bool:
         """Whether to adapt on what is done next: `work`, or `plain` without adapting. Once False, always."""

@@ -694,9 +694,23 @@ def test_a_slow_start_is_not_the_pace_of_all(monkeypatch):
     assert adapted[0] == 10_000 and adapted[1] < 30
 
 
+def test_time_is_kept_for_what_comes_last(monkeypatch):
+    """200 s of work, or 80 s without adapting, in 150 s of which 30 are gone: it ends after 97 % of those left."""
+    clock = SimpleNamespace(now=30.0)
+    monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    budget = tg.Budget(config(eval_budget_seconds=150.0), FakeRuntime(), 0.0, 10_000 * 0.4)
+    adapted = 0
+    for _ in range(10_000):
+        learns = budget.spend(1.0, 0.4)
+        adapted += learns
+        clock.now += 0.02 * (1.0 if learns else 0.4)
+    assert clock.now == pytest.approx(30 + 0.97 * 120, abs=0.1)
+    assert 0 < adapted < 10_000
+
+
 @pytest.mark.parametrize("mode", ["lora", "phased", "chunk"])
 def test_what_was_spent_before_counts(monkeypatch, mode):
-    """Loading, earlier scores, compiling: the budget is one for all that follows the loading of the artifact."""
+    """Loading and earlier scores: the budget is one for all that follows the loading of the artifact."""
     def losses(budget: float, spent: float) -> torch.Tensor:
         cfg = config(ttt_mode=mode, ttt_batch_size=1, ttt_doc_order="sequential", eval_budget_seconds=budget,
                      ttt_chunk_tokens=9, eval_seq_len=6, eval_stride=3)
