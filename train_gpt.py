@@ -4761,7 +4761,7 @@ class Run:
         if "ttt" in stages:
             self.evaluator(self.final_forward, val=text).warm_ttt()
         self.model.requires_grad_(True)  # as it was: other stages' graphs hang on it
-        self.rt.log(f"evaluation compiled in {time.perf_counter() - start:.1f}s, before its clock")
+        self.rt.note(f"warm-up: evaluation compiled in {time.perf_counter() - start:.1f}s, before its clock")
 
     def score(self, artifact: bytes, name: str) -> float:
         """Load the artifact and run the stages; returns the seconds from loading to the last score.
