@@ -180,7 +180,7 @@ class Settings:
     varlen_enabled: bool = setting(True, "model", "attention stays inside a document (variable-length attention)",
                                    proof="PR 1855")
     bigram_vocab_size: int = setting(0, "model", "rows of the hashed bigram embedding; 0: no bigram embedding")
-    bigram_dim: int = setting(112, "model", "width of the rows of the bigram embedding", low=1)
+    bigram_dim: int = setting(112, "model", "width of the rows of the bigram embedding", low=2)
     bigram_signs: bool = setting(False, "model", "multiply bigram rows by signs that hang on both tokens")
     smear_gate_enabled: bool = setting(True, "model", "mix the previous token's embedding into each token's, inside a "
                                        "document", proof="PR 1855")
@@ -4404,7 +4404,8 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          "0 beside another of the three output gates"),
         ((cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled or cfg.smear_gate_enabled) and
          cfg.gate_window > cfg.model_dim, "gate_window model_dim", f"at most MODEL_DIM={cfg.model_dim}"),
-        (cfg.bigram_vocab_size == 1, "bigram_vocab_size", "0 or at least 2"),
+        *((getattr(cfg, name) == 1, name, "0 or at least 2")  # a table of one column has no spread to quantize by
+          for name in ("bigram_vocab_size", "ve_dim", "embedding_dim")),
         (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
         (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
          f"different layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),

@@ -147,6 +147,7 @@ def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
     ("NUM_LAYERS=4 VE_LAYERS=9,10", "VE_LAYERS=9,10: takes different layers below NUM_LAYERS=4, as 9,10"),
     ("VE_LAYERS=9,9", "VE_LAYERS=9,9: takes different layers below NUM_LAYERS=11, as 9,10"),
     ("TOKEN_ORDER=4,16", "TOKEN_ORDER=4,16: takes numbers from 64 down to 2, as 16,8,4"),
+    *((f"{name}=1", f"{name}=1: takes 0 or at least 2") for name in ("BIGRAM_VOCAB_SIZE", "VE_DIM", "EMBEDDING_DIM")),
     ("NUM_LAYERS=4 QAT_LITE_ENABLED=1", "NUM_LAYERS=4: QAT_LITE_LAYER_START=7 takes a layer below NUM_LAYERS=4"),
 ])
 def test_a_contradiction_is_blamed_on_what_was_given(given, message):
