@@ -1105,9 +1105,9 @@ def build_model(cfg: Settings, rt: "Runtime", attend: Callable, bos: int, ops: O
 def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Callable, Callable]:
     """The model's forward pass compiled whole, and the same by its parts, where layers of a kind share a graph.
 
-    Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many,
-    on the evaluation's clock. Parts are soon compiled, and from the second width on for any. The rotary table is made
-    outside: inside, each kernel that reads it would work it out again, in float64.
+    Whole it moves fewer bytes, but compiling takes a minute for each width of a batch, and test-time training has many.
+    Parts are soon compiled, and from the second width on for any. The rotary table is made outside: inside, each kernel
+    that reads it would work it out again, in float64.
     """
     torch._dynamo.config.recompile_limit = 256  # one function, many graphs: loops, QAT, widths, kinds of layers
     whole = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
@@ -3938,8 +3938,9 @@ def half_cosine(i: int, last: int) -> float:
 class Budget:
     """Says whether there is time to adapt: whether the rest, scored without, would still end in EVAL_BUDGET_SECONDS.
 
-    How fast the work goes is judged once it has taken 3 % of the time that was left. Half a second that a first batch
-    loses to a GPU's start would otherwise count as the pace of all. As much is kept for the tilt, which comes last.
+    Of the time that is left at the start, 3 % are kept for what comes last, the tilt. How fast the work goes is judged
+    once it has taken as much. Half a second that a first batch loses to a GPU's start would otherwise count as the pace
+    of all.
     """
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, plain: float):
@@ -4156,7 +4157,7 @@ class Evaluator:
         """`forward`: the model, or a compiled form of it. `loaded` as in Scorer; `loops` None: NUM_LOOPS."""
         self.cfg, self.rt, self.model, self.forward, self.val = cfg, rt, model, forward, val
         start, tilt = time.perf_counter(), Tilt.of(cfg, val)
-        if tilt:
+        if tilt and loaded is not None:  # on the clock
             rt.note(f"hints for {len(tilt.places)} targets in {time.perf_counter() - start:.1f}s")
         self.scorer = Scorer(rt, val.bytes, loaded, tilt)
         self.loops = cfg.num_loops if loops is None else loops
@@ -4404,7 +4405,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          "0 beside another of the three output gates"),
         ((cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled or cfg.smear_gate_enabled) and
          cfg.gate_window > cfg.model_dim, "gate_window model_dim", f"at most MODEL_DIM={cfg.model_dim}"),
-        *((getattr(cfg, name) == 1, name, "0 or at least 2")  # a table of one column has no spread to quantize by
+        *((getattr(cfg, name) == 1, name, "0 or at least 2")  # no bucket for pairs; columns that have no spread
           for name in ("bigram_vocab_size", "ve_dim", "embedding_dim")),
         (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
         (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
