@@ -4405,8 +4405,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          "0 beside another of the three output gates"),
         ((cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled or cfg.smear_gate_enabled) and
          cfg.gate_window > cfg.model_dim, "gate_window model_dim", f"at most MODEL_DIM={cfg.model_dim}"),
-        *((getattr(cfg, name) == 1, name, "0 or at least 2")  # no bucket for pairs; columns that have no spread
-          for name in ("bigram_vocab_size", "ve_dim", "embedding_dim")),
+        *((getattr(cfg, n) == 1, n, "0 or at least 2") for n in ("bigram_vocab_size", "ve_dim", "embedding_dim")),
         (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
         (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
          f"different layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),
