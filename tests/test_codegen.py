@@ -75,7 +75,7 @@ def test_the_warm_up_makes_all_graphs_of_a_run(data, tmp_path, case):
     assert late == [] and made >= 2  # training and the score
 
 
-@pytest.mark.parametrize("mode, fault", [("chunk", None), ("sliding", "warm_windows"), ("chunk", "warm_ttt")])
+@pytest.mark.parametrize("mode, fault", [("chunk", None), ("sliding", "warm_windows")])
 def test_scoring_an_artifact_makes_no_graph_on_its_clock(data, tmp_path, mode, fault):
     """Where no training has compiled anything before. Without a part of the warm-up it would."""
     settings = TOGETHER[mode] | LAYERS | data
