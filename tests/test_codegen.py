@@ -75,17 +75,6 @@ def test_the_warm_up_makes_all_graphs_of_a_run(data, tmp_path, case):
     assert late == [] and made >= 2  # training and the score
 
 
-@pytest.mark.parametrize("mode, fault", [("chunk", None), ("sliding", "warm_windows")])
-def test_scoring_an_artifact_makes_no_graph_on_its_clock(data, tmp_path, mode, fault):
-    """Where no training has compiled anything before. Without a part of the warm-up it would."""
-    settings = TOGETHER[mode] | LAYERS | data
-    graphs_of(settings, tmp_path / "run")
-    faults = [lambda tg, patch: patch.setattr(tg.Evaluator, fault, lambda self: None)] if fault else []
-    artifact = {"EVAL_ONLY": str(tmp_path / "run/final_model.int6.ptz")}
-    made, late = graphs_of(settings | artifact, tmp_path / "score", *faults)
-    assert made >= 1 and (late != []) == bool(fault)
-
-
 def no_evaluation(tg, patch) -> None:
     patch.setattr(tg.Evaluator, "warm_windows", lambda self: None)
 
@@ -98,6 +87,16 @@ def no_test_time_training(tg, patch) -> None:
                                              (no_test_time_training, TOGETHER["chunk"])])
 def test_a_graph_that_the_warm_up_lacks_is_seen(data, tmp_path, fault, settings):
     assert graphs_of(settings | LAYERS | data, tmp_path, fault)[1]
+
+
+@pytest.mark.parametrize("mode, faults", [("chunk", []), ("sliding", [no_evaluation])])
+def test_scoring_an_artifact_makes_no_graph_on_its_clock(data, tmp_path, mode, faults):
+    """Where no training has compiled anything before. Without a part of the warm-up it would."""
+    settings = TOGETHER[mode] | LAYERS | data
+    graphs_of(settings, tmp_path / "run")
+    artifact = {"EVAL_ONLY": str(tmp_path / "run/final_model.int6.ptz")}
+    made, late = graphs_of(settings | artifact, tmp_path / "score", *faults)
+    assert made >= 1 and (late != []) == bool(faults)
 
 
 # ----- machine code
