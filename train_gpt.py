@@ -431,9 +431,11 @@ class Settings:
     def loop_stages(self) -> list[tuple[float, int]]:
         """(from when, loops) in order, of LOOP_SCHEDULE or ENABLE_LOOPING_AT; empty if it does not end in NUM_LOOPS."""
         text = self.loop_schedule or f"{self.enable_looping_at:.17g}:{self.num_loops}"
-        stages = [(float(at), int(loops)) for at, loops in parse_pairs(text, r"\d*\.?\d+(?:e-\d+)?|\d+\.")]
+        stages = [(float(at), int(loops)) for at, loops in parse_pairs(text, r"\d*\.?\d+(?:e[-+]\d+)?|\d+\.")]
         fits = stages and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
-        return stages if fits and self.num_loops else []
+        shares, steps = ([at for at, _ in stages if (at > 1) == counted] for counted in (False, True))
+        ordered = all(part == sorted(set(part)) for part in (shares, steps))
+        return stages if fits and ordered and self.num_loops else []
 
     def seq_stages(self) -> list[tuple[float, int]]:
         """(from when, window) in order, of TRAIN_SEQ_SCHEDULE, none over TRAIN_SEQ_LEN; empty if it is no such list."""
@@ -1210,6 +1212,9 @@ def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[choice]
 
 
+BACKENDS = ("fa3", "fa2", "varlen", "sdpa")  # of attention, the fastest first
+
+
 class Attention(NamedTuple):
     """The backend that a run uses."""
 
@@ -1219,8 +1224,8 @@ class Attention(NamedTuple):
     skipped: list[str]  # faster ones, and why they were passed over
 
 
-def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> Attention:
-    """The first backend that works, or the one that ATTENTION asks for.
+def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype, fastest: str = "fa3") -> Attention:
+    """The first backend that works, none before the `fastest` that may be, or the one that ATTENTION asks for.
 
     All but SDPA need a GPU and bf16. Each is tried on a small input, forward and backward. RunError if the one that
     ATTENTION asks for does not work.
@@ -1230,7 +1235,8 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> A
         if choice not in ("auto", "sdpa"):
             raise RunError(f"ATTENTION={choice}: needs a GPU and bf16; takes sdpa or auto here")
         return Attention("sdpa", "PyTorch", attend_sdpa, [])
-    for name in ("fa3", "fa2", *(["varlen"] if cfg.bounded else []), "sdpa") if choice == "auto" else (choice,):
+    usual = [name for name in BACKENDS[BACKENDS.index(fastest):] if cfg.bounded or name != "varlen"]
+    for name in usual if choice == "auto" else (choice,):
         try:
             if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
                 raise ImportError("needs a Hopper GPU")
@@ -1250,13 +1256,15 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype) -> A
 
 def agree_on_attention(cfg: Settings, rt: "Runtime") -> Attention:
     """The same backend on every rank: the fastest that works on all, or each step would wait for the one without."""
-    names = ("fa3", "fa2", "varlen", "sdpa")
     mine = pick_attention(cfg, rt.device, rt.dtype)
-    name = names[int(rt.largest(names.index(mine.name)))]
-    if name == mine.name:
-        return mine
-    other = pick_attention(dataclasses.replace(cfg, attention=name), rt.device, rt.dtype)
-    return other._replace(skipped=[*mine.skipped, f"{mine.name}: not on every process"])
+    while True:
+        place = BACKENDS.index(mine.name)
+        slowest = int(rt.largest(place))
+        if rt.largest(slowest - place) == 0:
+            return mine
+        if place < slowest:
+            other = pick_attention(cfg, rt.device, rt.dtype, BACKENDS[slowest])
+            mine = other._replace(skipped=[*mine.skipped, f"{mine.name}: not on every process", *other.skipped])
 
 
 # Kernels compute in fp32 what plain forms round at every step.
@@ -2537,6 +2545,9 @@ def read_checkpoint(cfg: Settings, path: str, shards: dict[str, str], device: to
         saved = torch.load(path, map_location=device, weights_only=True)
         for name, value in must_match(cfg).items():
             if (was := saved["settings"].get(name)) != value:
+                if name == "row_tokens":
+                    raise RunError(f"{path}: made with rows of {was} tokens, this run's have {value}; takes "
+                                   f"MICRO_BATCH_TOKENS={was}")
                 raise RunError(f"{path}: made with {name.upper()}={was}, this run has {value}")
         if other := min(saved["shards"].items() ^ shards.items(), default=None):
             was, now = (found.get(other[0], "absent") for found in (saved["shards"], shards))
@@ -3040,7 +3051,8 @@ def curvatures(cfg: Settings, state: dict[str, Tensor], stats: Statistics,
             order, upper = factors[group.hessian]
             col.scatter_(1, order, -upper.diagonal(dim1=-2, dim2=-1).log2() - 0.5 * math.log2(stats.tokens))
             squared += stats.moments["head" if group.name == "emb" else group.name] / stats.tokens
-            squared /= torch.tensor([visits[i] if n > 1 else 1 for i in range(n)], device=weight.device)[:, None]
+            if group.name in ("q", "o", "k", "v", "up", "down"):  # of layers
+                squared /= torch.tensor([visits[i] for i in range(n)], device=weight.device)[:, None]
             squared += unseen * squared.mean(-1, keepdim=True)
             mean = stats.hessians[group.hessian].diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True) / stats.tokens
         if group.kind == "table":
@@ -3344,7 +3356,7 @@ class IntegerReader:
         self.coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
         self.models, self.used, self.plain, place, tables = [], set(), plain, 0, decompress(tables, "lzma")
         while place < len(tables):
-            least, size = np.frombuffer(tables, dtype="<i4", count=2, offset=place).tolist()
+            least, size = struct.unpack_from("<iI", tables, place)
             entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 8)
             self.models.append((least, table_model(entries)) if size else None)
             place += 8 + size
@@ -4412,7 +4424,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.qat_lite_enabled and cfg.qat_lite_layer_start >= cfg.num_layers,
          "qat_lite_layer_start num_layers qat_lite_enabled", f"a layer below NUM_LAYERS={cfg.num_layers}"),
         (cfg.num_loops and not cfg.loop_stages(), "loop_schedule num_loops recur_blend",
-         f"stages, as 0.35:1,0.55:2, that end in NUM_LOOPS={cfg.num_loops}, the most"),
+         f"stages in order, as 0.35:1,0.55:2, that end in NUM_LOOPS={cfg.num_loops}, the most"),
         ("ema" in cfg.average and "swa" in cfg.average and not cfg.ema_decay, "average ema_decay",
          "swa, since EMA_DECAY=0 keeps no EMA"),
         ("swa" in cfg.average and not cfg.swa_enabled, "average swa_enabled", "ema, or SWA_ENABLED=1"),
@@ -4579,7 +4591,7 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
     given = {key: value for key, value in notes.explicit.items() if value is not None or key not in fixed}
     if given.get("embedding_dim") == stored["model_dim"]:
         given["embedding_dim"] = 0
-    for key in (*fixed, *["train_seq_len"] * stored["rope_yarn"]):
+    for key in (*fixed, *(["train_seq_len"] if stored["rope_yarn"] else [])):
         if given.get(key, stored[key]) != stored[key]:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {given[key]}")
     try:

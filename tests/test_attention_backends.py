@@ -54,18 +54,27 @@ def test_what_no_build_serves_says_why(monkeypatch):
         tg.load_attention("fa3")
 
 
-def test_ranks_take_the_backend_that_works_on_all(monkeypatch):
+@pytest.mark.parametrize("works, expected", [
+    (["fa3 fa2", "fa2"], "fa2"), (["fa3 varlen", "fa2 varlen"], "varlen"), (["fa3 fa2", "fa3", "fa2"], "sdpa")])
+def test_ranks_take_the_fastest_backend_that_works_on_all(monkeypatch, works, expected):
+    """Also where it is neither's first choice: of two ranks, one has fa3 alone and the other fa2 alone."""
     here = threading.local()
 
-    def pick(cfg, device, dtype):
-        asked = {"auto": "fa2" if here.rank == 1 else "fa3"}.get(cfg.attention, cfg.attention)
-        return tg.Attention(asked, f"build of {here.rank}", FLASH, ["fa3: rate limit"] if here.rank == 1 else [])
+    def pick(cfg, device, dtype, fastest="fa3"):
+        usual = tg.BACKENDS[tg.BACKENDS.index(fastest):]
+        name = next(name for name in usual if name in [*works[here.rank].split(), "sdpa"])
+        skipped = [f"{n}: rate limit" for n in usual[:usual.index(name)]]
+        return tg.Attention(name, f"build of {here.rank}", FLASH, skipped)
 
     def work(rt):
         here.rank, rt.dtype = rt.rank, None
         return tg.agree_on_attention(tiny(), rt)
 
     monkeypatch.setattr(tg, "pick_attention", pick)
-    first, second = on_ranks(2, work)
-    assert (first.name, first.source, first.skipped) == ("fa2", "build of 0", ["fa3: not on every process"])
-    assert (second.name, second.skipped) == ("fa2", ["fa3: rate limit"])
+    found = on_ranks(len(works), work)
+    assert [attention.name for attention in found] == [expected] * len(works)
+    for rank, (attention, mine) in enumerate(zip(found, works)):
+        assert attention.source == f"build of {rank}"
+        faster = [name for name in tg.BACKENDS[:tg.BACKENDS.index(expected)] if name in mine]
+        assert [line for line in attention.skipped if "rate" not in line] == [
+            f"{name}: not on every process" for name in faster]

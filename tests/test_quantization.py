@@ -420,9 +420,10 @@ def test_moments_are_squares_of_the_gradients_of_each_product(tmp_path):
     assert torch.allclose(stats.moments["emb"][0].double(), expected, rtol=1e-4, atol=1e-12)
 
 
-def test_curvatures_by_their_definition(tmp_path):
+@pytest.mark.parametrize("layers, looped", [(4, (1, 2)), (1, (0,))])
+def test_curvatures_by_their_definition(tmp_path, layers, looped):
     """d_j²: variance of input j that the inputs after it leave, by inverting what remains; F: mean squared gradient."""
-    cfg = tiny(tmp_path, num_layers=4, num_loops=1, loop_start=1, loop_end=2)
+    cfg = tiny(tmp_path, num_layers=layers, num_loops=1, loop_start=looped[0], loop_end=looped[-1])
     model = random_model(cfg)
     stats, _ = statistics(cfg, model)
     curved = tg.curvatures(cfg, dict(model.named_parameters()), stats, tg.factorize_all(stats.hessians))
@@ -436,7 +437,7 @@ def test_curvatures_by_their_definition(tmp_path):
                 expected = 0.5 * torch.log2(1 / torch.linalg.inv(rest)[0, 0])
                 assert abs(float(found.col[i, j]) / 4 - float(expected)) < 0.126
             square = stats.moments["head" if group.name == "emb" else group.name][i].double() / stats.tokens
-            square = square / (2 if group.name != "emb" and i in (1, 2) else 1)
+            square = square / (2 if group.name != "emb" and i in looped else 1)
             unseen = 0.5 * 41 / stats.tokens if group.name == "emb" else 0.01
             square = square + unseen * square.mean()
             if group.name == "emb":  # Δ = c / sqrt(F mean(H) + G), over what the columns take

@@ -378,10 +378,17 @@ def test_factorised_embedding_of_the_model_width():
     {"num_loops": 2, "loop_schedule": "0.2:3,0.5:2"},
     {"num_loops": 2, "loop_schedule": "0.1.5:2"},
     {"num_loops": 2, "loop_schedule": ".:2"},
+    {"num_loops": 2, "loop_schedule": "0.55:1,0.35:2"},  # once would never run
+    {"num_loops": 2, "loop_schedule": "9:1,9:2"},
 ])
 def test_settings_that_could_not_train_are_refused(changes):
     with pytest.raises(tg.RunError):
         tiny(**changes)
+
+
+def test_looping_may_begin_after_any_number_of_steps():
+    for begin in (0.0, 1e-9, 0.35, 1.0, 2206.0, 1e17):
+        assert tiny(num_loops=2, enable_looping_at=begin).loop_stages() == [(begin, 2)]
 
 
 # ----- neutral initial values
