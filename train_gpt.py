@@ -433,8 +433,7 @@ class Settings:
         text = self.loop_schedule or f"{self.enable_looping_at:.17g}:{self.num_loops}"
         stages = [(float(at), int(loops)) for at, loops in parse_pairs(text, r"\d*\.?\d+(?:e[-+]\d+)?|\d+\.")]
         fits = stages and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
-        shares, steps = ([at for at, _ in stages if (at > 1) == counted] for counted in (False, True))
-        ordered = all(part == sorted(set(part)) for part in (shares, steps))
+        ordered = all(a < b or (a > 1) != (b > 1) for (a, _), (b, _) in itertools.combinations(stages, 2))
         return stages if fits and ordered and self.num_loops else []
 
     def seq_stages(self) -> list[tuple[float, int]]:
@@ -446,9 +445,7 @@ class Settings:
         return [(at, min(length, self.train_seq_len)) for at, length in zip(ends, lengths) if at < 1] if fits else []
 
     def ttt_chunks(self) -> list[tuple[float, int]]:
-        """(longest document, tokens of its chunks) in ascending order, of TTT_SHORT_SCORE_FIRST_STEPS but at most
-        TTT_CHUNK_SIZE, then of all others; empty if it is not such a list.
-        """
+        """(longest document, tokens of its chunks), ascending, then of all others; empty if it is no such list."""
         text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
         found, usual = [(int(longest), int(chunk)) for longest, chunk in parse_pairs(text, r"\d+")], self.ttt_chunk_size
         fits = bool(found) == bool(text) and found == sorted(found) and all(chunk for _, chunk in found)
@@ -531,21 +528,16 @@ def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, bounds: Bounds | None) -> Tenso
     total, size = q.size(0) * q.size(1), bounds.max_len
     pad, reach = -total % size, 1 if q.size(1) == size else 2  # blocks that a block attends to
 
-    def blocks(x: Tensor) -> Tensor:  # (B, T, heads, dh) -> (blocks, heads, size, dh)
-        return F.pad(x.flatten(0, 1), (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, size)).transpose(1, 2)
+    def blocks(x: Tensor, reach: int) -> Tensor:  # (total, heads, dh) -> (blocks, heads, reach * size, dh)
+        x = F.pad(x, (0, 0, 0, 0, (reach - 1) * size, pad)).unflatten(0, (-1, size))
+        return (x if reach == 1 else torch.cat((x[:-1], x[1:]), dim=1)).transpose(1, 2)
 
-    def with_previous(x: Tensor) -> Tensor:
-        return x if reach == 1 else torch.cat((F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0))[:-1], x), dim=2)
-
-    segment = F.pad(bounds.segment, (0, pad), value=-1).view(-1, size)
-    key_segment = segment
-    if reach == 2:
-        key_segment = torch.cat((F.pad(segment, (0, 0, 1, 0), value=-2)[:-1], segment), dim=1)
+    segment = blocks(bounds.segment[:, None, None] + 1, reach)  # 0: before the first token, and padding
     place = torch.arange(reach * size, device=q.device)
-    mask = (segment[:, :, None] == key_segment[:, None, :]) & (place <= place[-size:, None])
-    y = F.scaled_dot_product_attention(blocks(q), with_previous(blocks(k)), with_previous(blocks(v)),
-                                       attn_mask=mask[:, None])
-    return y.transpose(1, 2).flatten(0, 1)[:total].view_as(q)
+    mask = (segment[:, :, -size:] == segment.mT) & (place <= place[-size:, None])
+    shape, (q, k, v) = q.shape, (x.flatten(0, 1) for x in (q, k, v))
+    y = F.scaled_dot_product_attention(blocks(q, 1), blocks(k, reach), blocks(v, reach), attn_mask=mask)
+    return y.transpose(1, 2).flatten(0, 1)[:total].view(shape)
 
 
 def rms_norm(x: Tensor) -> Tensor:
@@ -751,23 +743,19 @@ def lookup(table: Tensor, ids: Tensor, role: str, hooks: Hooks, dtype: torch.dty
 # evaluation and test-time training; weights stand in banks, of which each virtual layer gets its slices.
 
 
-def rotary_table(cfg: Settings, span: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin, each (length, r/2) fp32, of position times base^(-2i/r), r = ROPE_DIMS.
+def rotary_table(cfg: Settings, ids: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
+    """cos and sin, each (T, r/2) fp32, of position in rows ids (B, T) times base^(-2i/r), r = ROPE_DIMS.
 
     ROPE_YARN stretches the base where attention spans more than TRAIN_SEQ_LEN tokens: by (span / trained)^(r/(r-2)).
     """
-    dims, base = cfg.rope_dims, cfg.rope_base
+    dims, base, length, device = cfg.rope_dims, cfg.rope_base, ids.size(1), ids.device
+    span = bounds.max_len if bounds else length
     if cfg.rope_yarn and span > cfg.train_seq_len:
         base *= (span / cfg.train_seq_len) ** (dims / (dims - 2))
     # in float64: only differences of positions count, also far along a row of packed documents
     frequency = base ** (-torch.arange(0, dims, 2, dtype=torch.float64, device=device) / max(dims, 1))
     angle = torch.arange(length, dtype=torch.float64, device=device)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
-
-
-def rotary_of(cfg: Settings, ids: Tensor, bounds: Bounds | None) -> tuple[Tensor, Tensor]:
-    """rotary_table() of rows ids (B, T)."""
-    return rotary_table(cfg, bounds.max_len if bounds else ids.size(1), ids.size(1), ids.device)
 
 
 def virtual_layers(cfg: Settings, loops: int) -> list[tuple[int, int]]:
@@ -900,11 +888,11 @@ class GPT(nn.Module):
         IGNORE the others are too.
 
         ids (B, T) int64. `bounds` keeps attention inside documents of the flattened batch. `loops` is how often the
-        looped layers run again; None: NUM_LOOPS. `rope`: rotary_of() these; None: made here. `parts`: compiled forms of
-        embed, layer and predict.
+        looped layers run again; None: NUM_LOOPS. `rope`: rotary_table() of these; None: made here. `parts`: compiled
+        forms of embed, layer and predict.
         """
         embed, run_layer, predict = parts or (self.embed, self.layer, self.predict)
-        rope = rope or rotary_of(self.cfg, ids, bounds)
+        rope = rope or rotary_table(self.cfg, ids, bounds)
         x, values = embed(ids, hooks.at())
         starts = span_starts(ids, bounds) if self.cfg.key_offset else None
         shared = Shared(x.view_as(x), [t.to(x.dtype) for t in rope], bounds, starts)
@@ -1117,7 +1105,7 @@ def compile_model(model: GPT, backend: str | Callable = "inductor") -> tuple[Cal
 
     def with_rope(forward: Callable, **fixed: Any) -> Callable:
         return lambda ids, targets=None, bounds=None, **options: forward(
-            ids, targets, bounds, rope=rotary_of(model.cfg, ids, bounds), **fixed, **options)
+            ids, targets, bounds, rope=rotary_table(model.cfg, ids, bounds), **fixed, **options)
 
     return with_rope(whole), with_rope(model, parts=parts)
 
@@ -1425,13 +1413,12 @@ def pick_ops(cfg: Settings, device: torch.device) -> Ops:
 # In: settings, torchrun's variables. Out: device, log files, clock, and all by which processes talk to each other.
 
 
-@contextmanager
-def atomic_write(path: str) -> Iterator[Any]:
-    """Binary file that appears under `path` whole or not at all; an error leaves neither it nor a temporary."""
+def atomic_write(path: str, content: bytes) -> None:
+    """A file that appears under `path` whole or not at all; an error leaves neither it nor a temporary."""
     temporary = f"{path}.tmp{os.getpid()}"
     try:
         with open(temporary, "wb") as file:
-            yield file
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -1447,8 +1434,7 @@ def save_tensors(path: str, content: dict[str, Any]) -> None:
     """torch.save, atomically. It goes through memory, because torch's writer hides errors of the disk."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    with atomic_write(path) as file:
-        file.write(buffer.getbuffer())
+    atomic_write(path, buffer.getbuffer())
 
 
 def say(line: str) -> None:
@@ -1614,8 +1600,8 @@ class Runtime:
             self.metrics_file.close()
             with open(self.path("metrics.jsonl"), encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # a killed run may leave half a line
-            with atomic_write(self.path("metrics.jsonl")) as file:
-                file.write("".join(line for line in lines if logged_at(line) <= step).encode())
+            kept = "".join(line for line in lines if logged_at(line) <= step)
+            atomic_write(self.path("metrics.jsonl"), kept.encode())
             self.metrics_file = open(self.path("metrics.jsonl"), "a", encoding="utf-8")
 
     def close(self) -> None:
@@ -1679,8 +1665,6 @@ class Runtime:
                 if theirs != [(what, mine)] * self.world:
                     raise RunError(f"{what} over ranks: not the same on each: {theirs}; a defect of this script")
             yield
-        except RunError:
-            raise
         except (RuntimeError, ValueError) as e:
             gone = isinstance(e, dist.DistError) or "gloo" in str(e)
             raise RunError("another process of this run has ended" if gone else f"{what} over ranks: {e}") from None
@@ -1699,28 +1683,28 @@ class Runtime:
                 dist.broadcast(tensor, 0)
         return tensor
 
-    def sum_shares(self, whole: Tensor, what: str = "sum of shares") -> tuple[Tensor, Callable[[], None]]:
-        """This rank's share (n, ...) of the sum over ranks of `whole` (world * n, ...), once the function is called."""
+    def sum_shares(self, whole: Tensor, what: str = "sum of shares") -> Callable[[], Tensor]:
+        """Begins; what it returns waits for this rank's share (n, ...) of the sum of `whole` (world * n, ...)."""
         return self.exchange_shares(what, whole, whole.size(0) // self.world, dist.reduce_scatter_tensor)
 
-    def gather_shares(self, share: Tensor, what: str = "gathering") -> tuple[Tensor, Callable[[], None]]:
-        """The shares (n, ...) of all ranks, (world * n, ...), once the function is called."""
+    def gather_shares(self, share: Tensor, what: str = "gathering") -> Callable[[], Tensor]:
+        """Begins; what it returns waits for the shares (n, ...) of all ranks, (world * n, ...)."""
         return self.exchange_shares(what, share, share.size(0) * self.world, dist.all_gather_into_tensor)
 
-    def exchange_shares(self, what: str, tensor: Tensor, count: int, run: Callable
-                        ) -> tuple[Tensor, Callable[[], None]]:
-        """Start `run` from `tensor` into a new tensor of `count` slices; also what waits for the end of it."""
+    def exchange_shares(self, what: str, tensor: Tensor, count: int, run: Callable) -> Callable[[], Tensor]:
+        """Start `run` from `tensor` into a new one of `count` slices; what is returned waits for it and returns it."""
         with self.exchange(what, tensor):
             if self.world == 1:
-                return tensor, lambda: None
+                return lambda: tensor
             out = tensor.new_empty(count, *tensor.shape[1:])
             work = run(out, tensor, async_op=True)
 
-        def wait() -> None:
+        def wait() -> Tensor:
             with self.exchange(what):
                 work.wait()
+            return out
 
-        return out, wait
+        return wait
 
     def largest(self, value: float) -> float:
         """The largest of the ranks' values, the same float on every rank. Does not wait for the GPU."""
@@ -2003,11 +1987,6 @@ def fused_pairs(cfg: Settings, table: ByteTable, paths: list[str]) -> list[list[
     return found[0]
 
 
-def ngram_of(cfg: Settings) -> tuple[list[int], float] | None:
-    """TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted."""
-    return (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
-
-
 @dataclasses.dataclass(frozen=True)
 class Validation:
     """The text that is scored, whole."""
@@ -2017,7 +1996,7 @@ class Validation:
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
-    ngram: tuple[list[int], float] | None = None  # as ngram_of() has it
+    ngram: tuple[list[int], float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
     pairs: Sequence[list[int]] = ()  # of tokens that are fused, in all shards: id, piece, marker
 
     @classmethod
@@ -2037,14 +2016,13 @@ class Validation:
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
         pairs = fused_pairs(cfg, table, paths + ([] if cfg.eval_only else find_shards(cfg.data_path, "train")))
-        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram_of(cfg), pairs)
+        ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram, pairs)
 
     @cached_property
     def hints(self) -> Tensor | None:
         """A hint (N,) int64 for each of these tokens, made when first asked for; None where no hints are wanted."""
-        if self.ngram is None:
-            return None
-        return find_hints(self.tokens, *self.ngram)
+        return self.ngram and find_hints(self.tokens, *self.ngram)
 
     def over(self, tokens: Tensor, charged: Tensor | None = None) -> "Validation":
         """Another stream (N,) in place of this one, with the bytes `charged` to each token; None: one each."""
@@ -2257,11 +2235,7 @@ class Muon:
 
     def finish_reduce(self) -> list[Tensor]:
         """This rank's shares of the summed gradients; a slice stands on exactly one rank."""
-        self.shards = []
-        for shard, wait in self.reducing:
-            wait()
-            self.shards.append(shard)
-        self.reducing = []
+        self.shards, self.reducing = [wait() for wait in self.reducing], []
         return self.shards
 
     def step(self, lr_scale: float, momentum: float) -> None:
@@ -2276,20 +2250,15 @@ class Muon:
                                    self.cfg.muon_ns)
             gathered.append(self.rt.gather_shares(update, "updates of a bank"))
         lr = self.cfg.matrix_lr * lr_scale
-        for p, (update, wait) in zip(self.params, gathered):
-            wait()
+        for p, wait in zip(self.params, gathered):
             shape_scale = max(1.0, p.size(1) / p.size(2)) ** 0.5
-            p.detach().mul_(1 - lr * self.cfg.muon_wd).add_(update[: p.size(0)], alpha=-lr * shape_scale)
+            p.detach().mul_(1 - lr * self.cfg.muon_wd).add_(wait()[: p.size(0)], alpha=-lr * shape_scale)
         self.shards = []  # on one rank these are the gradients themselves
 
     def state(self) -> list[Tensor]:
         """Momentum of whole banks, gathered from all ranks, so that any number of ranks can go on with it."""
-        whole = []
-        for p, m in zip(self.params, self.momentum):
-            parts, wait = self.rt.gather_shares(m, "momentum of a bank")
-            wait()
-            whole.append(parts[: len(p)].cpu())
-        return whole
+        return [self.rt.gather_shares(m, "momentum of a bank")()[: len(p)].cpu()
+                for p, m in zip(self.params, self.momentum)]
 
     def load(self, state: list[Tensor]) -> None:
         for whole, m, share in zip(state, self.momentum, self.share, strict=True):
@@ -3382,25 +3351,18 @@ class IntegerReader:
             raise ValueError("more is coded than its header says")
 
 
-def walk_trellis(sizes: list[np.ndarray], visit: Callable[[int, list[int], np.ndarray], np.ndarray]
-                 ) -> list[np.ndarray]:
-    """Codes (cols, rows) int16 of matrices that trellis() has rounded, column by column: half of each, rounded down,
-    from `visit`, and its parity from those before it in its row.
+def walk_trellis(sizes: np.ndarray, visit: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """Codes (n, rows, cols) int16 that trellis() has rounded, column by column: half of each, rounded down, from
+    `visit`, and its parity from those before it in its row.
 
-    sizes: contexts (cols, rows) uint8, even ones, by size alone. visit takes the column, which matrices have it, and
-    the contexts of theirs, one after the other, those of odd codes being one more.
+    sizes (n, rows, cols): contexts, even ones, by size alone. visit takes those of a column, of odd codes one more.
     """
-    after, codes = np.array(STATE_AFTER, dtype=np.uint8), [np.empty(size.shape, dtype=np.int16) for size in sizes]
-    states = [np.zeros(size.shape[1], dtype=np.uint8) for size in sizes]
-    for column in range(max([0, *map(len, sizes)])):
-        which = [i for i, size in enumerate(sizes) if column < len(size)]
-        state = np.concatenate([states[i] for i in which])
-        halves = visit(column, which, np.concatenate([sizes[i][column] for i in which]) + state % 2)
-        found, state = 2 * halves + state % 2, after[state, halves & 1]
-        ends = np.cumsum([len(states[i]) for i in which])[:-1]
-        for i, part, states[i] in zip(which, np.split(found, ends), np.split(state, ends)):
-            codes[i][column] = part
-    return codes
+    after, state = np.array(STATE_AFTER, dtype=np.uint8), np.zeros(sizes[..., 0].size, dtype=np.uint8)
+    codes = np.empty((sizes.shape[2], len(state)), dtype=np.int16)
+    for column, size in enumerate(sizes.reshape(-1, sizes.shape[2]).T):
+        halves = visit(size + state % 2)
+        codes[column], state = 2 * halves + state % 2, after[state, halves & 1]
+    return np.ascontiguousarray(codes.T).reshape(sizes.shape)
 
 
 def step_exponents(item: Stored) -> list[np.ndarray]:
@@ -3420,20 +3382,17 @@ def whole_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return ((left.T.astype(np.int32) @ right.astype(np.int32) + COMMON_UNIT // 2) // COMMON_UNIT).astype(np.int16)[None]
 
 
-def integer_parts(item: Stored) -> dict[str, tuple[list[int], torch.dtype]]:
-    """The integer parts of a form, each with its shape and dtype, in order."""
-    return {part: entry for part, entry in form_parts(item.form, item.sizes).items() if not entry[1].is_floating_point}
-
-
 def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
     """Four streams for integers. Codes (n, rows, cols) are coded under tables for their expected size by row and
     column; those of a trellis column by column, also by parity. Before them come all other integers and what gives that
     size: the spread of the weights of each row and column, in quarters of an octave, which with the step makes that of
     the codes. What the rows of a table have in common is coded apart, if quantize() has not stored it so.
     """
-    side, flat, columns, sizes = [np.zeros(0, dtype=np.int16)], [EMPTY_TURN], [], []
+    side, turns = [np.zeros(0, dtype=np.int16)], [EMPTY_TURN]
     for item in stored.values():
-        side += [item.parts[part].numpy().astype(np.int16) for part in integer_parts(item) if part != "codes"]
+        side += [item.parts[part].numpy().astype(np.int16)
+                 for part, (_, dtype) in form_parts(item.form, item.sizes).items()
+                 if part != "codes" and not dtype.is_floating_point]
         if "codes" not in item.parts:
             continue
         array = item.parts["codes"].numpy().astype(np.int16)
@@ -3445,21 +3404,23 @@ def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
         col = (2 * np.log2((square / 2 ** (row / 2)[:, :, None]).mean(1) + 1e-3)).round()
         row, col = row.astype(np.int16), col.astype(np.int16)
         side += [size + step for size, step in zip((row, col), step_exponents(item))]
-        if item.chained:
-            columns += [*array.transpose(0, 2, 1)]
-            sizes += [*size_contexts(row - 4, col).transpose(0, 2, 1)]  # of halves
-        else:
-            flat.append((array.ravel(), size_contexts(row, col).ravel()))
-    turns = [tuple(np.concatenate(arrays) for arrays in zip(*flat))]
-
-    def visit(column: int, which: list[int], contexts: np.ndarray) -> np.ndarray:
-        turns.append((np.concatenate([columns[i][column] for i in which]) >> 1, contexts))
-        return turns[-1][0]
-
-    if any((a != b).any() for a, b in zip(walk_trellis(sizes, visit), columns)):
-        raise ValueError("codes that no path through the trellis has")
+        sizes = size_contexts(row - 4 * item.chained, col)
+        turns += path_turns(array, sizes) if item.chained else [(array.ravel(), sizes.ravel())]
     side_turns = [(a.ravel(), np.full(a.size, i % 256, dtype=np.uint8)) for i, a in enumerate(side)]
     return [*encode_integers(side_turns), *encode_integers(turns, PLAIN_BITS)]
+
+
+def path_turns(codes: np.ndarray, sizes: np.ndarray) -> list[Turn]:
+    """The turns in which walk_trellis() reads these codes. ValueError where no path through the trellis has them."""
+    columns, turns = iter(codes.reshape(-1, codes.shape[2]).T), []
+
+    def visit(contexts: np.ndarray) -> np.ndarray:
+        turns.append((next(columns) >> 1, contexts))
+        return turns[-1][0]
+
+    if (walk_trellis(sizes, visit) != codes).any():
+        raise ValueError("codes that no path through the trellis has")
+    return turns
 
 
 def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
@@ -3469,31 +3430,21 @@ def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
     def read(*shape: int) -> np.ndarray:
         return reader.read(np.full(math.prod(shape), next(numbers) % 256, dtype=np.uint8)).reshape(shape)
 
-    common, sizes = {}, {}
-    for name, item in stored.items():
-        entries = integer_parts(item)
-        item.parts.update({part: torch.from_numpy(read(*shape)).to(dtype)
-                           for part, (shape, dtype) in entries.items() if part != "codes"})
-        if "codes" in entries:
-            common[name] = np.int16(0)
-            if item.form in COMMON_APART:
-                common[name] = whole_part(*(read(COMMON_RANK, size) for size in item.sizes[1:]))
-            row, col = (read(*step.shape) - step for step in step_exponents(item))
-            sizes[name] = size_contexts(row - 4 * item.chained, col)
+    for item in stored.values():
+        entries = form_parts(item.form, item.sizes)
+        for part, (shape, dtype) in entries.items():
+            if part != "codes" and not dtype.is_floating_point:
+                item.parts[part] = torch.from_numpy(read(*shape)).to(dtype)
+        if "codes" not in entries:
+            continue
+        apart = item.form in COMMON_APART
+        common = whole_part(*(read(COMMON_RANK, size) for size in item.sizes[1:])) if apart else np.int16(0)
+        row, col = (read(*step.shape) - step for step in step_exponents(item))
+        sizes = size_contexts(row - 4 * item.chained, col)
+        array = walk_trellis(sizes, codes.read) if item.chained else codes.read(sizes.ravel()).reshape(sizes.shape)
+        item.parts["codes"] = torch.from_numpy(array + common).to(entries["codes"][1])
     reader.close()
-    chained = [name for name in sizes if stored[name].chained]
-    flat = codes.read(np.concatenate([EMPTY_TURN[1], *(sizes[name].ravel() for name in sizes if name not in chained)]))
-    columns = iter(walk_trellis([size for name in chained for size in sizes[name].transpose(0, 2, 1)],
-                                lambda column, which, contexts: codes.read(contexts)))
     codes.close()
-    for name, size in sizes.items():
-        if name in chained:
-            array = np.ascontiguousarray(np.stack([next(columns).T for _ in size]))
-        else:
-            array, flat = np.split(flat, [size.size])
-            array = array.reshape(size.shape) + common[name]
-        parts = stored[name].parts
-        parts["codes"] = torch.from_numpy(array).to(form_parts(stored[name].form, stored[name].sizes)["codes"][1])
 
 
 def to_stream(tensor: Tensor) -> bytes:
@@ -3519,7 +3470,7 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 # data and a ZIP application, and weights from the container again; loading one runs nothing of it.
 
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 4
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 5
 MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
 COMPRESSORS = ("brotli", "lzma", "ans")
 
@@ -3596,17 +3547,10 @@ def artifact_settings(cfg: Settings) -> dict[str, Any]:
             if name not in ("eval_batch_tokens", "eval_budget_seconds")}
 
 
-@torch.no_grad()
 def load_weights(model: GPT, cfg: Settings, stored: dict[str, Stored], name: str) -> None:
     """Put an artifact's weights into the model. RunError unless every parameter gets one of its own shape."""
     with refuse(f"{name}: tensors do not fit the model of its settings"):
-        state = dequantize(cfg, stored)
-    params = dict(model.named_parameters())
-    wrong = sorted(set(params) ^ set(state)) or [n for n in params if params[n].shape != state[n].shape]
-    if wrong:
-        raise RunError(f"{name}: parameter {wrong[0]} does not fit the model of its settings")
-    for n, p in params.items():
-        p.copy_(state[n])
+        model.load_state_dict(dequantize(cfg, stored))
 
 
 FINEST_BITS = 6.0  # of a weight: more buy nothing that can be measured
@@ -3957,27 +3901,24 @@ class Budget:
 
     def __init__(self, cfg: Settings, rt: Runtime, began: float, plain: float):
         """`plain`: this rank's work if it adapted to nothing, in any unit. `began`: when the budget's clock did."""
-        self.rt, self.plain, self.began, self.done, self.over = rt, plain, time.perf_counter(), 0.0, False
-        left = began + (cfg.eval_budget_seconds or math.inf) - self.began
-        self.early, self.end = 0.03 * left, self.began + 0.97 * left
+        self.rt, self.plain, self.over, self.last = rt, plain, False, time.perf_counter()
+        self.doing, self.done, self.busy = 0.0, 0.0, 0.0  # work in hand, work in all, and the seconds it took
+        left = began + (cfg.eval_budget_seconds or math.inf) - self.last
+        self.early, self.end = 0.03 * left, self.last + 0.97 * left
 
     def spend(self, work: float, plain: float) -> bool:
-        """Whether to adapt on what is done next: `work`, or `plain` without adapting. Once False, always."""
+        """Whether to adapt on what is done next: `work`, or `plain` without adapting. Once False, always. What is no
+        work takes time, but says nothing about how fast the work goes.
+        """
         self.rt.sync()
         now = time.perf_counter()
-        pace = (now - self.began) / self.done if self.done and now - self.began > self.early else 0.0
+        self.busy += now - self.last if self.doing else 0.0
+        pace = self.busy / self.done if self.done and self.busy > self.early else 0.0
         self.plain -= plain
         self.over = self.over or now + pace * (work + self.plain) > self.end
-        self.done += plain if self.over else work
+        self.last, self.doing = now, plain if self.over else work
+        self.done += self.doing
         return not self.over
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens meanwhile takes time, but says nothing about how fast the work goes."""
-        start = time.perf_counter()
-        yield
-        self.rt.sync()
-        self.began += time.perf_counter() - start
 
 
 def find_documents(tokens: Tensor, bos: int) -> list[tuple[int, int]]:
@@ -4273,8 +4214,7 @@ class Evaluator:
                 for step in range(last):
                     if rt.largest(float(not budget.spend(0, 0))):
                         break
-                    with budget.paused():
-                        sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
+                    sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
         return int(rt.sum_(torch.tensor(plain, device=rt.device)))
 
     def score_documents(self, batch: list[tuple[int, int]], adapters: DocumentAdapters | None) -> None:
@@ -4326,6 +4266,7 @@ class Evaluator:
                 self.score_documents(batch, adapters)
         if cfg.ttt_mode != "lora":
             sgd.step(self.val.tokens.repeat(rt.world * sgd.rows), self.val.bos, 0.0)  # something for each rank
+        self.model.requires_grad_(True)  # as it was: other stages' graphs hang on it
 
 
 def random_text(cfg: Settings, val: Validation) -> Validation:
@@ -4507,12 +4448,6 @@ class Notes(NamedTuple):
     absent: tuple[str, ...] = ()  # a line for each setting of other scripts that asks for what this one has not
 
 
-def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
-    """Settings from environment variables. RunError on a bad value, a contradiction or a misspelt name."""
-    notes = read_environment(environ)
-    return Settings(**notes.explicit), notes
-
-
 def environment_names() -> list[tuple[str, dataclasses.Field, Any]]:
     """Every name by which the environment gives a setting, with its field and the `values` that allowed_by() takes."""
     return [(name, f, values) for f in dataclasses.fields(Settings)
@@ -4599,12 +4534,6 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
         return Settings(**({"train_batch_tokens": window} | stored | given))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
-
-
-def settings_to_score(notes: Notes, artifact: bytes, name: str) -> Settings:
-    """Settings to evaluate an artifact, as adopt_settings() has them; its compressor is the one that packed it."""
-    stored, compressor, *_ = open_artifact(artifact, name)
-    return dataclasses.replace(adopt_settings(notes, stored, name), compressor=compressor)
 
 
 def changes(cfg: Settings, chosen: Iterable[str]) -> str:
@@ -4753,8 +4682,7 @@ class Run:
             artifact = prune(artifact_settings(cfg), stored, cfg.compressor, room) if rt.rank == 0 else None
         rt.log(f"quantized and packed in {time.perf_counter() - start:.1f}s")
         if rt.rank == 0:
-            with atomic_write(rt.path("final_model.int6.ptz")) as file:
-                file.write(artifact)
+            atomic_write(rt.path("final_model.int6.ptz"), artifact)
             with open(rt.path("final_model.int6.ptz"), "rb") as file:
                 artifact = file.read()
         return rt.share_bytes(artifact)
@@ -4773,7 +4701,6 @@ class Run:
             self.evaluator(self.forward, val=text).warm_windows()
         if "ttt" in stages:
             self.evaluator(self.final_forward, val=text).warm_ttt()
-        self.model.requires_grad_(True)  # as it was: other stages' graphs hang on it
         self.rt.sync()
         seconds = self.rt.largest(time.perf_counter() - start)  # all wait, or the first would wait on its clock
         self.rt.note(f"warm-up: evaluation compiled in {seconds:.1f}s, before its clock")
@@ -4829,10 +4756,8 @@ class Run:
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         if rt.rank == 0:
-            with atomic_write(rt.path("train_gpt.packed.py")) as file:
-                file.write(self.code)
-            with atomic_write(rt.path("result.json")) as file:
-                file.write(json.dumps(result, indent=1, allow_nan=False).encode())
+            atomic_write(rt.path("train_gpt.packed.py"), self.code)
+            atomic_write(rt.path("result.json"), json.dumps(result, indent=1, allow_nan=False).encode())
         part = "; of a PARTIAL validation set" if self.val.complete is False else ""
         rt.log(f"final val_loss:{final.val_loss:.8f} val_bpb:{final.val_bpb:.8f} bytes_total:{total} "
                f"in {rt.path('result.json')}{part}")
@@ -4854,7 +4779,8 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
             raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
         with open(path, "rb") as file:
             artifact = file.read()
-        cfg = settings_to_score(notes, artifact, path)
+        stored, compressor, *_ = open_artifact(artifact, path)
+        cfg = dataclasses.replace(adopt_settings(notes, stored, path), compressor=compressor)
     else:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:

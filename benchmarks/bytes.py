@@ -39,7 +39,7 @@ def packed_sizes(cfg: tg.Settings, stored: dict[str, tg.Stored]) -> dict[str, in
     sizes = {"ans": len(tg.write_artifact(settings, stored, "ans"))}
     if any(item.chained for item in stored.values()):
         return sizes
-    codes = [item.parts[part] for item in stored.values() for part in tg.integer_parts(item)]
+    codes = [part for item in stored.values() for part in item.parts.values() if not part.is_floating_point()]
     orders = [[tg.to_stream(t if by_column else t.mT) for t in codes] for by_column in (False, True)]
     whole = len(tg.write_artifact(settings, stored, "brotli"))
     rest = whole - sum(len(tg.compress(stream, "brotli")) for stream in orders[1])

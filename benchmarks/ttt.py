@@ -48,7 +48,8 @@ def main() -> int:
         if not os.path.isfile(path):
             raise tg.RunError("EVAL_ONLY takes the artifact to score")
         artifact = Path(path).read_bytes()
-        cfg = tg.settings_to_score(notes, artifact, path)
+        stored, compressor, *_ = tg.open_artifact(artifact, path)
+        cfg = dataclasses.replace(tg.adopt_settings(notes, stored, path), compressor=compressor)
         with tempfile.TemporaryDirectory() as folder:
             return measure(dataclasses.replace(cfg, artifact_dir=folder), notes, artifact, args)
     except tg.RunError as error:
@@ -87,9 +88,9 @@ def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.N
         print(f"{row * args.step:>8} .. {(row + 1) * args.step:>6} {docs:>10} {tokens:>9}"
               + "".join(f"{value:>13.4f}" for value in bpb))
     if args.json:
-        with tg.atomic_write(str(args.json)) as file:
-            file.write(json.dumps({"device": run.device, "settings": dataclasses.asdict(run.cfg), "by_length": tables,
-                                   "scores": {n: s._asdict() for n, s in scores.items()}}, indent=1).encode())
+        report = {"device": run.device, "settings": dataclasses.asdict(run.cfg), "by_length": tables,
+                  "scores": {name: score._asdict() for name, score in scores.items()}}
+        tg.atomic_write(str(args.json), json.dumps(report, indent=1).encode())
     return 0
 
 

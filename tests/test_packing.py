@@ -287,6 +287,13 @@ def test_integers_that_are_left_over_are_refused():
             reader.close()
 
 
+def test_a_table_that_claims_to_end_before_it_starts_is_refused():
+    """Such a size would have the reader go through the same bytes for ever."""
+    tables = np.array([0, -8], dtype="<i4").tobytes() + bytes(8)
+    with pytest.raises(ValueError):
+        tg.IntegerReader(tg.compress(tables, "lzma"), b"")
+
+
 def test_codes_that_leave_the_trellis_are_not_packed():
     stored = {"t": make("trellis matrix", 2, 9, 4, codes=path_codes(2, 9, 4))}
     pack("ans", stored)
@@ -376,8 +383,8 @@ def test_a_missing_package_is_named_with_a_way_out(monkeypatch, missing, words):
 # ----- malice
 
 
-@pytest.mark.parametrize("body", [b"", b"\4", b"\4\1", b"\4\1\0\0", b"\4\1\0\0\0\0", b"\4\1\xff\xff\xff\xff",
-                                  b"\4\3" + bytes(9), b"\3\1" + bytes(9), b"\5\1" + bytes(9)])
+@pytest.mark.parametrize("body", [b"", b"\5", b"\5\1", b"\5\1\0\0", b"\5\1\0\0\0\0", b"\5\1\xff\xff\xff\xff",
+                                  b"\5\3" + bytes(9), b"\4\1" + bytes(9), b"\6\1" + bytes(9)])
 def test_short_or_foreign_bodies_are_refused(body):
     assert_refused(seal(body))
 
@@ -541,7 +548,8 @@ def test_settings_of_another_version_are_refused():
 
 @pytest.mark.parametrize("name, value", [("num_layers", "eleven"), ("num_layers", None), ("num_layers", 2.5),
                                          ("model_dim", [16]), ("num_heads", 0), ("num_heads", 7), ("rope_base", "x"),
-                                         ("ln_scale", "maybe"), ("vocab_size", {}), ("eval_seq_len", "long")])
+                                         ("ln_scale", "maybe"), ("vocab_size", {}), ("eval_seq_len", "long"),
+                                         ("rope_yarn", "yes"), ("rope_yarn", None)])
 def test_nonsense_settings_are_refused(name, value):
     with pytest.raises(tg.RunError):
         tg.adopt_settings(NO_NOTES, stored_settings() | {name: value}, NAME)

@@ -113,8 +113,12 @@ def nccl_refuses(tg, patch) -> None:
 
 
 def used_before_waited_for(tg, patch) -> None:
-    real = tg.Runtime.exchange_shares
-    patch.setattr(tg.Runtime, "exchange_shares", lambda *args: (real(*args)[0], lambda: None))
+    def exchange_shares(self, what, tensor, count, run):
+        out = tensor.new_empty(count, *tensor.shape[1:])
+        run(out, tensor, async_op=True)
+        return lambda: out
+
+    patch.setattr(tg.Runtime, "exchange_shares", exchange_shares)
 
 
 def changed_before_waited_for(tg, patch) -> None:
@@ -139,7 +143,7 @@ def int16_exchanged(tg, patch) -> None:
 
 def made_on_the_cpu(tg, patch) -> None:
     real = tg.rotary_table
-    patch.setattr(tg, "rotary_table", lambda cfg, span, length, _: real(cfg, span, length, "cpu"))
+    patch.setattr(tg, "rotary_table", lambda cfg, ids, bounds: real(cfg, tg.torch.empty(ids.shape), bounds))
 
 
 def loss_read_in_the_step(tg, patch) -> None:

@@ -837,6 +837,7 @@ def test_every_rank_warms_up(mode):
 
         val = validation(torch.full((60,), 22, dtype=torch.int32))
         tg.Evaluator(cfg, rank, model, forward, tg.random_text(cfg, val)).warm_ttt()
+        assert all(p.requires_grad for p in model.parameters())  # or other stages' graphs were made anew
         return seen
 
     expected = {"chunk": {(False, False), (False, True)}, "phased": {(False, False), (False, True), (True, True)}}
