@@ -59,6 +59,7 @@ SIZES = {
         "TRAIN_SEQ_LEN": "256",  # longer windows learn less of so few tokens (docs/log.md)
         "TRAIN_BATCH_TOKENS": "4096", "ITERATIONS": "732",  # 3.0 M tokens; smaller steps learn more of them
         "TIED_EMBED_LR": "0.0075",  # a quarter of the default, which is for steps of 786,432 tokens (docs/log.md)
+        "SCALAR_LR": "0.04",  # twice the default: scalars have few steps here (docs/log.md)
         "MICRO_BATCH_TOKENS": "4096",  # what a core's caches like
         "WARMUP_STEPS": "1",  # nothing is compiled
         "MUON_MOMENTUM_WARMUP_STEPS": "150", "EMA_DECAY": "0.98", "SWA_EVERY": "5",  # shares of the steps as in S
