@@ -3,24 +3,25 @@
 One file that runs under `python` or `torchrun`, on CPU or GPU, configured by environment variables alone
 (`--help` lists them). It reads from top to bottom:
 
-  settings         one frozen dataclass: every environment variable, its default and its meaning
-  building blocks  causal attention, norms, activations and losses in plain PyTorch
-  projections      the one place where a weight meets activations, and what may ride on it
-  model            one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
-  kernels          faster forms of the building blocks: attention backends, Triton kernels (FUSED=1)
-  runtime          device, processes, signals, log files, the training clock
-  data             token shards, the tokenizer's byte counts, shuffled windows or packed documents
-  optimizers       Muon on the banks (sharded over ranks), AdamW on the rest
-  training         schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
-  calibration      second moments of inputs and of gradients, from text
-  quantization     full-Hessian GPTQ, with steps weighted by the loss's sensitivity or on SDClip's grid
-  coding           integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
-  artifact         the container (no pickle), filling the budget, the ZIP application that is counted
-  scoring          the one place where losses become nats and bytes; the n-gram tilt
-  adaptation       test-time training: weights and adapters that learn from scored text; documents in batches; the time
-  evaluation       windows and documents, from the artifact's weights to losses
-  reading          environment variables to settings: other names, misspelt ones, contradictions, --help
-  main             the run from start to result.json; records/audit.py judges it from outside
+  settings          one frozen dataclass: every environment variable, its default and its meaning
+  building blocks   causal attention, norms, activations and losses in plain PyTorch
+  projections       the one place where a weight meets activations, and what may ride on it
+  model             one forward pass with all techniques; weights in parameter banks; a layer order of (layer, visit)
+  kernels           faster forms of the building blocks: attention backends, Triton kernels (FUSED=1)
+  runtime           device, processes, signals, log files, the training clock
+  data              token shards, the tokenizer's byte counts, shuffled windows or packed documents
+  optimizers        Muon on the banks (sharded over ranks), AdamW on the rest
+  training          schedules, compile warm-up, the loop, EMA and SWA, quantization-aware forms, checkpoints
+  calibration       second moments of inputs and of gradients, from text
+  rounding          codes of a matrix from its weights and Hessian: GPTQ on SDClip's grid, or along a trellis
+  quantization      step sizes by the loss's sensitivity; what is stored of each matrix, and weights from it
+  entropy coding    integers to bytes and back: ANS with tables of expected size, Brotli, LZMA
+  artifact          the container (no pickle), filling the budget, the ZIP application that is counted
+  scoring           the one place where losses become nats and bytes; the n-gram tilt
+  adaptation        test-time training: weights and adapters that learn from scored text; batches; the time for it
+  evaluation        windows and documents, from the artifact's weights to losses
+  reading settings  environment variables to settings: other names, misspelt ones, contradictions, --help
+  main              the run from start to result.json; records/audit.py judges it from outside
 
 The default model: GQA, partial rotary, offset keys, value embeddings, query/key norm and gain, XSA, LeakyReLU(0.5)^2
 MLP, gated U-Net skips, depth recurrence, parallel residuals, attention inside documents, smear and output gates, tied

@@ -122,6 +122,8 @@ def test_the_script_can_be_read():
     text = (ROOT / "train_gpt.py").read_text()
     _, *sections = re.split(r"^# -{118}\n", text, flags=re.M)
     assert len(sections) > 12
+    titles = [section.partition("\n")[0].removeprefix("# ").lower() for section in sections]
+    assert re.findall(r"^  (\S+(?: \S+)?)  ", text[: text.index("import ")], re.M) == titles
     for section in sections:
         opening = section.partition("\n\n")[0]
         assert re.fullmatch(r"# [A-Z][a-z ]+\n#\n# In: .+ Out: .+\.", opening, re.S), opening
