@@ -1988,6 +1988,11 @@ def fused_pairs(cfg: Settings, table: ByteTable, paths: list[str]) -> list[list[
     return found[0]
 
 
+def ngram_of(cfg: Settings) -> tuple[list[int], float] | None:
+    """TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted."""
+    return (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
+
+
 @dataclasses.dataclass(frozen=True)
 class Validation:
     """The text that is scored, whole."""
@@ -1997,7 +2002,7 @@ class Validation:
     docs: int
     complete: bool | None  # as the manifest says; None without a manifest
     bos: int = -1  # the token that starts a document
-    ngram: tuple[list[int], float] | None = None  # TOKEN_ORDER and TOKEN_THRESHOLD, where hints are wanted
+    ngram: tuple[list[int], float] | None = None  # as ngram_of() has it
     pairs: Sequence[list[int]] = ()  # of tokens that are fused, in all shards: id, piece, marker
 
     @classmethod
@@ -2017,8 +2022,7 @@ class Validation:
         if cfg.caseops_enabled:
             found["bytes_val"] = int(charged.sum())
         pairs = fused_pairs(cfg, table, paths + ([] if cfg.eval_only else find_shards(cfg.data_path, "train")))
-        ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
-        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram, pairs)
+        return cls(tokens.to(device), charged, docs, matches_manifest(cfg.data_path, found), bos, ngram_of(cfg), pairs)
 
     @cached_property
     def hints(self) -> Tensor | None:
@@ -3383,6 +3387,12 @@ def whole_part(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     return ((left.T.astype(np.int32) @ right.astype(np.int32) + COMMON_UNIT // 2) // COMMON_UNIT).astype(np.int16)[None]
 
 
+def side_parts(item: Stored) -> dict[str, tuple[list[int], torch.dtype]]:
+    """The integer parts of a form but its codes, each with its shape and dtype, in order."""
+    return {part: (shape, dtype) for part, (shape, dtype) in form_parts(item.form, item.sizes).items()
+            if part != "codes" and not dtype.is_floating_point}
+
+
 def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
     """Four streams for integers. Codes (n, rows, cols) are coded under tables for their expected size by row and
     column; those of a trellis column by column, also by parity. Before them come all other integers and what gives that
@@ -3391,9 +3401,7 @@ def pack_integers(stored: dict[str, Stored]) -> list[bytes]:
     """
     side, turns = [np.zeros(0, dtype=np.int16)], [EMPTY_TURN]
     for item in stored.values():
-        side += [item.parts[part].numpy().astype(np.int16)
-                 for part, (_, dtype) in form_parts(item.form, item.sizes).items()
-                 if part != "codes" and not dtype.is_floating_point]
+        side += [item.parts[part].numpy().astype(np.int16) for part in side_parts(item)]
         if "codes" not in item.parts:
             continue
         array = item.parts["codes"].numpy().astype(np.int16)
@@ -3432,10 +3440,9 @@ def unpack_integers(stored: dict[str, Stored], streams: list[bytes]) -> None:
         return reader.read(np.full(math.prod(shape), next(numbers) % 256, dtype=np.uint8)).reshape(shape)
 
     for item in stored.values():
+        item.parts.update({part: torch.from_numpy(read(*shape)).to(dtype)
+                           for part, (shape, dtype) in side_parts(item).items()})
         entries = form_parts(item.form, item.sizes)
-        for part, (shape, dtype) in entries.items():
-            if part != "codes" and not dtype.is_floating_point:
-                item.parts[part] = torch.from_numpy(read(*shape)).to(dtype)
         if "codes" not in entries:
             continue
         apart = item.form in COMMON_APART
@@ -3549,7 +3556,7 @@ def artifact_settings(cfg: Settings) -> dict[str, Any]:
 
 
 def load_weights(model: GPT, cfg: Settings, stored: dict[str, Stored], name: str) -> None:
-    """Put an artifact's weights into the model. RunError unless every parameter gets one of its own shape."""
+    """Put an artifact's weights into the model. RunError unless they fit, parameter by parameter."""
     with refuse(f"{name}: tensors do not fit the model of its settings"):
         model.load_state_dict(dequantize(cfg, stored))
 
@@ -4449,6 +4456,12 @@ class Notes(NamedTuple):
     absent: tuple[str, ...] = ()  # a line for each setting of other scripts that asks for what this one has not
 
 
+def read_settings(environ: dict[str, str]) -> tuple[Settings, Notes]:
+    """Settings from environment variables. RunError on a bad value, a contradiction or a misspelt name."""
+    notes = read_environment(environ)
+    return Settings(**notes.explicit), notes
+
+
 def environment_names() -> list[tuple[str, dataclasses.Field, Any]]:
     """Every name by which the environment gives a setting, with its field and the `values` that allowed_by() takes."""
     return [(name, f, values) for f in dataclasses.fields(Settings)
@@ -4535,6 +4548,12 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
         return Settings(**({"train_batch_tokens": window} | stored | given))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
+
+
+def settings_to_score(notes: Notes, artifact: bytes, name: str) -> Settings:
+    """Settings to evaluate an artifact, as adopt_settings() has them; its compressor is the one that packed it."""
+    stored, compressor, *_ = open_artifact(artifact, name)
+    return dataclasses.replace(adopt_settings(notes, stored, name), compressor=compressor)
 
 
 def changes(cfg: Settings, chosen: Iterable[str]) -> str:
@@ -4780,8 +4799,7 @@ def start(arguments: list[str], launch: Launch, environ: dict[str, str]) -> int:
             raise RunError(f"EVAL_ONLY={path}: no such file; takes an artifact, final_model.int6.ptz")
         with open(path, "rb") as file:
             artifact = file.read()
-        stored, compressor, *_ = open_artifact(artifact, path)
-        cfg = dataclasses.replace(adopt_settings(notes, stored, path), compressor=compressor)
+        cfg = settings_to_score(notes, artifact, path)
     else:
         cfg = Settings(**notes.explicit)
     if arguments == ["--config"]:

@@ -169,9 +169,8 @@ def find_kernels(cfg: tg.Settings, graphs: list, found: list[tuple[str, str]]) -
 
     torch._dynamo.reset()
     rt, ops = Quiet(cfg, tg.Launch()), tg.fused_ops() if cfg.fused else tg.PLAIN
-    ngram = (cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None
     text = tg.random_text(cfg, tg.Validation(torch.zeros(2, dtype=torch.int32), torch.ones(2, dtype=torch.int32), 1,
-                                             None, 1, ngram))
+                                             None, 1, tg.ngram_of(cfg)))
     tilt = tg.Tilt.of(cfg, text)  # of real tokens
     with (fake_tensors(), mock.patch.object(async_compile.AsyncCompile, "triton", note),
           mock.patch.object(tg.Tilt, "of", lambda *_: tilt)):
@@ -236,7 +235,7 @@ def cpu_seconds() -> float:
 def compile_form(form: str, known: dict[str, Kernel]) -> Row:
     """Compile all of a form. `known` has the kernels compiled before, by source; those of this form are added to it."""
     start, failed, graphs, found, made = cpu_seconds(), {}, [], [], {}
-    cfg = tg.Settings(**tg.read_environment(settings_of(form) | os.environ).explicit)
+    cfg = tg.read_settings(settings_of(form) | os.environ)[0]
     cfg = tg.fit_to_device(cfg, SimpleNamespace(device=torch.device("cpu")))
     try:
         find_kernels(cfg, graphs, found)

@@ -451,7 +451,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     args = parse(arguments)
     try:
-        reports = count_report(tg.Settings(**tg.read_environment(dict(os.environ)).explicit), args)
+        reports = count_report(tg.read_settings(dict(os.environ))[0], args)
         tables = "\n".join(markdown(report, read_measured(args.measured)) for report in reports)
     except (tg.RunError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

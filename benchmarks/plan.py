@@ -215,7 +215,7 @@ def main(arguments: list[str]) -> int:
     if not set(args.forms) <= set(FORMS) or args.tokens < 1 or args.loops < 0:
         parser.error(f"takes forms of {', '.join(FORMS)}, --tokens of at least 1, --loops of at least 0")
     try:
-        cfg, found = tg.Settings(**tg.read_environment(dict(os.environ)).explicit), {}
+        cfg, found = tg.read_settings(dict(os.environ))[0], {}
         if args.tokens % cfg.train_seq_len or args.loops > cfg.num_loops:
             raise tg.RunError(f"--tokens: whole windows of TRAIN_SEQ_LEN={cfg.train_seq_len}; --loops: at most "
                               f"NUM_LOOPS={cfg.num_loops}")

@@ -117,7 +117,7 @@ def read_rows(texts: list[str], base: dict[str, str]) -> dict[str, dict[str, str
         name, _, words = (part.strip() for part in text.partition(":"))
         try:
             settings = base | read_settings(shlex.split(words))
-            tg.Settings(**tg.read_environment(settings).explicit)
+            tg.read_settings(settings)
             if not name or name in rows:
                 raise ValueError("a row takes a name of its own")
         except (ValueError, tg.RunError) as error:

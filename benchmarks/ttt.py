@@ -48,8 +48,7 @@ def main() -> int:
         if not os.path.isfile(path):
             raise tg.RunError("EVAL_ONLY takes the artifact to score")
         artifact = Path(path).read_bytes()
-        stored, compressor, *_ = tg.open_artifact(artifact, path)
-        cfg = dataclasses.replace(tg.adopt_settings(notes, stored, path), compressor=compressor)
+        cfg = tg.settings_to_score(notes, artifact, path)
         with tempfile.TemporaryDirectory() as folder:
             return measure(dataclasses.replace(cfg, artifact_dir=folder), notes, artifact, args)
     except tg.RunError as error:

@@ -33,12 +33,6 @@ TTT = {"num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "rop
        "global_ttt_lr": 0.05, "global_ttt_chunk_tokens": 16, "ttt_bucket_window": 4}
 
 
-def read_settings(environ: dict[str, str]) -> tuple[tg.Settings, tg.Notes]:
-    """What a run with these environment variables has."""
-    notes = tg.read_environment(environ)
-    return tg.Settings(**notes.explicit), notes
-
-
 def bare(**changes) -> tg.Settings:
     """Everything off that is on by default."""
     return tg.Settings(**OFF | changes)

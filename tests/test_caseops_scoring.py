@@ -13,7 +13,6 @@ import sentencepiece
 import summary
 from conftest import ROOT, TINY, read_result, run_script
 from forked import ForkedRun
-from helpers import read_settings
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -36,7 +35,7 @@ def cased(tmp_path_factory) -> dict[str, str]:
 
 
 def settings(environ: dict[str, str]) -> tg.Settings:
-    return read_settings(environ)[0]
+    return tg.read_settings(environ)[0]
 
 
 def load(environ: dict[str, str]) -> tg.Validation:

@@ -9,13 +9,12 @@ import sys
 
 import pytest
 from conftest import ROOT, run_script
-from helpers import read_settings
 
 import train_gpt as tg
 
 
 def read(**environ):
-    return read_settings(environ)
+    return tg.read_settings(environ)
 
 
 def test_importing_runs_nothing_and_needs_no_environment():

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, clean_environment
-from helpers import read_settings
 from runs import RECIPE_OF, SMALL, TOGETHER, scaled, settings_of, short_data, watch
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -106,7 +105,7 @@ def test_scoring_an_artifact_makes_no_graph_on_its_clock(data, tmp_path, mode, f
 def kinds_of_layers(settings: dict[str, str]) -> set[tuple]:
     """What layers of a run have and are, as far as it makes another graph."""
     cfg = dataclasses.replace(
-        read_settings(settings)[0], model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=1, vocab_size=64)
+        tg.read_settings(settings)[0], model_dim=64, num_heads=4, num_kv_heads=2, mlp_mult=1, vocab_size=64)
     model, ids, found = tg.GPT(cfg), torch.zeros(1, 8, dtype=torch.long), set()
 
     def layer(x, lane, skip, last, own, shared, here):

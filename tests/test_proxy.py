@@ -10,11 +10,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from conftest import ROOT
-from helpers import read_settings
 
 sys.path.append(str(ROOT / "benchmarks"))
 import proxy
 from shards import write_shard
+
+import train_gpt as tg
 
 # What "training" gives: a score that hangs on seed and settings, what a run leaves, and a line in a list of runs.
 PRETENDER = '''
@@ -141,7 +142,7 @@ def test_seeds_needed_at_the_ends():
 
 def test_s_is_the_smoke_run():
     expected = json.loads((ROOT / "records/smoke.json").read_text())["config"]
-    cfg = read_settings(proxy.SIZES["S"] | proxy.FIXED | {"SEED": str(expected["seed"])})[0]
+    cfg = tg.read_settings(proxy.SIZES["S"] | proxy.FIXED | {"SEED": str(expected["seed"])})[0]
     clocks = {"max_wallclock_seconds", "eval_budget_seconds"}
     unlike = {name for name, value in expected.items() if getattr(cfg, name) not in (value, None)}
     assert unlike == clocks and cfg.max_wallclock_seconds == cfg.eval_budget_seconds == 0
@@ -152,7 +153,7 @@ def test_s_is_the_smoke_run():
 @pytest.mark.parametrize("size,tokens,shape", [("S", 1e6, (4, 128, 1024)), ("M", 3e6, (6, 256, 8192)),
                                                ("L", 295e6, (11, 512, 8192))])
 def test_sizes_are_settings_of_the_script(size, tokens, shape):
-    cfg = read_settings(proxy.SIZES[size] | proxy.FIXED)[0]
+    cfg = tg.read_settings(proxy.SIZES[size] | proxy.FIXED)[0]
     assert (cfg.num_layers, cfg.model_dim, cfg.vocab_size) == shape
     assert cfg.iterations * cfg.train_batch_tokens == pytest.approx(tokens, rel=0.01)
 

@@ -12,7 +12,7 @@ import check_submission
 import numpy as np
 import pytest
 from conftest import PLAIN, ROOT, clean_environment, read_result, run_script
-from helpers import bare, read_settings
+from helpers import bare
 from runs import PUBLISHED, RECIPE_OF, RECIPES, settings_of
 from shards import write_shard
 
@@ -61,7 +61,7 @@ def named_differences(recipe) -> dict[str, tuple[str, str]]:
 
 def differences(settings: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
     """Setting -> our value, "–" for none, of every published setting that these do not have or have otherwise."""
-    ours, notes = read_settings(settings | {"RUN_ID": "r"})
+    ours, notes = tg.read_settings(settings | {"RUN_ID": "r"})
     wanted = tg.read_environment(theirs)
     assert not wanted.ignored
     found = {line.split("=")[0]: "–" for line in wanted.absent}
@@ -77,7 +77,7 @@ def test_all_nine_are_here():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_is_understood_word_for_word_and_says_what_was_not_run(recipe):
-    settings, notes = read_settings(settings_of(recipe))
+    settings, notes = tg.read_settings(settings_of(recipe))
     assert len(notes.explicit) == len(settings_of(recipe)) and not notes.ignored and not notes.aliases
     readme = (recipe / "README.md").read_text()
     assert ("**Published, by the author" in readme) == (recipe in PUBLISHED) and "Never at full size" in readme
@@ -133,7 +133,7 @@ def test_every_published_name_is_understood(request_):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipe_does_not_hang_on_the_defaults(recipe):
     """It is the same where all that is on by default is off, but for settings of what it has off itself."""
-    mine, other = (read_settings(before | settings_of(recipe) | {"RUN_ID": "r"})[0] for before in ({}, PLAIN))
+    mine, other = (tg.read_settings(before | settings_of(recipe) | {"RUN_ID": "r"})[0] for before in ({}, PLAIN))
     differ = {name for name in vars(mine) if getattr(mine, name) != getattr(other, name)} - {"eval_stages"}
     idle = {"sparse_attn_gate_scale": mine.sparse_attn_gate_enabled, "parallel_mode": mine.parallel_start_layer < 11,
             "quant_trellis": mine.quant_allocation == "auto",
@@ -198,7 +198,7 @@ def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
 def test_defaults_and_recipes_sort_no_more_documents_than_the_checker_allows():
     """A default that records/check_submission.py refuses would cost a record attempt all of its runs."""
     for settings in ({}, *map(settings_of, RECIPES)):
-        cfg = read_settings(settings)[0]
+        cfg = tg.read_settings(settings)[0]
         sub = SimpleNamespace(config=lambda cfg=cfg: dataclasses.asdict(cfg), audit=lambda name: [])
         assert check_submission.check_order(sub)
         with pytest.raises(check_submission.Verdict, match="sorted by length"):

@@ -26,7 +26,6 @@ import submission as s
 import summary
 from conftest import ROOT, read_result, shifted
 from forked import ForkedRun
-from helpers import read_settings
 from shards import read_shard, write_shard
 
 import train_gpt as tg
@@ -220,7 +219,7 @@ def test_readme_states_every_setting_and_runs_as_it_says(record, relabelled):
     assert "XSA on the last 2 layers" in said and "test-time" not in said and "SWA" not in said
     environment = s.environment(config)
     assert environment["NUM_LAYERS"] == "2" and "ATTN_CLIP_SIGMAS" not in environment  # follows from another
-    cfg, notes = read_settings(environment | {"SEED": "1"} | s.places(config))
+    cfg, notes = tg.read_settings(environment | {"SEED": "1"} | s.places(config))
     same = s.OF_A_RUN + s.OF_A_MACHINE
     assert {k: v for k, v in vars(cfg).items() if k not in same} == {k: v for k, v in config.items() if k not in same}
     assert not notes.ignored and not notes.aliases

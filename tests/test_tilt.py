@@ -116,7 +116,7 @@ def test_a_tilted_distribution_adds_up_to_one(boosts):
 
 
 def evaluate(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, rt=None) -> tuple[tg.Score, tg.Scorer]:
-    val = a_byte_each(tokens, ngram=(cfg.token_orders(), cfg.token_threshold) if cfg.ngram_tilt_enabled else None)
+    val = a_byte_each(tokens, ngram=tg.ngram_of(cfg))
     evaluator = tg.Evaluator(cfg, rt or FakeRuntime(), model, model, val)
     return evaluator.final(), evaluator.scorer
 
