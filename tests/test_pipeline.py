@@ -324,8 +324,9 @@ def test_loss_against_bytes_of_a_run(finished, tmp_path):
     shutil.copytree(finished[0], tmp_path / "lqer")
     (tmp_path / "lqer/result.json").write_text(json.dumps(result | {"config": result["config"] | {
         "lqer_enabled": True, "qat_enabled": True, "quant_allocation": "sdclip"}}))
-    done = run_script({}, str(tmp_path / "lqer"), "--bytes", "60000", "30000", "--json", str(figures), script=BYTES)
-    assert done.returncode == 0 and json.loads(figures.read_text())["rows"] == found["rows"], done.stderr
+    done = run_script({}, str(tmp_path / "lqer"), "--bytes", "30000", "--json", str(figures), script=BYTES)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(figures.read_text())["rows"] == found["rows"][:3] + found["rows"][5:]
 
 
 @pytest.mark.parametrize("change, said", [

@@ -5,13 +5,13 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import check_submission
 import numpy as np
 import pytest
 from conftest import PLAIN, ROOT, clean_environment, read_result, run_script
+from forked import stand_in
 from helpers import bare
 from runs import PUBLISHED, RECIPE_OF, RECIPES, settings_of
 from shards import write_shard
@@ -183,11 +183,13 @@ def test_run_scripts_take_a_recipe_and_the_user_wins(short, tmp_path):
     folder = next(path for path in RECIPES if "RecurAB" in path.name)
     shutil.copytree(short["DATA_PATH"], tmp_path / "data")
     mine = {k: short[k] for k in ("TOKENIZER_PATH", "VOCAB_SIZE", "TRAIN_SEQ_LEN", "TRAIN_BATCH_TOKENS", "DTYPE")}
-    mine |= {"RECIPE": str(folder), "DATA_PATH": str(tmp_path / "data"), "PYTHON": sys.executable, "DEVICE": "cpu",
+    mine |= {"RECIPE": str(folder), "DATA_PATH": str(tmp_path / "data"), "DEVICE": "cpu",
              "ITERATIONS": "2", "MAX_WALLCLOCK_SECONDS": "0", "EVAL_STRIDE": "0", "MODEL_DIM": "64", "ROPE_DIMS": "8",
              "ARTIFACT_DIR": str(tmp_path / "run"), "QAT_LITE_EVERY": "1", "GPTQ_CALIBRATION_BATCHES": "1",
              "TTT_MODE": "none"}
-    done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], env=clean_environment(mine), capture_output=True, text=True)
+    python = stand_in(tmp_path)
+    done = subprocess.run([ROOT / "run_smoke_1gpu.sh"], capture_output=True, text=True,
+                          **python | {"env": clean_environment(mine | python["env"])})
     assert done.returncode == 0, done.stderr
     config = json.loads((tmp_path / "run/result.json").read_text())["config"]
     assert (config["recur_blend"], config["ema_decay"], config["num_layers"]) == ("ab", 0.0, 11)  # of the recipe

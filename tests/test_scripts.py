@@ -435,6 +435,5 @@ def test_clone_by_git_for_windows(tmp_path):
     ({}, ["benchmarks/codegen.py", "--json", "/nowhere/figures.json"]),
     ({}, ["benchmarks/count.py", "--measured", "records/smoke.json"])])
 def test_what_a_tool_does_not_take_is_told_in_a_line(environ, command):
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT,
-                          env=clean_environment(environ))
+    done = run_script(environ, *command[1:], script=ROOT / command[0], cwd=ROOT)
     assert done.returncode in (1, 2) and "error: " in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
