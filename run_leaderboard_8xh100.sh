@@ -20,6 +20,7 @@ if [ -n "${1:-}" ] && [ -d "$1" ]; then
 fi
 seeds=("$@")
 [ ${#seeds[@]} -gt 0 ] || read -ra seeds <<<"${SEED:-42 314 999}"
+[ ${#seeds[@]} -gt 0 ] || { echo "error: SEED=$SEED: takes numbers, as SEED=\"42 0\"" >&2; exit 1; }
 for seed in "${seeds[@]}"; do
     [[ "$seed" =~ ^[0-9]+$ ]] || { echo "error: $seed: neither a recipe's folder nor a seed" >&2; exit 1; }
 done

@@ -4,6 +4,7 @@
 # the expected one (records/smoke.json). With a GPU the full 11x512 shape for two minutes, after a check of the machine.
 # Any setting of train_gpt.py given in the environment wins; RECIPE=<folder> takes that folder's recipe.env first.
 set -euo pipefail
+[ -z "${RECIPE:-}" ] || [ -d "$RECIPE" ] || { echo "error: RECIPE=$RECIPE: no such folder" >&2; exit 1; }
 RECIPE="${RECIPE:+$(realpath "$RECIPE")}"
 cd "$(dirname "$0")"
 source records/lib.sh

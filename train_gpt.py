@@ -1577,6 +1577,8 @@ class Runtime:
             self.log_file.truncate(0)
             if os.path.exists(self.path("checkpoint.pt")):  # an earlier run's, which RESUME=1 must not go on from
                 os.replace(self.path("checkpoint.pt"), self.path("checkpoint.old.pt"))
+            with suppress(FileNotFoundError):  # nor is this one's model the earlier run's
+                os.remove(self.path("final_model.pt"))
         self.metrics_file = open(self.path("metrics.jsonl"), "a" if append else "w", encoding="utf-8")
 
     def holds_training(self) -> bool:
@@ -2041,7 +2043,8 @@ def manifest_stats(data_path: str) -> dict[str, int]:
     Other programs write files of that name too, so what is not a list of data sets is passed over.
     """
     folder = os.path.abspath(data_path)
-    for path in (os.path.join(folder, "..", "..", "manifest.json"), os.path.join(folder, "manifest.json")):
+    above = os.path.dirname(os.path.dirname(folder)), os.path.join(folder, "..", "..")  # not the same through links
+    for path in (os.path.join(place, "manifest.json") for place in (*above, folder)):
         try:
             with open(path, encoding="utf-8-sig") as file:  # some editors begin a file with a byte-order mark
                 datasets = json.load(file)["datasets"]
@@ -2514,7 +2517,7 @@ def refuse(fault: str, detail: bool = True) -> Iterator[None]:
 def read_checkpoint(cfg: Settings, path: str, shards: dict[str, str], device: torch.device) -> dict[str, Any]:
     """A checkpoint that this run can go on from. RunError if it is missing, damaged or of another run."""
     if not os.path.exists(path):
-        raise RunError(f"RESUME=1: no {path}; CHECKPOINT_EVERY writes one")
+        raise RunError(f"RESUME=1: no {path}; ARTIFACT_DIR takes the folder of a run with CHECKPOINT_EVERY")
     with refuse(f"{path}: not a whole checkpoint", detail=False):
         saved = torch.load(path, map_location=device, weights_only=True)
         for name, value in must_match(cfg).items():
@@ -2553,9 +2556,10 @@ def warm_up(cfg: Settings, rt: Runtime, trainer: Trainer) -> tuple[float, float]
 
     initial = [p.detach().clone() for p in trainer.params]
     lap, plan = 0.0, trainer.plan
-    for phase in graphs_of(cfg) if cfg.warmup_steps else ():
+    count = min(2, cfg.warmup_steps) if trainer.forward is trainer.model else cfg.warmup_steps  # nothing to compile
+    for phase in graphs_of(cfg) if count else ():
         laps = []
-        for _ in rt.progress(range(cfg.warmup_steps), f"warm-up, {phase.loops} loops"):
+        for _ in rt.progress(range(count), f"warm-up, {phase.loops} loops"):
             batches = [random_batch(plan.size, cfg.row_tokens, phase.window) for _ in range(plan.micro)]
             start = time.perf_counter()
             with rt.host_waits() as waits:

@@ -420,7 +420,7 @@ def read_measured(path: Path) -> dict | None:
     if not path.exists():
         return None
     measured = json.loads(path.read_text())
-    if not isinstance(measured, dict) or "check_only" not in measured:
+    if not isinstance(measured, dict) or not {"check_only", "device", "parts"} <= measured.keys():
         raise tg.RunError(f"{path}: not written by benchmarks/gpu.py")
     if measured["check_only"]:
         raise tg.RunError(f"{path}: written on a CPU as a check, its times mean nothing")

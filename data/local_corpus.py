@@ -55,7 +55,7 @@ def source_files(package: str) -> list[tuple[str, Path]]:
 
     The package is found without importing it. Raise ValueError if it is not installed.
     """
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"package {package} is not installed; requirements.txt has it")
     root = Path(next(iter(spec.submodule_search_locations)))

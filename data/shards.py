@@ -196,7 +196,9 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(path.read_bytes())
         for key in ("datasets", "tokenizers"):
-            for entry in manifest.setdefault(key, []):
+            if not isinstance(manifest.setdefault(key, []), list):
+                raise TypeError(f"{key} is no list")
+            for entry in manifest[key]:
                 entry["name"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: not a manifest: {error!r}") from error

@@ -221,7 +221,8 @@ def train_tokenizer(sample: list[str], vocab_size: int, symbols: tuple[str, ...]
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"no tokenizer of {vocab_size} pieces from {len(sample)} documents: {error}") from error
+        why = error if sample else "all documents are held out for validation; lower --val-docs"
+        raise ValueError(f"no tokenizer of {vocab_size} pieces from {len(sample)} documents: {why}") from error
     return model.getvalue()
 
 
@@ -439,7 +440,7 @@ def read_specs(path: Path) -> list[Spec]:
     """Return the data sets that the file `path` asks for. Raise ValueError or OSError if it cannot be understood."""
     try:
         listed = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(listed, list) or not listed:
         raise ValueError(f"{path}: expected a list of objects")

@@ -19,7 +19,6 @@ The script runs in this process. A script with faults is judged; one that is wri
 read by a person.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import io
@@ -45,7 +44,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "data"))
 import caseops
 from overlap import ALLOWED, find_overlap
-from shards import atomic_write, file_sha256, find_shards, one_line, read_pairs, read_shard, write_shard
+from shards import Parser, atomic_write, file_sha256, find_shards, one_line, read_pairs, read_shard, write_shard
 
 CODE, ARTIFACT, RESULT, VERDICT = "train_gpt.packed.py", "final_model.int6.ptz", "result.json", "audit.json"
 CHECKS = ("bytes", "single_pass", "normalized", "causal", "no_overlap", "score", "training")
@@ -483,12 +482,15 @@ def read_result(run: Path) -> dict[str, Any]:
     path = run / RESULT
     try:
         result = json.loads(path.read_bytes())
-        missing = [key for key in ("config", "stages", "val_bpb", "code_sha256", "model_sha256") if key not in result]
+        missing = [key for key in ("config", "stages", "val_bpb", "val_bytes", "code_sha256", "model_sha256")
+                   if key not in result]
         missing = missing or [f"config.{key}" for key in CONFIG if key not in result["config"]]
+        missing = missing or [f"stages.{name}.{key}" for name, stage in result["stages"].items()
+                              for key in ("val_loss", "val_bpb", "tokens", "bytes") if key not in stage]
     except OSError as e:
         raise AuditError(f"{path}: {e.strerror}: not the folder of a finished run") from None
-    except (ValueError, TypeError):
-        raise AuditError(f"{path}: not JSON") from None
+    except (ValueError, TypeError, AttributeError):
+        raise AuditError(f"{path}: not JSON of a result") from None
     if missing:
         raise AuditError(f"{path}: has no {missing[0]}: not the result of this train_gpt.py")
     return result
@@ -836,11 +838,11 @@ def audit(run: Path, full: bool) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Judge a finished run from outside; writes RUN/audit.json.")
+    parser = Parser(description="Judge a finished run from outside; writes RUN/audit.json.")
     parser.add_argument("run", type=Path, metavar="RUN", help="folder that the run wrote")
     parser.add_argument("--full", action="store_true", help="also repeat the whole evaluation and compare its score")
-    args = parser.parse_args(arguments)
     try:
+        args = parser.parse_args(arguments)
         return audit(args.run, args.full)
     except (AuditError, ValueError, OSError) as e:
         if os.environ.get("RANK", "0") == "0":

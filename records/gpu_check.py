@@ -79,13 +79,13 @@ def compiler_fault(device: torch.device) -> str:
 
 def check(cfg: tg.Settings, record: bool) -> str:
     """One line that says what the machine has. RunError that says what is wrong."""
-    fault = driver_fault() or disk_fault(cfg.artifact_dir)
+    fault = disk_fault(cfg.artifact_dir) or ("" if cfg.device == "cpu" else driver_fault())
     if fault:
         raise tg.RunError(fault)
     if not torch.cuda.is_available() or cfg.device == "cpu":
         return "no GPU is used"
-    fault = next(filter(None, map(memory_fault, range(torch.cuda.device_count()))), "")
-    device = torch.device("cuda", 0)
+    device, used = torch.device("cuda", 0), torch.cuda.device_count() if record else 1
+    fault = next(filter(None, map(memory_fault, range(used))), "")
     fault = fault or ("" if cfg.compile == "0" else compiler_fault(device))
     if fault:
         raise tg.RunError(fault)

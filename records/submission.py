@@ -49,7 +49,8 @@ OTHER_NAMES = {"artifact_bytes": ["artifact_bytes", "bytes_total", "total_bytes"
 # where there are logs of the field alone
 SCORE_DIGITS, FIELD_SCORE_DIGITS = 6, 4
 # settings in which the runs of one submission may differ, and those that say where things lie on one machine
-OF_A_RUN, OF_A_MACHINE = ("seed", "run_id", "artifact_dir"), ("data_dir", "data_path", "tokenizer_path")
+OF_A_RUN = ("seed", "run_id", "artifact_dir", "resume", "checkpoint_every", "save_model", "audit", "train_log_every")
+OF_A_MACHINE = ("data_dir", "data_path", "tokenizer_path")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -310,7 +311,8 @@ def environment(config: dict[str, Any]) -> dict[str, str]:
         raise ValueError(f"settings of another version of train_gpt.py ({e})") from None
     fixed = {name: config[name] for name in OF_A_RUN + OF_A_MACHINE}
     chosen = {name: value for name, value in config.items() if name not in fixed and value != fields[name].default}
-    for name in list(chosen):  # what follows from the others need not be said
+    # What follows from the others need not be said, but what `auto` found on the disk of the run: others have another.
+    for name in [name for name in chosen if name != "caseops_enabled" or not chosen[name]]:
         rest = {k: v for k, v in chosen.items() if k != name}
         try:
             if tg.Settings(**fixed, **rest) == cfg:

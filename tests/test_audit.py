@@ -576,6 +576,8 @@ def edit_result(run: Path, **values) -> None:
     (lambda run: (run / "result.json").write_text("{"), "result.json: not JSON"),
     (lambda run: (run / "result.json").write_text("{}"), "result.json: has no config"),
     (lambda run: edit_result(run, config={"vocab_size": 512}), "result.json: has no config.data_path"),
+    (lambda run: edit_result(run, stages={"quantized": {"val_bpb": 1.0}}), "has no stages.quantized.val_loss"),
+    (lambda run: edit_result(run, stages=[]), "result.json: not JSON of a result"),
     (lambda run: (run / audit.CODE).unlink(), "train_gpt.packed.py: no such file"),
     (lambda run: (run / audit.ARTIFACT).unlink(), "final_model.int6.ptz: no such file"),
     (lambda run: (run / audit.ARTIFACT).write_bytes(b"x"), "is not the file of"),

@@ -461,6 +461,12 @@ def test_manifest_says_whether_the_validation_is_whole(tmp_path, text, expected,
         ((tmp_path if beside else folder) / "manifest.json").write_text(text)
     assert tg.matches_manifest(str(folder), FOUND) is expected
     assert tg.matches_manifest(f"{folder}/", FOUND) is expected
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/datasets").symlink_to(folder.parent)  # on another disk, perhaps
+    assert tg.matches_manifest(str(tmp_path / "data/datasets/fineweb10B_sp9"), FOUND) is expected
+    if beside and text is not None:
+        (tmp_path / "manifest.json").rename(tmp_path / "data/manifest.json")
+    assert tg.matches_manifest(str(tmp_path / "data/datasets/fineweb10B_sp9"), FOUND) is expected
 
 
 @fuzz

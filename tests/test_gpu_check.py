@@ -44,6 +44,14 @@ def test_what_is_wrong_is_said(gpu, change, said):
         check(gpu)
 
 
+def test_only_gpus_that_are_used_need_memory(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (80e9 * (1 - i), 80e9))
+    assert "2 x H100" in check(gpu)  # the first alone
+    with pytest.raises(tg.RunError, match="GPU 1: 0 of 80 GB free"):
+        check(gpu, record=True)
+
+
 def test_a_record_run_needs_flash_attention_on_hopper(gpu):
     gpu.attention, gpu.skipped = "sdpa", ["fa3: no build"]
     assert "attention sdpa of somewhere (not fa3: no build)" in check(gpu)
@@ -84,3 +92,4 @@ def test_a_gpu_that_pytorch_cannot_use_is_told(monkeypatch, built, listed, said)
     monkeypatch.setattr(gpu_check.subprocess, "run", lambda *a, **o: SimpleNamespace(returncode=0, stdout=listed))
     found = gpu_check.driver_fault()
     assert said in found and bool(said) == bool(found)
+    assert gpu_check.check(tg.Settings(device="cpu"), False) == "no GPU is used"

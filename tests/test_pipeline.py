@@ -592,9 +592,11 @@ def test_a_run_that_cannot_go_on_leaves_the_one_before_as_it_is(tiny, tmp_path):
 
 def test_nothing_goes_on_from_the_checkpoint_of_an_earlier_run(tiny, tmp_path):
     settings = tiny | {"ARTIFACT_DIR": str(tmp_path), "ITERATIONS": "4", "EVAL_STRIDE": "0"}
-    assert run_script(settings | {"CHECKPOINT_EVERY": "2"}).returncode == 0
+    assert run_script(settings | {"CHECKPOINT_EVERY": "2", "SAVE_MODEL": "1"}).returncode == 0
     old = (tmp_path / "checkpoint.pt").read_bytes()
+    assert (tmp_path / "final_model.pt").exists()
     assert run_script(settings).returncode == 0
+    assert not (tmp_path / "final_model.pt").exists()  # it would pass for this run's
     assert "no " in error_of(run_script(settings | {"RESUME": "1"}))
     assert (tmp_path / "checkpoint.old.pt").read_bytes() == old
 

@@ -225,6 +225,18 @@ def test_readme_states_every_setting_and_runs_as_it_says(record, relabelled):
     assert not notes.ignored and not notes.aliases
 
 
+def test_the_settings_of_a_run_hang_on_no_file_of_the_machine(tmp_path):
+    """CASEOPS_ENABLED=auto looks at the disk: who checks a submission may not have what the run found there."""
+    (tmp_path / "fineweb_val_bytes_000000.bin").touch()
+    for given in ({}, {"CASEOPS_ENABLED": "1"}):
+        config = dataclasses.asdict(tg.read_settings(given | {"DATA_PATH": str(tmp_path)})[0])
+        assert config["caseops_enabled"]
+        here, elsewhere = s.environment(config), s.environment(config | {"data_path": str(tmp_path / "not")})
+        assert here == elsewhere == {"CASEOPS_ENABLED": "1"}
+    config = dataclasses.asdict(tg.read_settings({"RESUME": "1", "CHECKPOINT_EVERY": "5", "SAVE_MODEL": "1"})[0])
+    assert s.environment(config) == {}  # what changes no result
+
+
 def test_every_feature_speaks_of_itself_and_is_no_false_claim(record):
     """A feature's line matches its own claim, and passes where it is on."""
     run = json.loads((record / "result_seed1.json").read_text())
