@@ -285,7 +285,8 @@ def verify(args: argparse.Namespace) -> None:
     sets = [entry for entry in manifest["datasets"]
             if "repo" in entry and args.variant in (None, str(entry["name"]).removeprefix("fineweb10B_"))]
     if not sets:
-        raise ValueError(f"{where}: expected {' '.join(filter(None, ('a downloaded data set', args.variant)))}, found none")
+        name = f" {args.variant}" if args.variant else ""
+        raise ValueError(f"{where}: expected a downloaded data set{name}, found none")
     with manifest_errors(where):
         for entry in sets:
             folder = args.out / "datasets" / entry["name"]
