@@ -52,6 +52,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 from bisect import bisect_right
@@ -138,7 +139,7 @@ class Settings:
     caseops_enabled: bool | None = setting(None, "data", "the shards hold CaseOps text (marked capitals) and have "
                                            "sidecar files; auto: if there are such shards", proof="PR 1855")
 
-    num_layers: int = setting(11, "model", "number of transformer layers; a layer that is looped counts once", low=1)
+    num_layers: int = setting(11, "model", "transformer layers; a looped one counts once", low=1, high=1024)
     model_dim: int = setting(512, "model", "width of the residual stream", low=8)
     num_heads: int = setting(8, "model", "number of query heads", low=1)
     num_kv_heads: int = setting(4, "model", "number of key/value heads, each shared by a group of query heads", low=1)
@@ -432,7 +433,7 @@ class Settings:
     def loop_stages(self) -> list[tuple[float, int]]:
         """(from when, loops) in order, of LOOP_SCHEDULE or ENABLE_LOOPING_AT; empty if it does not end in NUM_LOOPS."""
         text = self.loop_schedule or f"{self.enable_looping_at:.17g}:{self.num_loops}"
-        stages = [(float(at), int(loops)) for at, loops in parse_pairs(text, r"\d*\.?\d+(?:e[-+]\d+)?|\d+\.")]
+        stages = [(float(at), int(loops)) for at, loops in parse_pairs(text, r"\d*\.?\d+(?:e[-+]\d\d)?|\d+\.")]
         fits = stages and stages[-1][1] == self.num_loops == max(loops for _, loops in stages)
         ordered = all(a < b or (a > 1) != (b > 1) for (a, _), (b, _) in itertools.combinations(stages, 2))
         return stages if fits and ordered and self.num_loops else []
@@ -440,7 +441,7 @@ class Settings:
     def seq_stages(self) -> list[tuple[float, int]]:
         """(from when, window) in order, of TRAIN_SEQ_SCHEDULE, none over TRAIN_SEQ_LEN; empty if it is no such list."""
         text = "" if self.train_seq_schedule == "0" else self.train_seq_schedule
-        found = [(int(length), float(until)) for length, until in parse_pairs(text, r"\d+", r"\d*\.?\d+", "@")]
+        found = [(int(length), float(until)) for length, until in parse_pairs(text, right=r"\d*\.?\d+", between="@")]
         ends, lengths = [0.0, *(until for _, until in found)], [*(length for length, _ in found), self.train_seq_len]
         fits = bool(found) == bool(text) and min(lengths) > 1 and all(a < b <= 1 for a, b in itertools.pairwise(ends))
         return [(at, min(length, self.train_seq_len)) for at, length in zip(ends, lengths) if at < 1] if fits else []
@@ -448,7 +449,7 @@ class Settings:
     def ttt_chunks(self) -> list[tuple[float, int]]:
         """(longest document, tokens of its chunks), ascending, then of all others; empty if it is no such list."""
         text = "" if self.ttt_short_score_first_steps == "0" else self.ttt_short_score_first_steps
-        found, usual = [(int(longest), int(chunk)) for longest, chunk in parse_pairs(text, r"\d+")], self.ttt_chunk_size
+        found, usual = [(int(longest), int(chunk)) for longest, chunk in parse_pairs(text)], self.ttt_chunk_size
         fits = bool(found) == bool(text) and found == sorted(found) and all(chunk for _, chunk in found)
         return [*((longest, min(chunk, usual)) for longest, chunk in found), (math.inf, usual)] if fits else []
 
@@ -3266,7 +3267,11 @@ def compress(data: bytes, compressor: str) -> bytes:
 def decompress(data: bytes, compressor: str) -> bytes:
     if compressor == "brotli":
         return import_packer("brotli").decompress(data)
-    return lzma.decompress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+    found = unpacker.decompress(data, 4 * MOST_CODES)
+    if not unpacker.eof:
+        raise ValueError("a stream is cut off, or far larger than any model's")
+    return found
 
 
 def import_packer(name: str):
@@ -3484,6 +3489,7 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 5
 MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
+MOST_COLS = 1 << 16  # of a matrix: codes along a trellis are read column by column
 COMPRESSORS = ("brotli", "lzma", "ans")
 
 
@@ -3534,8 +3540,11 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Sto
         stored = {n: Stored(form, sizes, {}) for n, form, sizes in contents}
         shapes = [(item.parts, part, *entry) for item in stored.values()
                   for part, entry in form_parts(item.form, item.sizes).items()]
-        if sum(math.prod(shape) for *_, shape, _ in shapes) > MOST_CODES:
-            raise ValueError("too many numbers")
+        products = sum(math.prod(item.sizes[1:3]) for item in stored.values() if item.form == "low rank")
+        columns = max((item.sizes[2] for item in stored.values() if item.chained), default=0)
+        least = min((size for item in stored.values() for size in item.sizes), default=0)
+        if products + sum(math.prod(shape) for *_, shape, _ in shapes) > MOST_CODES or columns > MOST_COLS or least < 0:
+            raise ValueError("sizes of no model")
         with ThreadPoolExecutor() as pool:
             plain = streams[:1] if compressor == "ans" else streams
             half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
@@ -3613,6 +3622,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
         below = min((t for t, other in tried if other <= room), default=math.inf)
         if below < math.inf and not above < at < below:
             at = (above + below) / 2
+    if chained and len(best) > room:  # it has a table more for each context, which plain codes may do without
+        best = min(best, fill_budget(dataclasses.replace(cfg, quant_trellis=False), rt, state, stats, room), key=len)
     return best
 
 
@@ -4232,8 +4243,8 @@ class Evaluator:
     def score_documents(self, batch: list[tuple[int, int]], adapters: DocumentAdapters | None) -> None:
         """Score documents chunk by chunk; after each chunk one step of the adapters on the losses just charged.
 
-        A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk or the document, as plan_passes() has
-        them. A document's last chunk is only scored. Without adapters nothing is learned.
+        A forward pass sees up to TTT_EVAL_SEQ_LEN tokens that end with the chunk, as plan_passes() has them. The last
+        chunk of a document is only scored. Without adapters nothing is learned.
         """
         cfg, tokens, usual = self.cfg, self.val.tokens, self.cfg.ttt_chunk_size
         rows, passes = plan_passes(cfg, batch, adapters is not None)
@@ -4243,7 +4254,7 @@ class Evaluator:
         for i, count, width, ending, going in passes:
             starts, ends, chunk = table[:, :count]
             low, high = i * chunk, (i + 1) * chunk
-            first = torch.maximum(starts, torch.minimum(starts + high, ends) - width)
+            first = torch.maximum(starts, starts + high - width)  # wherever the document ends: that is yet to come
             place = first + torch.arange(width, device=tokens.device)
             scored = (place >= starts + low) & (place < starts + high) & (place < ends)
             ids, targets = gather(tokens, place, scored, -1)  # a row is of one document: no Bounds
@@ -4424,10 +4435,11 @@ def parse_value(f: dataclasses.Field, name: str, raw: str):
 
 def parse_numbers(text: str) -> list[int]:
     """The numbers of a list like 9,10; none if it is not such a list."""
-    return [int(n) for n in text.split(",")] if re.fullmatch(r"\d+(,\d+)*", text, re.ASCII) else []
+    return [int(n) for n in text.split(",")] if re.fullmatch(r"\d{1,9}(,\d{1,9})*", text, re.ASCII) else []
 
 
-def parse_pairs(text: str, left: str, right: str = r"\d+", between: str = ":") -> list[tuple[str, str]]:
+def parse_pairs(text: str, left: str = r"\d{1,9}", right: str = r"\d{1,9}", between: str = ":"
+                ) -> list[tuple[str, str]]:
     """The pairs of a list like 256:8,2000:24, whose sides match these patterns; none if it is not such a list."""
     pairs = re.findall(rf"({left}){between}({right})", text)
     return pairs if text == ",".join(map(between.join, pairs)) else []
@@ -4866,8 +4878,10 @@ def main() -> int:
         message = "interrupted"
     except Exception as e:  # of PyTorch, what the user can mend
         message = explain(e)
-        if not message:
+        if not message and launch.world == 1:
             raise
+        if not message:  # with a traceback, but without waiting for the others, as an orderly end would
+            traceback.print_exc()
     if message:
         tell(launch, message)
     if launch.world > 1:

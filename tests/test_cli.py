@@ -156,6 +156,14 @@ def test_a_contradiction_is_blamed_on_what_was_given(given, message):
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize("given", ["TOKEN_ORDER=" + 5000 * "9", f"TTT_SHORT_SCORE_FIRST_STEPS={5000 * '9'}:8",
+                                   f"TRAIN_SEQ_SCHEDULE={5000 * '9'}@0.5", f"VE_LAYERS={5000 * '9'}",
+                                   "LOOP_SCHEDULE=1e+999:2", "NUM_LAYERS=1000000000"])
+def test_numbers_without_end_are_one_line(given):
+    with pytest.raises(tg.RunError, match=f"^{given[:10]}"):
+        read(**dict([given.split("=")]))
+
+
 @pytest.mark.parametrize("blank", ["", " ", "\t "])
 def test_a_blank_value_is_an_error_for_every_setting_under_every_name(blank):
     """EVAL_ONLY=" ", the path lost in a shell variable, would train for ten minutes."""

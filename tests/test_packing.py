@@ -412,6 +412,8 @@ def test_the_header_that_is_spoilt_below_is_good():
     {"stored": [H, ["c", None, [1, 1, 3]]]},
     {"stored": [H, ["c", "weighted matrix", [1, 1, 3]]]}, {"stored": [H, C, ["d", "gate", [1, 1, 3]]]},
     {"stored": [H, ["c", "gate", [1, 1, 10**30]]]}, {"stored": [H, ["c", "gate", [1, 10**5, 10**5]]]},
+    {"stored": [H, C, ["d", "half", [1, 10**10, 1]], ["e", "half", [-1, 10**10, 1]]]},  # together none
+    {"stored": [H, ["c", "low rank", [1, 10**6, 10**6, 1]]]}, {"stored": [H, ["c", "trellis matrix", [1, 1, 10**6]]]},
     {"stored": [H, ["c", "low rank", [1, 1, 3, 0]]]}, {"stored": [H, [[], "gate", [1, 1, 3]]]},
     {"bytes": []}, {"bytes": None}, {"bytes": [1]}, {"bytes": [1, 2, 3]}, {"bytes": [-3, 5]}, {"bytes": ["a", "b"]},
     {"bytes": [10**30, 1]}, {"bytes": [10**9, 1]}, {"bytes": {"a": 1}},
@@ -438,6 +440,15 @@ def test_any_json_header_is_an_artifact_or_refused(changes):
         tg.read_artifact(nonsense(**changes), NAME)
     except tg.RunError as e:
         assert NAME in str(e)
+
+
+def test_a_stream_that_unpacks_to_all_memory_is_refused(monkeypatch):
+    monkeypatch.setattr(tg, "MOST_CODES", 1000)
+    packed = tg.compress(bytes(4001), "lzma")
+    assert tg.decompress(tg.compress(bytes(3999), "lzma"), "lzma") == bytes(3999)
+    for stream in (packed, packed[:-2]):
+        with pytest.raises(ValueError, match="far larger"):
+            tg.decompress(stream, "lzma")
 
 
 class Bomb:

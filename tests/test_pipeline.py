@@ -650,6 +650,12 @@ def test_errors_of_pytorch_in_one_line(error, said):
     assert told.startswith(said) and bool(told) == bool(said) and "\n" not in told
 
 
+def test_a_defect_on_two_processes_ends_both_with_its_traceback():
+    code = "import train_gpt as tg; tg.start = lambda *_: 1 / 0; tg.main()"
+    done = ForkedRun({}, "-c", code, processes=2, cwd=ROOT).finish()
+    assert done.returncode and "ZeroDivisionError: division by zero" in done.stderr
+
+
 def test_a_model_that_does_not_fit_the_memory_is_one_line(tiny, tmp_path):
     done = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path), "MODEL_DIM": "4294967296", "NUM_HEADS": "67108864"})
     assert done.returncode == 1

@@ -128,6 +128,16 @@ def test_the_budget_is_filled_with_a_trellis_where_the_coder_knows_of_it(rt, tmp
     assert {item.form.split()[0] for item in stored.values() if "codes" in item.parts} == {form}
 
 
+def test_plain_codes_that_fit_are_kept_where_a_trellis_does_not(rt, tmp_path, monkeypatch):
+    cfg = tiny(tmp_path, compressor="ans", quant_allocation="auto", quant_trellis=True, model_dim=64, vocab_size=200)
+    model, real = random_model(cfg), tg.write_artifact
+    stats, _ = statistics(cfg, model)
+    state = {n: p.detach() for n, p in model.named_parameters()}
+    monkeypatch.setattr(tg, "write_artifact", lambda settings, stored, compressor: real(
+        settings, stored, compressor) + bytes(50_000 * any(item.chained for item in stored.values())))
+    assert 30_000 < len(tg.fill_budget(cfg, rt, state, stats, 40_000)) <= 40_000
+
+
 def test_it_takes_the_bytes_of_plain_codes_and_costs_less(tmp_path):
     cfg = tiny(tmp_path, model_dim=64, vocab_size=200)
     model = random_model(cfg)

@@ -211,7 +211,7 @@ def slow_losses(cfg: tg.Settings, model: tg.GPT, tokens: torch.Tensor, warm: tup
         for low in range(0, len(targets), size):
             high = low + size
             mine = targets[low:high]
-            first = begin + max(0, min(high, len(targets)) - cfg.ttt_eval_seq_len)
+            first = begin + max(0, high - cfg.ttt_eval_seq_len)
             wanted = [ids[i + 1] if i + 1 in mine else tg.IGNORE for i in range(first, mine[-1])]
             charged = net.losses(ids[first : mine[-1]], wanted)[-len(mine):]
             losses[mine] = charged.detach()
@@ -426,6 +426,19 @@ def test_later_tokens_change_no_loss(changes, shuffled):
             continue
         after = adapt_to(cfg, copy.deepcopy(model), changed)[1]
         assert t < first_difference(cfg, model, tokens, changed, [before, after]) < len(tokens)
+
+
+@pytest.mark.parametrize("changes", [{}, {"ttt_lora_lr": 0.0}, {"ttt_mode": "phased"}], ids=str)
+def test_where_a_document_ends_changes_no_loss_before(changes):
+    """It is longer than TTT_EVAL_SEQ_LEN, and each of its tokens in turn starts a document instead."""
+    cfg, tokens = config(**changes), stream([30, 5])
+    model = random_model(cfg)
+    before = adapt_to(cfg, copy.deepcopy(model), tokens)[1]
+    for t in range(13, 30):
+        changed = tokens.clone()
+        changed[t] = BOS
+        after = adapt_to(cfg, copy.deepcopy(model), changed)[1]
+        assert t == first_difference(cfg, model, tokens, changed, [before, after])
 
 
 @pytest.mark.parametrize("mode, reach", [("lora", (22, 33)), ("phased", (60, 79)), ("chunk", (60, 79))])
@@ -670,8 +683,7 @@ def test_what_the_budget_cuts_off_is_scored_without_adaptation(monkeypatch, budg
     chunk, ids = max(1, cfg.ttt_eval_seq_len // 4), tokens.long()
     for i in range(len(kept), 6):  # windows of TTT_EVAL_SEQ_LEN in steps of a quarter, no adapters
         for j in range(9):
-            end, target = min((j // chunk + 1) * chunk, 9), 9 * i + j + 1
-            first = 9 * i + max(0, end - cfg.ttt_eval_seq_len)
+            first, target = 9 * i + max(0, (j // chunk + 1) * chunk - cfg.ttt_eval_seq_len), 9 * i + j + 1
             logits = random_model(cfg)(ids[None, first:target])[0, -1].double()
             expected = float((logits.logsumexp(0) - logits[ids[target]]).detach())
             assert float(losses[target - 1]) == pytest.approx(expected, abs=1e-5)
