@@ -191,6 +191,7 @@ class Settings:
     ve_enabled: bool | None = setting(None, "model", "add token embeddings to attention's values in VE_LAYERS; auto: "
                                       "with QUANT_ALLOCATION=auto", proof="log")
     ve_dim: int = setting(0, "model", "width of a table that VE_LAYERS share by a matrix; 0: each has its own table")
+    ve_bigram_rows: int = setting(0, "model", "rows of a second table of values, for hashed bigrams; 0: no such table")
     ve_layers: str | None = setting(None, "model", "layers with value embeddings, as 9,10; auto: three, evenly spaced")
     sparse_attn_gate_enabled: bool | None = setting(None, "model", "gate each head's output by the first GATE_WINDOW "
                                                     "inputs, from 1/2 on; auto: unless another gate is on",
@@ -870,7 +871,11 @@ class GPT(nn.Module):
         elif cfg.smear_gate_enabled:
             new("smear_theta", torch.zeros(d), "scalar")
         if cfg.ve_enabled:  # a table for each layer: modded-nanogpt, nanochat
-            new("ve_table", torch.randn(cfg.vocab_size, cfg.ve_dim or kv * len(self.ve_layers)) * 0.01, "embedding")
+            width = cfg.ve_dim or kv * len(self.ve_layers)
+            new("ve_table", torch.randn(cfg.vocab_size, width) * 0.01, "embedding")
+            if cfg.ve_bigram_rows:
+                new("ve_bigram_table", torch.randn(cfg.ve_bigram_rows, width) * 0.01, "embedding")
+                self.register_buffer("ve_signs", sign_table(width), persistent=False)
             if cfg.ve_dim:  # one for all: PR 374
                 new("ve_bank", orthogonal(1, kv, cfg.ve_dim), "matrix")
                 new("ve_scale", torch.tensor(0.1), "scalar")
@@ -936,10 +941,7 @@ class GPT(nn.Module):
         if cfg.embedding_dim:
             x = linear(x, self.embed_in_bank[0], "embed_in", hooks)
         if cfg.bigram_vocab_size:  # PR 162
-            buckets = bigram_bucket(ids, starts, cfg.bigram_vocab_size)
-            y = lookup(self.bigram_table, buckets, "bigram_table", hooks, self.dtype)
-            if cfg.bigram_signs:
-                y = y * self.signs[(ids ^ previous(ids[..., None], starts)[..., 0]) % len(self.signs)]
+            y = self.bigrams("bigram_table", self.signs, ids, starts, hooks)
             x = x + self.bigram_scale.to(x.dtype) * linear(y, self.bigram_bank[0], "bigram", hooks)
         smear = cfg.smear_gate_mode if cfg.smear_gate_enabled else None
         if smear == "input":  # PR 1667
@@ -952,9 +954,19 @@ class GPT(nn.Module):
         if not cfg.ve_enabled:
             return x, None
         values = lookup(self.ve_table, ids, "ve_table", hooks, self.dtype)
+        if cfg.ve_bigram_rows:
+            values = values + self.bigrams("ve_bigram_table", self.ve_signs, ids, starts, hooks)
         if not cfg.ve_dim:
             return x, values
         return x, self.ve_scale.to(x.dtype) * linear(values, self.ve_bank[0], "ve", hooks)
+
+    def bigrams(self, name: str, signs: Tensor | None, ids: Tensor, starts: Tensor, hooks: Hooks) -> Tensor:
+        """Rows (B, T, dim) of a table for each token and the one before it, by hash; with `signs`, times the pair's."""
+        table = getattr(self, name)
+        rows = lookup(table, bigram_bucket(ids, starts, len(table)), name, hooks, self.dtype)
+        if signs is None:
+            return rows
+        return rows * signs[(ids ^ previous(ids[..., None], starts)[..., 0]) % len(signs)]
 
     def shut(self, gate: Tensor, ids: Tensor, starts: Tensor) -> Tensor:
         """A smear gate, 0 where the token before stands for two (PR 2109): ids, starts (B, T)."""
@@ -2699,7 +2711,8 @@ def quant_groups(cfg: Settings) -> list[QuantGroup]:
                      ("bigram", cfg.bigram_vocab_size), ("ve", cfg.ve_enabled and cfg.ve_dim)):
         if on:
             groups.append(QuantGroup(name, f"{name}_bank", name, bits, cfg.matrix_clip_sigmas, 0, 1))
-    for name, on in (("bigram_table", cfg.bigram_vocab_size), ("ve_table", cfg.ve_enabled)):
+    for name, on in (("bigram_table", cfg.bigram_vocab_size), ("ve_table", cfg.ve_enabled),
+                     ("ve_bigram_table", cfg.ve_enabled and cfg.ve_bigram_rows)):
         if on:
             groups.append(QuantGroup(name, name, None, *embed, kind="table"))
     if cfg.gated_attn_enabled or cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled:
@@ -4381,7 +4394,8 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          "0 beside another of the three output gates"),
         ((cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled or cfg.smear_gate_enabled) and
          cfg.gate_window > cfg.model_dim, "gate_window model_dim", f"at most MODEL_DIM={cfg.model_dim}"),
-        *((getattr(cfg, n) == 1, n, "0 or at least 2") for n in ("bigram_vocab_size", "ve_dim", "embedding_dim")),
+        *((getattr(cfg, n) == 1, n, "0 or at least 2") for n in ("bigram_vocab_size", "ve_bigram_rows", "ve_dim",
+                                                                          "embedding_dim")),
         (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
         (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
          f"different layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),
@@ -4397,8 +4411,7 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.ttt_mode in ("lora", "phased") and cfg.ttt_chunk_size > cfg.ttt_eval_seq_len,
          "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
          f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
-        (not cfg.seq_stages(), "train_seq_schedule",
-         "windows, each with the share of training up to which it holds, as 1024@0.1,2048@0.7"),
+        (not cfg.seq_stages(), "train_seq_schedule", "windows, each up to a share of training, as 1024@0.1,2048@0.7"),
         (not cfg.token_orders(), "token_order", "numbers from 64 down to 2, as 16,8,4"),
         (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
         (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",

@@ -197,7 +197,8 @@ def facts(run: dict[str, Any]) -> dict[str, Any]:
     """A run's settings, and the words that follow from them."""
     c = run["config"]
     return c | {"head_dim": c["model_dim"] // c["num_heads"], "xsa_layers": min(c["xsa_last_n"], c["num_layers"]),
-                "ve_tables": f"a table of {c['ve_dim']} for all" if c["ve_dim"] else "a table for each",
+                "ve_tables": (f"a table of {c['ve_dim']} for all" if c["ve_dim"] else "a table for each") + (
+                    f", and {c['ve_bigram_rows']} rows for pairs of tokens, by hash" if c["ve_bigram_rows"] else ""),
                 "visits": c["num_loops"] + 1, "backend": run["attention"], "loops_from": c["loop_schedule"] or
                 f"{c['enable_looping_at']:g}{' of training' if c['enable_looping_at'] <= 1 else ' steps'}"}
 

@@ -23,8 +23,8 @@ SIZES = {"model_dim": 32, "num_heads": 4, "num_kv_heads": 2, "mlp_mult": 1.5, "r
          "logit_softcap": 8.0, "vocab_size": 23}
 ALL = {"num_loops": 2, "recur_blend": "ab", "parallel_mode": "crossed", "parallel_start_layer": 4,
        "bigram_vocab_size": 13, "bigram_dim": 6, "smear_gate_enabled": True, "ve_enabled": True, "ve_dim": 5,
-       "ve_layers": "1,3,5", "sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 1.7, "rope_yarn": True,
-       "key_offset": True}
+       "ve_bigram_rows": 7, "ve_layers": "1,3,5", "sparse_attn_gate_enabled": True, "sparse_attn_gate_scale": 1.7,
+       "rope_yarn": True, "key_offset": True}
 TTT = {"num_layers": 3, "model_dim": 16, "num_heads": 2, "num_kv_heads": 1, "rope_dims": 4, "xsa_last_n": 1,
        "loop_start": 1, "loop_end": 1, "eval_seq_len": 12, "eval_stride": 4, "eval_batch_tokens": 24,
        "eval_budget_seconds": 0.0, "ttt_mode": "lora", "ttt_batch_size": 3, "ttt_chunk_size": 4,

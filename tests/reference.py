@@ -49,21 +49,24 @@ class Reference:
         return torch.tensor([[0.0 if t and ids[t] != BOS and ids[t - 1] in self.pairs else 1.0]
                              for t in range(len(ids))]).double()
 
+    def bigrams(self, name: str, ids: list[int], signed: bool) -> torch.Tensor:
+        table, rows = self.p[name], []
+        for t, token in enumerate(ids):
+            before = ids[t - 1] if t and token != BOS else None
+            pair, last = int32(int32(36313 * token) ^ int32(27191 * (before or 0))), len(table) - 1
+            row = table[last if before is None else pair % last]
+            if signed:
+                row = row * torch.tensor([sign(token ^ (before or 0), c, len(row)) for c in range(len(row))]).double()
+            rows.append(row)
+        return torch.stack(rows)
+
     def inputs(self, ids: list[int]) -> torch.Tensor:
         cfg, p = self.cfg, self.p
         x = p["tok_emb"][ids]
         if cfg.embedding_dim:
             x = x @ p["embed_in_bank"][0].T
         if cfg.bigram_vocab_size:
-            last, buckets = cfg.bigram_vocab_size - 1, []
-            for t, token in enumerate(ids):
-                pair = int32(int32(36313 * token) ^ int32(27191 * ids[t - 1]))
-                buckets.append(pair % last if t and token != BOS else last)
-            rows = p["bigram_table"][buckets]
-            if cfg.bigram_signs:
-                signs = [[sign(token ^ (ids[t - 1] if t and token != BOS else 0), c, cfg.bigram_dim)
-                          for c in range(cfg.bigram_dim)] for t, token in enumerate(ids)]
-                rows = rows * torch.tensor(signs).double()
+            rows = self.bigrams("bigram_table", ids, cfg.bigram_signs)
             x = x + p["bigram_scale"] * rows @ p["bigram_bank"][0].T
         if cfg.smear_gate_enabled and cfg.smear_gate_mode == "input":
             gate = sigmoid(x[:, : cfg.gate_window] @ p["smear_weight"][0])
@@ -99,9 +102,13 @@ class Reference:
         with_ve = [int(i) for i in cfg.ve_layers.split(",")] if cfg.ve_enabled else []
         if layer in with_ve:
             i, kv = with_ve.index(layer), cfg.num_kv_heads * dh
-            of_layer = p["ve_table"][ids][:, i * kv : (i + 1) * kv]
+            of_tokens = p["ve_table"][ids]
+            if cfg.ve_bigram_rows:
+                bigrams = self.bigrams("ve_bigram_table", self.context + ids, signed=True)
+                of_tokens = of_tokens + bigrams[len(self.context) :]
+            of_layer = of_tokens[:, i * kv : (i + 1) * kv]
             if cfg.ve_dim:  # one for all
-                of_layer = p["ve_scale"] * p["ve_table"][ids] @ p["ve_bank"][0].T
+                of_layer = p["ve_scale"] * of_tokens @ p["ve_bank"][0].T
             values = values + p["ve_layer_scale"][i] * of_layer
         future, heads = torch.ones(len(n), len(n)).triu(1).bool(), []
         for h in range(cfg.num_heads):

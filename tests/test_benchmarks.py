@@ -40,7 +40,8 @@ TECHNIQUES = {
     "gptj": {"parallel_start_layer": 4, "sparse_attn_gate_enabled": True},
     "lanes": {"parallel_start_layer": 4, "parallel_mode": "lanes", "num_loops": 1, "gated_attn_enabled": True},
     "crossed": {"parallel_start_layer": 4, "parallel_mode": "crossed", "smear_gate_enabled": True},
-    "tables": {"bigram_vocab_size": 64, "bigram_dim": 24, "ve_enabled": True, "ve_dim": 20, "ve_layers": "1,5"},
+    "tables": {"bigram_vocab_size": 64, "bigram_dim": 24, "ve_enabled": True, "ve_dim": 20, "ve_layers": "1,5",
+               "ve_bigram_rows": 32},
     "values": {"ve_enabled": True, "ve_dim": 0, "num_loops": 1},
     "factorised": {"embedding_dim": 24, "tie_embeddings": False, "num_loops": 1, "recur_blend": "ab"},
 }

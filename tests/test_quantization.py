@@ -504,7 +504,7 @@ def test_rows_alike_do_not_err_alike(rt, tmp_path):
 
 @pytest.mark.parametrize("changes", [
     {"tie_embeddings": False}, {"bigram_vocab_size": 50, "bigram_dim": 16}, {"embedding_dim": 16},
-    {"ve_enabled": True, "ve_layers": "1,2", "ve_dim": 8}, {"ve_enabled": True, "ve_dim": 0},
+    {"ve_enabled": True, "ve_layers": "1,2", "ve_dim": 8}, {"ve_enabled": True, "ve_dim": 0, "ve_bigram_rows": 30},
     {"tie_embeddings": False, "embedding_dim": 16, "bigram_vocab_size": 50, "ve_enabled": True, "ve_layers": "0"},
 ], ids=str)
 def test_weighted_steps_of_every_kind_of_table(rt, tmp_path, changes):

@@ -409,7 +409,7 @@ QAT = {
     "untied": {"tie_embeddings": False},
     "loops": {"num_loops": 1, "recur_blend": "ab"},
     "tables": {"bigram_vocab_size": 13, "bigram_dim": 6, "ve_enabled": True, "ve_dim": 6, "ve_layers": "1",
-               "embedding_dim": 10, "smear_gate_enabled": True, "gated_attn_enabled": True},
+               "ve_bigram_rows": 7, "embedding_dim": 10, "smear_gate_enabled": True, "gated_attn_enabled": True},
 }
 
 
