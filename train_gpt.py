@@ -2399,27 +2399,6 @@ def qat_lite_penalty(cfg: Settings, model: GPT) -> Tensor:
     return total / weights
 
 
-class Bar(tqdm):
-    """How far training is and how long it will take: a bar on rank 0's terminal; in a file a line every tenth."""
-
-    def __init__(self, rt: Runtime):
-        self.rt, self.told = rt, 0
-        super().__init__(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
-                         bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")
-
-    def show(self, share: float, seconds: float, step: int, latest: str) -> None:
-        """The share of training that took so many seconds, up to `step`, and what was last logged."""
-        if not share or self.rt.rank:
-            return
-        state = f"step {step}, {latest}, {seconds * (1 - share) / share:.0f} s left"
-        if not self.disable:
-            self.set_postfix_str(state, refresh=False)
-            self.update(share - self.n)
-        elif int(10 * share) > self.told:
-            self.told = int(10 * share)
-            self.rt.log(f"training {self.told}0 %: {state}")
-
-
 class Trainer:
     """What one training step needs: the model, its compiled forward, optimizer and weight averages."""
 
@@ -2612,7 +2591,9 @@ def calibration_seconds(cfg: Settings, rt: Runtime, model: GPT, batch: Batch) ->
 def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: Clock, validate: Callable,
           step: int = 0) -> int:
     """Train from `step` until the clock or ITERATIONS says stop; returns the number of steps. RunError on NaN."""
-    phase, pending, first, bar, latest = Schedule(), [], step, Bar(rt), ""
+    phase, pending, first, share, latest = Schedule(), [], step, 0.0, ""
+    bar = tqdm(total=1.0, desc="training", leave=False, disable=None if rt.rank == 0 else True,
+               bar_format="{desc} {percentage:3.0f}%|{bar}| {postfix}")  # in a file a line every tenth instead
     clock.start()
     while True:
         now = clock.tick()
@@ -2637,8 +2618,13 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         frac = step / cfg.iterations if cfg.iterations else 0.0
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
-        bar.show(min(frac, 1.0), now, step, latest)
-        phase = trainer.schedule(step, min(frac, 1.0))
+        before, share = share, min(frac, 1.0)
+        state = f"step {step}, {latest}, {now * (1 - share) / max(share, 1e-9):.0f} s left"
+        bar.set_postfix_str(state, refresh=False)
+        bar.update(share - before)
+        if bar.disable and int(10 * share) > int(10 * before):
+            rt.log(f"training {int(10 * share)}0 %: {state}")
+        phase = trainer.schedule(step, share)
         pending.append(trainer.step(feeder.next(phase.window), phase))
         rt.throttle()
         step += 1
