@@ -222,7 +222,7 @@ def test_measured_times_fill_the_last_column_and_those_of_a_cpu_do_not(capsys, t
     assert rows == ["today's time, ms on a GPU |", *(f"{1.5 + i:.2f} |" for i in (*range(8), 10))]
     assert "9.50 ms go to kernels not told apart; for 10.50 ms none runs" in eleven
     assert seventeen.count("not run on a GPU") == 9
-    path.write_text(json.dumps({"check_only": True}))
+    path.write_text(json.dumps({"device": "cpu", "check_only": True, "parts": {}}))
     assert count.main(["--measured", str(path)]) == 1 and "on a CPU" in capsys.readouterr().err
 
 
