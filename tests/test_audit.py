@@ -49,7 +49,7 @@ def trained(tiny, tmp_path_factory) -> Path:
     data.mkdir()
     for path in Path(tiny["DATA_PATH"]).glob("*.bin"):
         tokens = read_shard(path)
-        write_shard(data / path.name, short_documents(tokens, 240) if "val" in path.name else tokens)
+        write_shard(data / path.name, short_documents(tokens, 160) if "val" in path.name else tokens)
     for varlen in "01":
         environ = tiny | SMALL | {"DATA_PATH": str(data), "ARTIFACT_DIR": str(folder / varlen)}
         assert tg.start([], tg.Launch(), environ | {"VARLEN_ENABLED": varlen}) == 0
