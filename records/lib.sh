@@ -46,8 +46,9 @@ set_up() {
     said="$("$PYTHON" records/check_env.py state 2>&1)" || make_environment
     rm -f "$stamp"
     echo "installing $1"
+    # not compiled: Python compiles what it imports, pip would take half of its time for all that is there
     said="$(exec 2>&1; "$PYTHON" records/check_env.py mend requirements.txt "$1" &&
-        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$1")" || {
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-compile -r "$1")" || {
         said="$(printf '%s\n' "$said" | sed -n '/^ERROR: /{s///p;q;};$p')"  # pip's first error, or the last line
         stop "cannot install $1: $said; see that the network works and the disk has room, then start again"
     }
