@@ -111,15 +111,15 @@ def test_same_seed_gives_the_same_artifact_and_warmup_leaves_no_trace(finished, 
     assert read_losses(tmp_path) == read_losses(finished[0])
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_any_number_of_processes_trains_and_scores_alike(finished, tiny, tmp_path, processes):
-    train = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "train")}, processes=processes, fresh=processes == 2)
+def test_any_number_of_processes_trains_and_scores_alike(finished, tiny, tmp_path):
+    """Two under torchrun train, and three score; by three, which share unevenly, test_training.py trains."""
+    train = run_script(tiny | {"ARTIFACT_DIR": str(tmp_path / "train")}, processes=2, fresh=True)
     assert train.returncode == 0, train.stderr
     ours, theirs = read_losses(tmp_path / "train"), read_losses(finished[0])
     assert len(ours) == 20 and max(abs(a - b) for a, b in zip(ours, theirs)) < 1e-4
-    assert read_result(tmp_path / "train")["world_size"] == processes
+    assert read_result(tmp_path / "train")["world_size"] == 2
     score = run_script(tiny | {"EVAL_ONLY": str(finished[0] / "final_model.int6.ptz"),
-                               "ARTIFACT_DIR": str(tmp_path / "score")}, processes=processes)
+                               "ARTIFACT_DIR": str(tmp_path / "score")}, processes=3)
     assert score.returncode == 0, score.stderr
     assert abs(read_result(tmp_path / "score")["val_bpb"] - read_result(finished[0])["val_bpb"]) < 1e-6
 
