@@ -2619,11 +2619,12 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
         before, share = share, min(frac, 1.0)
-        state = f"step {step}, {latest}, {now * (1 - share) / max(share, 1e-9):.0f} s left"
-        bar.set_postfix_str(state, refresh=False)
-        bar.update(share - before)
-        if bar.disable and int(10 * share) > int(10 * before):
-            rt.log(f"training {int(10 * share)}0 %: {state}")
+        if share:
+            state = f"step {step}, {latest}, {now * (1 - share) / share:.0f} s left"
+            bar.set_postfix_str(state, refresh=False)
+            bar.update(share - before)
+            if bar.disable and int(10 * share) > int(10 * before):
+                rt.log(f"training {int(10 * share)}0 %: {state}")
         phase = trainer.schedule(step, share)
         pending.append(trainer.step(feeder.next(phase.window), phase))
         rt.throttle()
@@ -4380,8 +4381,8 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          "0 beside another of the three output gates"),
         ((cfg.sparse_attn_gate_enabled or cfg.attn_out_gate_enabled or cfg.smear_gate_enabled) and
          cfg.gate_window > cfg.model_dim, "gate_window model_dim", f"at most MODEL_DIM={cfg.model_dim}"),
-        *((getattr(cfg, n) == 1, n, "0 or at least 2") for n in ("bigram_vocab_size", "ve_bigram_rows", "ve_dim",
-                                                                          "embedding_dim")),
+        *((getattr(cfg, n) == 1, n, "0 or at least 2")
+          for n in ("bigram_vocab_size", "ve_bigram_rows", "ve_dim", "embedding_dim")),
         (cfg.rope_yarn and cfg.rope_dims < 4, "rope_dims rope_yarn", "at least 4 with ROPE_YARN=1"),
         (cfg.ve_enabled and not cfg.ve_layer_list(), "ve_layers num_layers ve_enabled",
          f"different layers below NUM_LAYERS={cfg.num_layers}, as 9,10"),
@@ -4877,10 +4878,10 @@ def main() -> int:
         message = "interrupted"
     except Exception as e:  # of PyTorch, what the user can mend
         message = explain(e)
-        if not message and launch.world == 1:
-            raise
-        if not message:  # with a traceback, but without waiting for the others, as an orderly end would
-            traceback.print_exc()
+        if not message:
+            if launch.world == 1:
+                raise
+            traceback.print_exc()  # an orderly end would wait for the others
     if message:
         tell(launch, message)
     if launch.world > 1:

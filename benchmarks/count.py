@@ -247,7 +247,7 @@ def ends_work(cfg: tg.Settings, tokens: int) -> dict[str, Work]:
         flops = 2 * tokens * cfg.gate_window
         products += Work(flops, 2 * flops)
     if cfg.ve_enabled:
-        for rows in (cfg.vocab_size, *([cfg.ve_bigram_rows] if cfg.ve_bigram_rows else [])):
+        for rows in filter(None, (cfg.vocab_size, cfg.ve_bigram_rows)):
             glue += lookup(tokens, rows, cfg.ve_dim or kv * len(cfg.ve_layer_list()), stored=True)
         products += product(tokens, cfg.ve_dim, kv) if cfg.ve_dim else Work()
     glue += pointwise(tokens, inputs, d)
