@@ -3590,11 +3590,13 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
     for t in (t for curvature in curved.values() for t in curvature):
         rt.share_(t, "curvatures")  # rank 0's: a last bit could differ, and turn a step
     views = {group.name: group.view(state[group.param]).float() for group in quant_groups(cfg)}
-    count = sum(views[name].numel() for name in curved)
-    octaves_wide = sum(float((views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, True) / 4)
-                             .mean()) * views[name].numel() for name, c in curved.items()) / max(count, 1)
+    count, octaves_wide = 0, 0.0
+    for name, c in curved.items():
+        wide = views[name].std(2).clamp(min=1e-9).log2() + c.row + c.col.float().mean(1, keepdim=True) / 4
+        wide = wide[c.row > -49]  # rows whose outputs have no gradient take no bits
+        count, octaves_wide = count + wide.numel() * c.col.size(1), octaves_wide + float(wide.sum()) * c.col.size(1)
     # entropy of a Gaussian weight over steps from c = 2^0 on, √(2πe) = 4.133; the same float on every rank
-    bits = rt.largest(octaves_wide + math.log2(4.133))
+    bits = rt.largest(octaves_wide / max(count, 1) + math.log2(4.133))
     finest, tried, best, chained = bits - FINEST_BITS, [], b"", False
     wanted = cfg.quant_trellis and cfg.compressor == "ans" and count > 0
     at = max(finest, bits - 8 * room / max(count, 1))

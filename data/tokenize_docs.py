@@ -183,8 +183,6 @@ def train_tokenizer(sample: list[str], vocab_size: int, symbols: tuple[str, ...]
     Raise ValueError if there is too little text for so many pieces, or more common characters than fit.
     """
     reserved = SPECIAL_PIECES + len(symbols)
-    if not reserved < vocab_size <= shards.MAX_VOCAB:
-        raise ValueError(f"vocabulary size: expected {reserved + 1} to {shards.MAX_VOCAB}, found {vocab_size}")
     # Single characters may take half of what the specials leave; the rarer ones are spelled in bytes.
     characters = Counter()
     for text in sample:
@@ -366,6 +364,9 @@ class Spec:
         data = model.read_bytes() if model else None
         if model:
             vocab_size = Encoder(data, str(model), caseops).tokenizer.vocab_size()
+        least = SPECIAL_PIECES + caseops * len(MARKERS) + 1
+        if not model and not least <= vocab_size <= shards.MAX_VOCAB:
+            raise ValueError(f"vocabulary size: expected {least} to {shards.MAX_VOCAB}, found {vocab_size}")
         end = suffix + ("_fused" if fuse_markers else "")
         name = (name or f"local_sp{vocab_size}").removesuffix(end).removesuffix(suffix) + end
         if not re.fullmatch(r"[\w.+-]*\w", name):

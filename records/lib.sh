@@ -1,6 +1,6 @@
 # Shared by the run scripts and run_tests.sh; source it from the repository's root. Defines:
 #   use_python REQUIREMENTS   sets $PYTHON to an interpreter that has these packages
-#   default NAME VALUE        exports NAME=VALUE unless the caller's environment has NAME or one of its aliases
+#   default NAME VALUE        exports NAME=VALUE unless the caller's environment has that setting by any of its names
 #   use_recipe FOLDER         the same for every NAME=VALUE line of its recipe.env
 #   audit FOLDER MARKER PROGRAM...     if AUDIT says so, a finished run by records/audit.py, started by this program;
 #                                      status 3 if that found something, whatever torchrun makes of it
@@ -74,9 +74,9 @@ make_environment() {
 
 default() {
     local name also
-    : "${SETTINGS_HELP:=$("$PYTHON" train_gpt.py --help)}"
-    # a setting's other names stand at the end of its line: "... [also MUON_EQR]"
-    also="$(sed -n "s/^  $1 .*\[also \(.*\)\]$/\1/p" <<<"$SETTINGS_HELP")"
+    # the names of each setting that has several, which stand at the end of its line: "... [also MUON_EQR]"
+    : "${SETTINGS_NAMES:=$("$PYTHON" train_gpt.py --help | sed -n 's/^  \([A-Z0-9_]*\) .*\[also \(.*\)\]$/ \1, \2,/p')}"
+    also="$(grep -- " $1," <<<"$SETTINGS_NAMES" || true)"
     for name in "$1" ${also//,/ }; do
         if [ -n "${!name+set}" ]; then return; fi
     done

@@ -378,11 +378,12 @@ RECIPE_FORMS = [
 ]
 
 
-def read_recipe(folder: Path, text: str, name: str = "NUM_LAYERS") -> subprocess.CompletedProcess:
+def read_recipe(folder: Path, text: str, name: str = "NUM_LAYERS", **environ) -> subprocess.CompletedProcess:
     (folder / "recipe.env").write_bytes(text.encode())
     code = f'set -euo pipefail; source records/lib.sh; use_recipe "$1"; printf %s "${{{name}-none}}"'
     return subprocess.run(["bash", "-c", code, "bash", str(folder)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=300, env=clean_environment({"SETTINGS_HELP": "  no aliases", "PYTHON": "none"}))
+                          timeout=300, env=clean_environment(
+                              {"SETTINGS_NAMES": " A_NAME, ANOTHER, A_THIRD,", "PYTHON": "none"} | environ))
 
 
 @pytest.mark.parametrize("text", RECIPE_FORMS)
@@ -395,6 +396,14 @@ def test_values_of_a_recipe(tmp_path):
     for written, value in (("", ""), ("a b", "a b"), ("'a # b '", "a # b "), ('"it\'s"', "it's"), ("a=b", "a=b")):
         done = read_recipe(tmp_path, f"DATA_PATH={written}\n", "DATA_PATH")
         assert (done.returncode, done.stdout, done.stderr) == (0, value, "")
+
+
+def test_what_the_caller_says_by_any_name_goes_before_the_recipe(tmp_path):
+    for said in ("A_NAME", "ANOTHER", "A_THIRD", "A_NAM", "THIRD"):
+        for written in ("A_NAME", "ANOTHER", "A_THIRD"):
+            done = read_recipe(tmp_path, f"{written}=recipe", written, **{said: "caller"})
+            answer = "caller" if said == written else "none" if said in ("A_NAME", "ANOTHER", "A_THIRD") else "recipe"
+            assert (done.returncode, done.stdout, done.stderr) == (0, answer, "")
 
 
 def test_line_of_a_recipe_that_is_no_setting(tmp_path):

@@ -167,14 +167,15 @@ def test_damaged_shards_are_refused(tmp_path, content, message):
 
 
 @pytest.mark.parametrize("name", ["train_000000 (1)", "train_000000_old", "train_1", "train_0000001", "val_copy",
-                                  "train_00000\u0661", "", "test_000000"])
+                                  "train_00000\u0661", ""])
 def test_a_file_that_only_looks_like_a_shard_is_refused(tmp_path, name):
     for each in ("train_000000", "train_000001", "val_000000", "val_bytes_000000"):
         shards.write_shard(tmp_path / f"fineweb_{each}.bin", np.ones(3, np.uint16))
     for split, count in (("train", 2), ("val", 1), ("val_bytes", 1)):
         assert shards.find_shards(tmp_path, split) == [tmp_path / each for each in shards.shard_names(split, count)]
-    (tmp_path / "Copy of fineweb_train_000000.bin").write_bytes(b"")  # no tool reads these two
+    (tmp_path / "Copy of fineweb_train_000000.bin").write_bytes(b"")  # no tool reads these three
     (tmp_path / "fineweb_train_000000.bin.bak").write_bytes(b"")
+    (tmp_path / "fineweb_test_000000.bin").write_bytes(b"")
     assert len(shards.find_shards(tmp_path, "train")) == 2
     (tmp_path / f"fineweb_{name}.bin").write_bytes((tmp_path / "fineweb_train_000000.bin").read_bytes())
     with pytest.raises(ValueError, match=re.escape(f"fineweb_{name}.bin: not the name of a shard")):
@@ -429,7 +430,9 @@ def test_command_line_refusals(corpus, model, tmp_path):
         (("--train", train, "--val", val, *out, "--tokenizer", val), ("not a SentencePiece model",)),
         (("--train", tmp_path, "--val", val, *out, *new), ("Is a directory",)),
         (("--train", tmp_path / "cut.jsonl.xz", "--val", val, *out, *new), ("cut.jsonl.xz: damaged",)),
-        (("--train", train, "--val", val, *out, "--vocab-size", 70_000), ("261 to 65536, found 70000",)),
+        (("--train", tmp_path / "cut.jsonl.xz", "--val", val, *out, "--vocab-size", 70_000),
+         ("261 to 65536, found 70000",)),  # before a document is read
+        (("--train", train, "--val", val, *out, "--vocab-size", 264, "--caseops"), ("265 to 65536, found 264",)),
         (("--train", tmp_path / "tiny.jsonl", "--val", val, *out, *new), ("no tokenizer of 600 pieces",)),
         (("--train", train, "--val", val, "--out", tmp_path / "file" / "x", *use), ("Not a directory",)),
         (("--train", train, "--val", val, *out, *use, "--name", "../x"), ("--name: expected",)),

@@ -128,6 +128,17 @@ def test_the_budget_is_filled_with_a_trellis_where_the_coder_knows_of_it(rt, tmp
     assert {item.form.split()[0] for item in stored.values() if "codes" in item.parts} == {form}
 
 
+def test_the_budget_is_filled_where_matrices_have_no_gradient(rt, tmp_path):
+    """As those of an MLP whose output is scaled by 0: they take steps of any size, and tell nothing of the others."""
+    cfg = tiny(tmp_path, compressor="ans", quant_allocation="auto", quant_trellis=True, model_dim=64, vocab_size=200)
+    model = random_model(cfg)
+    model.mlp_scale.data.zero_()
+    stats, _ = statistics(cfg, model)
+    assert not stats.moments["up"].any()
+    state, room = {n: p.detach() for n, p in model.named_parameters()}, 9_000
+    assert 0.98 * room < len(tg.fill_budget(cfg, rt, state, stats, room)) <= room
+
+
 def test_plain_codes_that_fit_are_kept_where_a_trellis_does_not(rt, tmp_path, monkeypatch):
     cfg = tiny(tmp_path, compressor="ans", quant_allocation="auto", quant_trellis=True, model_dim=64, vocab_size=200)
     model, real = random_model(cfg), tg.write_artifact
