@@ -21,6 +21,7 @@ use_python() {
     fi
     if [ "$env" -ef .venv ] || [ "$env" = "$PWD/.venv" ]; then env=.venv; fi  # activated
     PYTHON="$env/bin/python"
+    unset PYTHONDONTWRITEBYTECODE  # set, each process would compile PyTorch's modules anew: the set-up does not
     stamp="$env/.installed-${1//\//-}"
     if is_set_up "$1"; then return; fi
     [ "$env" != .venv ] || mkdir -p .venv 2>/dev/null ||

@@ -200,6 +200,14 @@ def test_set_up_happens_once(prepared, project):
     assert project.start() == (0, "1.0\n", "")
 
 
+def test_what_python_compiles_of_the_packages_is_kept(project):
+    """pip is told not to compile them."""
+    compiled = project.site() / "tiny/__pycache__"
+    shutil.rmtree(compiled)
+    assert project.start(PYTHONDONTWRITEBYTECODE="1") == (0, "1.0\n", "")
+    assert len(list(compiled.iterdir())) == 2
+
+
 @pytest.mark.parametrize("victim", ["pip", "all"])
 def test_set_up_killed_inside_pip(fresh, victim):
     status, out, err = fresh.start(MEETS=f"kill {victim}")
