@@ -1142,8 +1142,8 @@ def attend_flash(dense: Callable, varlen: Callable) -> Callable:
         if bounds is None:
             y = dense(q, k, v, causal=True)
             return y[0] if isinstance(y, tuple) else y
-        cu, size = bounds.cu_seqlens, bounds.max_len
-        y = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q=cu, cu_seqlens_k=cu,
+        cu, size = bounds.cu_seqlens, bounds.max_len  # from torch 2.13 on Dynamo takes no tensor twice: a view
+        y = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_seqlens_q=cu, cu_seqlens_k=cu.view(-1),
                    max_seqlen_q=size, max_seqlen_k=size, causal=True)
         return (y[0] if isinstance(y, tuple) else y).view_as(q)
 
@@ -1168,39 +1168,43 @@ def attend_torch_varlen(varlen_attn: Callable) -> Callable:
     return attend
 
 
-def load_flash(package: str, repository: str) -> tuple[Any, str]:
-    """A FlashAttention's Python module and where it comes from: the installed `package`, or else the newest version of
-    a prebuilt `repository` on the hub (from its cache once downloaded). ImportError when neither is to be had.
+def flash_builds(package: str, repository: str) -> Iterator[tuple[Any, str]]:
+    """FlashAttention's Python modules and where each comes from: the installed `package`, then from the newest on the
+    versions of a prebuilt `repository` on the hub (from its cache once downloaded). ImportError where there is none.
 
-    Since 2026-06 the builds on the hub are of PyTorch's stable ABI, one for all of torch from 2.9 on; `kernels` finds
-    them from its version 0.16 on (huggingface/kernels-community PR 975 and 997).
+    Since 2026-06 most builds on the hub are of PyTorch's stable ABI; `kernels` finds them from its version 0.16 on
+    (huggingface/kernels-community PR 975 and 997). One that loads need not work (issue 1085 there).
     """
-    try:
-        return importlib.import_module(package), package
-    except ImportError:
-        from kernels import get_kernel
+    with suppress(ImportError):
+        yield importlib.import_module(package), package
+    from kernels import get_kernel
     why = ""
     for version in (3, 2, 1):
         try:
-            return get_kernel(repository, version=version), f"{repository} version {version}"
+            found = get_kernel(repository, version=version)
         except Exception as e:  # whatever the client raises: no network, no such version, no build for this machine
             why = why if "not found, available" in str(e) and why else str(e)
-    raise ImportError(f"no prebuilt {repository}: {why}")
+            continue
+        yield found, f"{repository} version {version}"
+    raise ImportError(f"no prebuilt {repository}{why and ': '}{why}")
 
 
-def load_attention(name: str) -> tuple[Callable, str]:
-    """One backend by name, and where it comes from; ImportError when it is not installed."""
+def attention_builds(name: str, device: torch.device) -> Iterator[tuple[Callable, str]]:
+    """The builds of one backend by name, and where each comes from; ImportError when there is none, or no other."""
+    if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
+        raise ImportError("needs a Hopper GPU")
     if name in ("fa3", "fa2"):
-        fa, source = load_flash(*(("flash_attn_interface", "kernels-community/flash-attn3") if name == "fa3" else
-                                  ("flash_attn", "kernels-community/flash-attn2")))
-        return attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func), source
-    if name == "varlen":
+        for fa, source in flash_builds(*(("flash_attn_interface", "kernels-community/flash-attn3") if name == "fa3" else
+                                         ("flash_attn", "kernels-community/flash-attn2"))):
+            yield attend_flash(fa.flash_attn_func, fa.flash_attn_varlen_func), source
+    elif name == "varlen":
         from torch.nn.attention.varlen import varlen_attn
 
         if "window_size" not in inspect.signature(varlen_attn).parameters:
             raise ImportError("torch.nn.attention.varlen needs torch 2.11")
-        return attend_torch_varlen(varlen_attn), "PyTorch"
-    return attend_sdpa, "PyTorch"
+        yield attend_torch_varlen(varlen_attn), "PyTorch"
+    else:
+        yield attend_sdpa, "PyTorch"
 
 
 def pick_dtype(choice: str, device: torch.device) -> torch.dtype:
@@ -1226,6 +1230,18 @@ class Attention(NamedTuple):
     skipped: list[str]  # faster ones, and why they were passed over
 
 
+def try_attention(cfg: Settings, attend: Callable, device: torch.device, dtype: torch.dtype) -> None:
+    """Take a backend on a small input, forward and backward; whatever it raises where it does not work."""
+    width = cfg.model_dim // cfg.num_heads
+    q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
+               for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
+    bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long, device=device), 0, 16) if cfg.bounded else None
+    probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
+    probe(q, k, v, bounds).sum().backward()
+    for rows in (1, 2) if bounds else ():  # documents by themselves, in batches of any size
+        probe(*(x.expand(rows, -1, -1, -1).contiguous() for x in (q, k, v)), None).sum().backward()
+
+
 def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype, fastest: str = "fa3") -> Attention:
     """The first backend that works, none before the `fastest` that may be, or the one that ATTENTION asks for.
 
@@ -1239,20 +1255,16 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype, fast
         return Attention("sdpa", "PyTorch", attend_sdpa, [])
     usual = [name for name in BACKENDS[BACKENDS.index(fastest):] if cfg.bounded or name != "varlen"]
     for name in usual if choice == "auto" else (choice,):
-        try:
-            if name == "fa3" and torch.cuda.get_device_capability(device)[0] != 9:
-                raise ImportError("needs a Hopper GPU")
-            (attend, source), width = load_attention(name), cfg.model_dim // cfg.num_heads
-            q, k, v = (torch.randn(1, 32, n, width, device=device, dtype=dtype, requires_grad=True)
-                       for n in (cfg.num_heads, cfg.num_kv_heads, cfg.num_kv_heads))
-            bounds = Bounds.find(torch.ones(1, 32, dtype=torch.long, device=device), 0, 16) if cfg.bounded else None
-            probe = attend if cfg.compile == "0" else torch.compile(attend, fullgraph=True)
-            probe(q, k, v, bounds).sum().backward()
-            for rows in (1, 2) if bounds else ():  # documents by themselves, in batches of any size
-                probe(*(x.expand(rows, -1, -1, -1).contiguous() for x in (q, k, v)), None).sum().backward()
-            return Attention(name, source, attend, skipped)
-        except Exception as e:  # an extension that does not fit the machine can raise anything
-            skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
+        builds = attention_builds(name, device)
+        while True:  # until there is no other
+            try:
+                attend, source = next(builds)
+                try_attention(cfg, attend, device, dtype)
+                return Attention(name, source, attend, skipped)
+            except StopIteration:
+                break
+            except Exception as e:  # an extension that does not fit the machine can raise anything
+                skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
     raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
 
 
@@ -1758,7 +1770,8 @@ class Runtime:
             finally:
                 if self.device.type == "cuda":
                     torch.cuda.set_sync_debug_mode("default")
-        found.update(f"{os.path.basename(w.filename)}:{w.lineno}" for w in caught if "synchroniz" in str(w.message))
+        found.update(f"{os.path.basename(w.filename)}:{w.lineno}" for w in caught
+                     if "called a synchronizing" in str(w.message))
 
     def throttle(self) -> None:
         """Let the host run at most two steps ahead of the GPU, so that the clock means what it says."""
@@ -2123,6 +2136,9 @@ class Windows:
         if self.count == 0:
             raise RunError(f"DATA_PATH={cfg.data_path}: no train shard holds one row of {self.length} tokens and the "
                            "next token; lower TRAIN_SEQ_LEN")
+        if cfg.varlen_enabled and not (self.shards[0][: 2**20] == bos).any():
+            raise RunError(f"{paths[0]}: token {bos} (BOS) does not occur in its first {2**20} tokens; BOS_ID takes "
+                           "the one that starts documents, VARLEN_ENABLED=0 needs none")
         self.epoch, self.order = -1, None
 
     def identity(self) -> dict[str, str]:
@@ -2601,6 +2617,10 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         save = step > first and cfg.checkpoint_every and step % cfg.checkpoint_every == 0
         if pending and (last or save or step <= 5 or step % cfg.train_log_every == 0):
             latest, pending = log_losses(cfg, rt, pending, step, now, phase), []
+        if step > first and cfg.val_loss_every and step % cfg.val_loss_every == 0 and not last:
+            clock.stop()
+            validate(step, phase.loops)  # before this step's checkpoint, from which a run that was ended goes on
+            clock.start()
         if save:  # after the losses are known to be numbers
             clock.stop()
             trainer.save(step, clock.spent)
@@ -2610,11 +2630,10 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
                            f"{clock.reserve:.1f}s of calibration")
         if last:
             bar.close()
+            if step > first and cfg.num_loops and phase.loops != cfg.num_loops:
+                rt.log(f"NOT TRAINED as it will be scored: no step had NUM_LOOPS={cfg.num_loops}, the last had "
+                       f"{phase.loops}; lower ENABLE_LOOPING_AT or LOOP_SCHEDULE's last stage, or set NUM_LOOPS=0")
             return step
-        if step > first and cfg.val_loss_every and step % cfg.val_loss_every == 0:
-            clock.stop()
-            validate(step, phase.loops)
-            clock.start()
         frac = step / cfg.iterations if cfg.iterations else 0.0
         if clock.limit:
             frac = max(frac, now / (clock.limit - clock.reserve))
@@ -4222,7 +4241,7 @@ class Evaluator:
         cuts = sorted({0, len(documents), *warm, *(end for end in ends if end < len(documents))})
         dealt = [document_batches(cfg, documents[a:b], rt.world)[rt.rank] for a, b in itertools.pairwise(cuts)]
         budget = Budget(cfg, rt, self.scorer.loaded, sum(batch_cost(cfg, b, False) for mine in dealt for b in mine))
-        over, plain = False, 0
+        over, plain, steps = False, 0, 0
         for i, (high, mine) in enumerate(zip(cuts[1:], dealt)):
             for batch in rt.progress(mine, f"ttt {i + 1}/{len(dealt)}", self.scorer.running):
                 over = not budget.spend(batch_cost(cfg, batch, True), batch_cost(cfg, batch, False)) or over
@@ -4240,6 +4259,11 @@ class Evaluator:
                     if rt.largest(float(not budget.spend(0, 0))):
                         break
                     sgd.step(val.tokens[step * size : (step + 1) * size + 1], val.bos, half_cosine(step, last))
+                    steps += 1
+        if phases:
+            why = (f": PHASED_TTT_PREFIX_DOCS={cfg.phased_ttt_prefix_docs} of {len(documents)} documents, steps of "
+                   f"GLOBAL_TTT_CHUNK_TOKENS={cfg.global_ttt_chunk_tokens}")
+            rt.log(f"{steps} steps of all weights{'' if steps else why}")
         return int(rt.sum_(torch.tensor(plain, device=rt.device)))
 
     def score_documents(self, batch: list[tuple[int, int]], adapters: DocumentAdapters | None) -> None:
@@ -4354,24 +4378,17 @@ def check_range(f: dataclasses.Field, value, source: str = "") -> None:
         raise RunError(f"{name}={value:g}: takes numbers up to {LARGEST:g}")
 
 
-def check_contradictions(cfg: Settings, given: set[str]) -> None:
-    """Raise RunError for the first settings that cannot all hold, naming one of those `given` first.
-
-    Each line has what is wrong, the setting that does not fit, then those it has to fit, and what it takes.
+def model_contradictions(cfg: Settings) -> list[tuple[Any, str, str]]:
+    """What of the model cannot all hold: each row has what is wrong, the setting that does not fit, then those it has
+    to fit, and what it takes.
     """
     head_dim = cfg.model_dim // cfg.num_heads
-    for wrong, names, takes in (
+    return [
         (cfg.model_dim % cfg.num_heads, "num_heads model_dim", f"a divisor of MODEL_DIM={cfg.model_dim}"),
         (cfg.num_heads % cfg.num_kv_heads, "num_kv_heads num_heads", f"a divisor of NUM_HEADS={cfg.num_heads}"),
         (cfg.rope_dims % 2 or cfg.rope_dims > head_dim, "rope_dims model_dim num_heads",
          f"an even number up to {head_dim}, the width of a head"),
         (int(cfg.mlp_mult * cfg.model_dim) < 1, "mlp_mult model_dim", "at least 1/MODEL_DIM"),
-        (cfg.train_batch_tokens % cfg.train_seq_len, "train_batch_tokens train_seq_len",
-         f"a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        ((cfg.micro_batch_tokens or cfg.train_seq_len) < cfg.train_seq_len,
-         "micro_batch_tokens train_seq_len", f"at least TRAIN_SEQ_LEN={cfg.train_seq_len}"),
-        ((cfg.eval_batch_tokens or cfg.eval_seq_len) < cfg.eval_seq_len,
-         "eval_batch_tokens eval_seq_len train_seq_len", f"at least EVAL_SEQ_LEN={cfg.eval_seq_len}"),
         (cfg.num_loops and not cfg.loop_start <= cfg.loop_end < cfg.num_layers,
          "loop_end loop_start num_layers num_loops recur_blend",
          f"a layer from LOOP_START={cfg.loop_start} to {cfg.num_layers - 1}"),
@@ -4392,6 +4409,27 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
          "qat_lite_layer_start num_layers qat_lite_enabled", f"a layer below NUM_LAYERS={cfg.num_layers}"),
         (cfg.num_loops and not cfg.loop_stages(), "loop_schedule num_loops recur_blend",
          f"stages in order, as 0.35:1,0.55:2, that end in NUM_LOOPS={cfg.num_loops}, the most"),
+    ]
+
+
+def run_contradictions(cfg: Settings) -> list[tuple[Any, str, str]]:
+    """The like of training, quantization and evaluation."""
+    trains, last = not cfg.eval_only, (cfg.loop_stages() or [(0.0, 0)])[-1][0]  # when training takes NUM_LOOPS
+    adapters = [f"ttt_{role}_lora" for role in ("q", "k", "v", "o", "mlp", "head")]
+    return [
+        (trains and (last == 1 or (last > 1 and 0 < cfg.iterations <= last)),
+         f"{'loop_schedule' if cfg.loop_schedule else 'enable_looping_at'} iterations num_loops recur_blend",
+         "a share below 1 or a step below ITERATIONS, or no step of training has NUM_LOOPS"),
+        *((trains and on and lr_factor(cfg, 1.0) >= getattr(cfg, name), f"{name} min_lr warmdown_frac {switch}",
+           f"more than {lr_factor(cfg, 1.0):g}, below which no learning rate comes")
+          for on, name, switch in ((cfg.qat_enabled, "qat_start_scale", "qat_enabled"),
+                                   ("swa" in cfg.average, "swa_start_scale", "swa_enabled average"))),
+        (cfg.train_batch_tokens % cfg.train_seq_len, "train_batch_tokens train_seq_len",
+         f"a multiple of TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        ((cfg.micro_batch_tokens or cfg.train_seq_len) < cfg.train_seq_len,
+         "micro_batch_tokens train_seq_len", f"at least TRAIN_SEQ_LEN={cfg.train_seq_len}"),
+        ((cfg.eval_batch_tokens or cfg.eval_seq_len) < cfg.eval_seq_len,
+         "eval_batch_tokens eval_seq_len train_seq_len", f"at least EVAL_SEQ_LEN={cfg.eval_seq_len}"),
         ("ema" in cfg.average and "swa" in cfg.average and not cfg.ema_decay, "average ema_decay",
          "swa, since EMA_DECAY=0 keeps no EMA"),
         ("swa" in cfg.average and not cfg.swa_enabled, "average swa_enabled", "ema, or SWA_ENABLED=1"),
@@ -4400,6 +4438,8 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.ttt_mode in ("lora", "phased") and cfg.ttt_chunk_size > cfg.ttt_eval_seq_len,
          "ttt_chunk_size ttt_eval_seq_len eval_seq_len train_seq_len ttt_mode",
          f"at most TTT_EVAL_SEQ_LEN={cfg.ttt_eval_seq_len}"),
+        (cfg.ttt_mode in ("lora", "phased") and not any(getattr(cfg, name) for name in adapters),
+         " ".join(("ttt_mode", *adapters)), "an adapter, as TTT_Q_LORA=1"),
         (not cfg.seq_stages(), "train_seq_schedule", "windows, each up to a share of training, as 1024@0.1,2048@0.7"),
         (not cfg.token_orders(), "token_order", "numbers from 64 down to 2, as 16,8,4"),
         (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
@@ -4408,7 +4448,12 @@ def check_contradictions(cfg: Settings, given: set[str]) -> None:
         (cfg.max_wallclock_seconds and (cfg.gptq_reserve_seconds or 0) >= cfg.max_wallclock_seconds,
          "gptq_reserve_seconds max_wallclock_seconds",
          f"less than MAX_WALLCLOCK_SECONDS={cfg.max_wallclock_seconds:g}"),
-    ):
+    ]
+
+
+def check_contradictions(cfg: Settings, given: set[str]) -> None:
+    """Raise RunError for the first settings that cannot all hold, naming one of those `given` first."""
+    for wrong, names, takes in model_contradictions(cfg) + run_contradictions(cfg):
         if wrong:
             name, *others = names.split()
             blamed = next((n for n in (name, *others) if n in given), name)
@@ -4563,6 +4608,8 @@ def adopt_settings(notes: Notes, stored: dict[str, Any], name: str) -> Settings:
             raise RunError(f"{name}: made with {key.upper()}={stored[key]}, this run has {given[key]}")
     try:
         window = given.get("train_seq_len", stored["train_seq_len"])
+        if given.get("ttt_mode", stored["ttt_mode"]) != stored["ttt_mode"]:
+            given.setdefault("eval_stride", None)  # auto hangs on it
         return Settings(**({"train_batch_tokens": window} | stored | given))
     except RunError as e:
         raise RunError(f"{name}: {e}") from None
@@ -4849,7 +4896,7 @@ def explain(error: Exception) -> str:
     text, module = str(error), type(error).__module__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text:
         memory = "GPU memory" if isinstance(error, torch.OutOfMemoryError) else "memory"
-        return f"out of {memory}; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
+        return f"out of {memory}; lower MICRO_BATCH_TOKENS, EVAL_BATCH_TOKENS or, in test-time training, TTT_BATCH_SIZE"
     if "without overflow" in text:
         return "a learning rate, weight decay or initial value is too large for float32; lower it"
     if "pack_vnni2" in text:  # kernels for a CPU with avx512 were chosen, and then forbidden

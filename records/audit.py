@@ -717,6 +717,8 @@ def check_overlap(subject: Subject) -> Check | None:
     docs = int((text.tokens == text.bos).sum())
     if not paths or not docs:
         return None
+    if not any((read_shard(path) == text.bos).any() for path in paths):
+        return Check(False, f"no training shard holds token {text.bos}, by which documents would be found")
     mine = range(subject.rank, len(paths), subject.world)
     found = total(torch.from_numpy(find_overlap(text.tokens.astype(np.uint16), paths, mine, text.bos)).int())
     numbers = found.nonzero().flatten().tolist()

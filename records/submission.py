@@ -270,7 +270,8 @@ FEATURES = (
     Feature(r"n-?gram|\btilt", lambda c: c["ngram_tilt_enabled"], "n-gram tilt of order {token_order}, boost "
             "{token_boost:g}"),
     Feature(r"\bhedge", lambda c: c["ngram_tilt_enabled"] and c["hedge_enabled"], "Hedge over boosts"),
-    Feature(r"sliding", lambda c: c["eval_stride"] > 0,
+    Feature(r"sliding", lambda c: c["eval_stride"] > 0 and (c["ttt_mode"] in ("none", "chunk") or
+                                                            c["eval_stages"] == "all"),
             "sliding window of {eval_seq_len} tokens, stride {eval_stride}"),
     Feature(r"\bTTT\b|test-?time train", lambda c: c["ttt_mode"] != "none",
             "test-time training on tokens already scored: {ttt_mode}"),

@@ -5,6 +5,7 @@ import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import on_ranks, tiny
 
 import train_gpt as tg
@@ -26,32 +27,79 @@ def hub(monkeypatch, builds: dict, asked: list) -> None:
         monkeypatch.setitem(sys.modules, package, None)  # not installed
 
 
+@pytest.fixture
+def hopper(monkeypatch) -> torch.device:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return torch.device("cpu")
+
+
 @pytest.mark.parametrize("name, package, repository", [
     ("fa3", "flash_attn_interface", "kernels-community/flash-attn3"),
     ("fa2", "flash_attn", "kernels-community/flash-attn2")])
-def test_the_newest_build_that_loads_is_taken_and_named(monkeypatch, name, package, repository):
+def test_builds_come_from_the_newest_on_and_are_named(monkeypatch, hopper, name, package, repository):
     asked = []
-    hub(monkeypatch, {1: FLASH, 2: OSError("no build for this machine")}, asked)
-    attend, source = tg.load_attention(name)
-    assert source == f"{repository} version 1" and asked == [(repository, version) for version in (3, 2, 1)]
+    hub(monkeypatch, {1: FLASH, 2: OSError("no build for this machine"), 3: FLASH}, asked)
+    builds = tg.attention_builds(name, hopper)
+    attend, source = next(builds)
+    assert source == f"{repository} version 3" and asked == [(repository, 3)]
     assert attend("q", "k", "v", None) == "q"
-    hub(monkeypatch, {1: OSError("old"), 3: FLASH}, asked)
-    assert tg.load_attention(name)[1] == f"{repository} version 3"
+    assert next(builds)[1] == f"{repository} version 1" and asked == [(repository, version) for version in (3, 2, 1)]
     monkeypatch.setitem(sys.modules, package, FLASH)  # what is installed comes first
     asked.clear()
-    assert tg.load_attention(name)[1] == package and not asked
+    builds = tg.attention_builds(name, hopper)
+    assert next(builds)[1] == package and not asked
+    assert next(builds)[1] == f"{repository} version 3"
 
 
-def test_what_no_build_serves_says_why(monkeypatch):
+def test_what_no_build_serves_says_why(monkeypatch, hopper):
     hub(monkeypatch, {2: OSError("no build for torch 2.8")}, [])
     with pytest.raises(ImportError, match="flash-attn3: no build for torch 2.8"):  # not that version 1 is missing
-        tg.load_attention("fa3")
+        next(tg.attention_builds("fa3", hopper))
     hub(monkeypatch, {}, [])
     with pytest.raises(ImportError, match="flash-attn3: Version 3 not found|Version 1 not found"):
-        tg.load_attention("fa3")
+        next(tg.attention_builds("fa3", hopper))
     monkeypatch.setitem(sys.modules, "kernels", None)
     with pytest.raises(ImportError):
-        tg.load_attention("fa3")
+        next(tg.attention_builds("fa3", hopper))
+
+
+class Varlen(torch.autograd.Function):
+    """FlashAttention's variable-length form as the package has it: the two tables of offsets are inputs of its own."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, cu_seqlens_q, cu_seqlens_k):
+        ctx.save_for_backward(q, k, v, cu_seqlens_q, cu_seqlens_k)
+        return q * 1.0
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *(torch.zeros_like(t) for t in ctx.saved_tensors[1:3]), None, None
+
+
+def flash_module(works: bool = True) -> SimpleNamespace:
+    def dense(q, k, v, causal):
+        return q * 1.0
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
+        assert works, "no kernel for as many heads"
+        return Varlen.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)
+
+    return SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen)
+
+
+@pytest.mark.parametrize("builds, source, skipped", [
+    ({3: True, 2: True}, "kernels-community/flash-attn3 version 3", 0),
+    ({3: False, 2: True}, "kernels-community/flash-attn3 version 2", 1)])
+def test_a_build_is_taken_once_it_works_compiled(monkeypatch, hopper, builds, source, skipped):
+    """A custom autograd function, as FlashAttention's, under Dynamo, which refuses one that gets a tensor twice."""
+    hub(monkeypatch, {version: flash_module(works) for version, works in builds.items()}, [])
+    cfg, compiled = tiny(varlen_enabled=True, compile="1"), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled(function, backend="eager", **options))
+    monkeypatch.setattr(tg, "try_attention", lambda cfg, attend, device, dtype, real=tg.try_attention: real(
+        cfg, attend, hopper, torch.float32))
+    found = tg.pick_attention(cfg, SimpleNamespace(type="cuda"), torch.bfloat16)
+    assert (found.name, found.source, len(found.skipped)) == ("fa3", source, skipped), found.skipped
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("works, expected", [

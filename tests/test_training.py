@@ -32,7 +32,7 @@ def tiny(folder, **changes) -> tg.Settings:
               "gate_window": 5, "data_path": str(folder / "data"), "quant_min_weights": 0, "matrix_lr": 0.05,
               "muon_momentum_warmup_steps": 4, "ema_decay": 0.0, "qat_lite_layer_start": 1, "iterations": 8,
               "max_wallclock_seconds": 0.0, "warmup_steps": 1, "train_log_every": 1, "gptq_calibration_batches": 1,
-              "warmdown_frac": 0.0}
+              "warmdown_frac": 0.0, "swa_start_scale": 2.0, "qat_start_scale": 2.0}
     return small_run(folder / "run", **values | changes)
 
 
@@ -239,11 +239,10 @@ def test_learning_rate_by_hand(tmp_path, shape, min_lr, factors):
     ({"num_loops": 2, "enable_looping_at": 0.35},
      {(0, 0.0): 0, (900, 0.34): 0, (3, 0.35): 2, (0, 0.5): 2, (0, 1.0): 2}),
     ({"num_loops": 2, "enable_looping_at": 0.0}, {(0, 0.0): 2}),
-    ({"num_loops": 2, "enable_looping_at": 1.0}, {(900, 0.99): 0, (1, 1.0): 2}),
-    ({"num_loops": 2, "enable_looping_at": 40.0}, {(39, 1.0): 0, (40, 0.0): 2, (41, 0.1): 2}),
+    ({"num_loops": 2, "enable_looping_at": 40.0, "iterations": 100}, {(39, 1.0): 0, (40, 0.0): 2, (41, 0.1): 2}),
     ({"num_loops": 2, "loop_schedule": "0.35:1,0.55:2", "enable_looping_at": 0.0},
      {(0, 0.0): 0, (0, 0.34): 0, (0, 0.35): 1, (0, 0.54): 1, (0, 0.55): 2, (0, 1.0): 2}),
-    ({"num_loops": 3, "loop_schedule": "5:1,0.5:2,30:3"},
+    ({"num_loops": 3, "loop_schedule": "5:1,0.5:2,30:3", "iterations": 100},
      {(4, 0.1): 0, (5, 0.1): 1, (29, 0.49): 1, (29, 0.5): 2, (30, 0.5): 3, (30, 0.1): 3}),
     ({"num_loops": 1, "loop_schedule": "0:1"}, {(0, 0.0): 1}),
 ])
@@ -261,6 +260,15 @@ def test_iterations_switch_the_loops_when_there_is_no_clock(rt, tmp_path):
         run(cfg, rt, model, forward=lambda *a, loops, seen=seen, model=model, **k: seen.append(loops) or model(
             *a, loops=loops, **k))
         assert seen[::3] == seen[1::3] == seen[2::3] == steps
+
+
+@pytest.mark.parametrize("at, told", [(0.5, 0), (0.9, 1)])
+def test_a_model_that_never_ran_as_it_will_be_scored_says_so(rt, tmp_path, monkeypatch, at, told):
+    """The last of 8 steps begins at 0.875."""
+    cfg, said = tiny(tmp_path, num_loops=1, enable_looping_at=at), []
+    monkeypatch.setattr(rt, "log", said.append)
+    run(cfg, rt, random_model(cfg))
+    assert len([line for line in said if "no step had NUM_LOOPS=1, the last had 0" in line]) == told
 
 
 def test_the_clock_switches_the_loops(rt, tmp_path, monkeypatch):
@@ -645,9 +653,9 @@ def test_the_warm_up_meets_what_training_meets(tmp_path):
     cfg = tiny(tmp_path, num_loops=2, enable_looping_at=0.35, train_seq_schedule="2@0.1,4@0.7")
     met = [(0, 2), (0, 4), (2, 4), (2, 8)]
     assert [(phase.loops, phase.window) for phase in tg.graphs_of(cfg)] == met
-    late = dataclasses.replace(cfg, qat_enabled=True)
+    late = dataclasses.replace(cfg, qat_enabled=True, warmdown_frac=0.5)
     assert [(p.loops, p.window, p.qat) for p in tg.graphs_of(late)] == [(*m, qat) for qat in (False, True) for m in met]
-    by_step = dataclasses.replace(cfg, enable_looping_at=9.0)
+    by_step = dataclasses.replace(cfg, enable_looping_at=9.0, iterations=40)
     assert {(p.loops, p.window) for p in tg.graphs_of(by_step)} == {(n, w) for n in (0, 2) for w in (2, 4, 8)}
     for each in (cfg, by_step):
         seen = {(p.loops, p.window) for step in range(40) for p in [tg.Schedule.at(each, step, step / 40)]}

@@ -570,6 +570,17 @@ def test_phases_train_on_scored_documents_in_validation_order(monkeypatch):
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_phased_says_how_many_steps_all_weights_took(monkeypatch):
+    for changes, why in (({}, ""), ({"phased_ttt_prefix_docs": 1000}, ": PHASED_TTT_PREFIX_DOCS=1000 of 8 documents, "
+                                    "steps of GLOBAL_TTT_CHUNK_TOKENS=4")):
+        cfg, rt = config(ttt_mode="phased", global_ttt_chunk_tokens=4, **changes), FakeRuntime()
+        steps, real = [], tg.Sgd.step
+        with monkeypatch.context() as patch:
+            patch.setattr(tg.Sgd, "step", lambda *arguments, real=real, steps=steps: steps.append(real(*arguments)))
+            adapt_to(cfg, random_model(cfg), stream(LENGTHS), rt)
+        assert f"{len(steps)} steps of all weights{why}" in rt.said and bool(steps) == (not why)
+
+
 def test_phases_change_only_what_follows_them():
     tokens, ends = stream(LENGTHS), [documents[-1] for documents in documents_by_hand(stream(LENGTHS))]
     cfg = config(ttt_mode="phased", phased_ttt_num_phases=1)
@@ -665,7 +676,8 @@ def timed(cfg, monkeypatch, lengths, spent=0.0):
 
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     monkeypatch.setattr(tg.DocumentAdapters, "reset", spy)
-    return *adapt_to(cfg, model, tokens, rt, forward, clock.now - spent), rt.said, starts
+    score, losses = adapt_to(cfg, model, tokens, rt, forward, clock.now - spent)
+    return score, losses, [line for line in rt.said if "EVAL_BUDGET" in line], starts
 
 
 @pytest.mark.parametrize("budget", [0.001, 7.0, 10.0, 16.0])
