@@ -40,7 +40,6 @@ start=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$NPROC"
 
 config="$("$PYTHON" train_gpt.py --config)"  # a wrong setting ends here, before any GPU is touched
 "$PYTHON" records/gpu_check.py --record  # so does a machine on which the run would be lost
-export HF_HUB_OFFLINE=1  # what that check loaded is in the cache: no rank asks the hub again, or gets another answer
 mapfile -t places < <("$PYTHON" -c '
 import json, sys
 config = json.loads(sys.argv[1])

@@ -517,6 +517,14 @@ def test_published_duplicates_are_listed_and_half_a_percent_of_them_allowed(toke
     assert copied == 0 or f"the first of them {[*range(copied)]}" in check.detail
 
 
+def test_training_text_that_marks_no_documents_is_not_passed(tokenizer, tmp_path):
+    """Documents of another mark, of which none can be found."""
+    write_shard(tmp_path / "t.bin", np.array([2, 5, 6, 2, 7], dtype=np.uint16))
+    text = audit.Text(np.array([1, 5, 6, 1, 7]), tokenizer, 1, False)
+    subject = types.SimpleNamespace(text=text, train_shards=[str(tmp_path / "t.bin")], rank=0, world=1)
+    assert audit.check_overlap(subject) == (False, "no training shard holds token 1, by which documents would be found")
+
+
 # ----- as a user calls it
 
 

@@ -148,6 +148,16 @@ def test_bad_setting_ends_the_script_with_one_line_and_status_1(tmp_path):
     ("VE_LAYERS=9,9", "VE_LAYERS=9,9: takes different layers below NUM_LAYERS=11, as 9,10"),
     ("TOKEN_ORDER=4,16", "TOKEN_ORDER=4,16: takes numbers from 64 down to 2, as 16,8,4"),
     *((f"{name}=1", f"{name}=1: takes 0 or at least 2") for name in ("BIGRAM_VOCAB_SIZE", "VE_DIM", "EMBEDDING_DIM")),
+    *((f"{given}{more}", f"{given}{shown}: takes a share below 1 or a step below ITERATIONS, or no step of training "
+       "has NUM_LOOPS") for given, shown, more in (
+        ("ENABLE_LOOPING_AT=1", ".0", ""), ("ENABLE_LOOPING_AT=300", ".0", " ITERATIONS=300"),
+        ("LOOP_SCHEDULE=0.3:1,300:2", "", " ITERATIONS=200"))),
+    *((given, f"{said} takes more than {least}, below which no learning rate comes") for given, said, least in (
+        ("QAT_ENABLED=1 QAT_START_SCALE=0.1", "QAT_START_SCALE=0.1:", 0.1),
+        ("SWA_ENABLED=1 MIN_LR=0.2", "MIN_LR=0.2: SWA_START_SCALE=0.2", 0.2),
+        ("SWA_ENABLED=1 WARMDOWN_FRAC=0", "WARMDOWN_FRAC=0.0: SWA_START_SCALE=0.2", 1))),
+    (" ".join(f"TTT_{role}_LORA=0" for role in ("Q", "K", "V", "O", "MLP", "HEAD")),
+     "TTT_Q_LORA=0: TTT_MODE=phased takes an adapter, as TTT_Q_LORA=1"),
     ("NUM_LAYERS=4 QAT_LITE_ENABLED=1", "NUM_LAYERS=4: QAT_LITE_LAYER_START=7 takes a layer below NUM_LAYERS=4"),
 ])
 def test_a_contradiction_is_blamed_on_what_was_given(given, message):

@@ -1,5 +1,6 @@
 """Shards, the tokenizer's byte counts, the training windows and how they are dealt out."""
 
+import dataclasses
 import io
 import json
 import random
@@ -374,6 +375,13 @@ def test_too_short_shards_are_refused(tmp_path):
     write_shard(tmp_path, "fineweb_train_000000.bin", range(T))
     with pytest.raises(tg.RunError, match="TRAIN_SEQ_LEN"):
         tg.Windows(config(tmp_path), FakeRuntime())
+
+
+def test_training_text_without_documents_is_refused_where_attention_ends_with_them(tmp_path):
+    write_shard(tmp_path, "fineweb_train_000000.bin", range(2, 90))
+    tg.Windows(config(tmp_path), FakeRuntime(), 1)
+    with pytest.raises(tg.RunError, match="fineweb_train_000000.bin: token 1 .*does not occur .*BOS_ID takes the one"):
+        tg.Windows(dataclasses.replace(config(tmp_path), varlen_enabled=True), FakeRuntime(), 1)
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 5, 9])

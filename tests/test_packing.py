@@ -532,6 +532,9 @@ def test_auto_of_an_evaluation_is_resolved_anew():
     said = {"ttt_mode": "none", "eval_stride": None, "eval_seq_len": None}
     adopted = tg.adopt_settings(tg.Notes(said, {}, ()), stored, NAME)
     assert (adopted.eval_stride, adopted.eval_seq_len) == (64, 128)
+    for said, stride in (({"ttt_mode": "none"}, 64), ({"ttt_mode": "phased"}, 0), ({}, 0),
+                         ({"ttt_mode": "none", "eval_stride": 16}, 16)):  # auto hangs on TTT_MODE
+        assert tg.adopt_settings(tg.Notes(said, {}, ()), stored, NAME).eval_stride == stride
 
 
 def test_a_length_that_moves_the_rotary_base_is_refused():

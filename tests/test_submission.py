@@ -246,6 +246,9 @@ def test_every_feature_speaks_of_itself_and_is_no_false_claim(record):
         if feature.on(s.facts(run)):
             assert s.false_claims(line, run) == []
     assert s.false_claims("There is no SWA, without varlen attention; LoRA is not used; `TTT_MODE=none`", run) == []
+    for changes, faults in (({"eval_stages": "final"}, 1), ({"eval_stages": "all"}, 0), ({"ttt_mode": "chunk"}, 0)):
+        other = run | {"config": run["config"] | {"ttt_mode": "phased", "eval_stride": 32} | changes}
+        assert len(s.false_claims("Scored by a sliding window.", other)) == faults, changes
     assert len(s.false_claims("Phased LoRA TTT, cosine schedule, not only EMA. SWA", run)) == 5
 
 

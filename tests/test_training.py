@@ -291,7 +291,7 @@ def test_the_clock_switches_the_loops(rt, tmp_path, monkeypatch):
 
 def test_validation_costs_the_clock_nothing_and_a_step_that_would_not_end_is_not_begun(rt, tmp_path, monkeypatch):
     """1 s a step and 100 s a validation, of 10 s with 2.5 of them kept: the eighth step would end after 7.5."""
-    cfg = tiny(tmp_path, iterations=0, max_wallclock_seconds=10.0, val_loss_every=3)
+    cfg = tiny(tmp_path, iterations=0, max_wallclock_seconds=10.0, val_loss_every=3, checkpoint_every=3)
     model, now, validated = random_model(cfg), [0.0], []
 
     def pass_time(seconds: float) -> None:
@@ -300,10 +300,12 @@ def test_validation_costs_the_clock_nothing_and_a_step_that_would_not_end_is_not
     monkeypatch.setattr(tg, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     trainer, clock = tg.Trainer(cfg, rt, model, model), tg.Clock(rt, 10.0, 2.5)
     monkeypatch.setattr(trainer, "step", lambda batches, phase: pass_time(1) or torch.zeros(()))
+    monkeypatch.setattr(trainer, "save", lambda step, seconds: validated.append(f"saved {step}"))
     rt.open_logs(append=False)
     feeder = tg.Feeder(tg.Windows(cfg, rt, BOS), trainer.plan)
     validate = lambda step, loops: pass_time(100) or validated.append(step)  # noqa: E731
-    assert tg.train(cfg, rt, trainer, feeder, clock, validate) == 7 and validated == [3, 6]
+    assert tg.train(cfg, rt, trainer, feeder, clock, validate) == 7
+    assert validated == [3, "saved 3", 6, "saved 6"]  # what a checkpoint goes on from has been validated
     feeder.close()
     assert clock.stop() == 7 and now[0] == 207
 
