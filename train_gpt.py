@@ -1186,7 +1186,8 @@ def flash_builds(package: str, repository: str) -> Iterator[tuple[Any, str]]:
             why = why if "not found, available" in str(e) and why else str(e)
             continue
         yield found, f"{repository} version {version}"
-    raise ImportError(f"no prebuilt {repository}{why and ': '}{why}")
+    if why:
+        raise ImportError(f"no prebuilt {repository}: {why}")
 
 
 def attention_builds(name: str, device: torch.device) -> Iterator[tuple[Callable, str]]:
@@ -1265,7 +1266,7 @@ def pick_attention(cfg: Settings, device: torch.device, dtype: torch.dtype, fast
                 break
             except Exception as e:  # an extension that does not fit the machine can raise anything
                 skipped.append(f"{name}: {' '.join(str(e).split())[:120]}")
-    raise RunError(f"ATTENTION={choice}: does not work here ({skipped[-1]}); takes auto or sdpa")
+    raise RunError(f"ATTENTION={choice}: does not work here ({'; '.join(skipped)}); takes auto or sdpa")
 
 
 def agree_on_attention(cfg: Settings, rt: "Runtime") -> Attention:
@@ -3852,16 +3853,19 @@ class Scorer:
         n_bytes = int((self.target_bytes.to(self.times.device) * (self.times > 0))[1:].sum(dtype=torch.int64))
         return f"bpb {float(self.losses[1:].sum(dtype=torch.float64)) / math.log(2) / max(n_bytes, 1):.4f}"
 
+    def charged(self) -> Tensor:
+        """Losses (N,) of all targets over all ranks, with the tilt if there is one."""
+        losses = self.rt.sum_(self.losses.clone())
+        return self.tilt.apply(losses, self.rt.sum_(self.hint_losses.clone())) if self.tilt else losses
+
     def finish(self) -> Score:
         """The score over all ranks. RunError when a target was scored twice or never."""
-        times, losses = self.rt.sum_(self.times.clone())[1:].cpu(), self.rt.sum_(self.losses.clone())
+        times = self.rt.sum_(self.times.clone())[1:].cpu()
         wrong = (times != 1).nonzero().flatten()
         if len(wrong):
             raise RunError(f"score refused: {int((times == 0).sum())} targets never scored, {int((times > 1).sum())} "
                            f"more than once (first: token {int(wrong[0]) + 1})")
-        if self.tilt:
-            losses = self.tilt.apply(losses, self.rt.sum_(self.hint_losses.clone()))
-        losses = losses[1:].cpu()
+        losses = self.charged()[1:].cpu()
         nats, n_bytes = float(losses.double().sum()), int(self.target_bytes[1:].sum(dtype=torch.int64))
         if not math.isfinite(nats):
             raise RunError("score refused: a loss is not finite")

@@ -71,8 +71,7 @@ def measure(cfg: tg.Settings, notes: tg.Notes, artifact: bytes, args: argparse.N
         forward = run.forward if cfg.ttt_mode == "none" else run.final_forward
         evaluator = tg.Evaluator(cfg, rt, run.model, forward, run.val)
         scores[name] = evaluator.final()
-        scorer = evaluator.scorer
-        losses[name] = scorer.tilt.apply(scorer.losses, scorer.hint_losses) if scorer.tilt else scorer.losses
+        losses[name] = evaluator.scorer.charged()
     rt.close()
     print(f"\n{run.device}, {torch.get_num_threads()} threads; rank {cfg.ttt_lora_rank}, chunk {cfg.ttt_chunk_size}, "
           f"windows of {cfg.ttt_eval_seq_len}, {cfg.ttt_batch_size} documents at a time, lr {cfg.ttt_lora_lr:g}, "

@@ -81,7 +81,8 @@ def flash_module(works: bool = True) -> SimpleNamespace:
         return q * 1.0
 
     def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal):
-        assert works, "no kernel for as many heads"
+        if not works:
+            raise RuntimeError("no kernel for as many heads")
         return Varlen.apply(q, k, v, cu_seqlens_q, cu_seqlens_k)
 
     return SimpleNamespace(flash_attn_func=dense, flash_attn_varlen_func=varlen)
@@ -100,6 +101,15 @@ def test_a_build_is_taken_once_it_works_compiled(monkeypatch, hopper, builds, so
     found = tg.pick_attention(cfg, SimpleNamespace(type="cuda"), torch.bfloat16)
     assert (found.name, found.source, len(found.skipped)) == ("fa3", source, skipped), found.skipped
     torch._dynamo.reset()
+
+
+def test_a_build_that_does_not_work_says_why_whatever_else_is_missing(monkeypatch, hopper):
+    hub(monkeypatch, {3: flash_module(works=False)}, [])
+    cfg = tiny(varlen_enabled=True, compile="0", attention="fa3")
+    monkeypatch.setattr(tg, "try_attention", lambda cfg, attend, device, dtype, real=tg.try_attention: real(
+        cfg, attend, hopper, torch.float32))
+    with pytest.raises(tg.RunError, match="fa3: no kernel for as many heads; fa3: no prebuilt .*: Version [21] not"):
+        tg.pick_attention(cfg, SimpleNamespace(type="cuda"), torch.bfloat16)
 
 
 @pytest.mark.parametrize("works, expected", [
