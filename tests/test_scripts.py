@@ -1,6 +1,7 @@
 """The run scripts as a user calls them, with runs forked from the tests' server; and how they set themselves up, with
 small packages of these tests' own in place of the real ones."""
 
+import fcntl
 import importlib.util
 import os
 import shutil
@@ -152,6 +153,10 @@ class Project:
     def start(self, **settings: str) -> tuple[int, str, str]:
         process = self.popen(**settings)
         out, err = process.communicate(timeout=300)
+        if process.returncode == -signal.SIGKILL:  # its pip was killed with it, and locks until it has died
+            folder = os.open(self.venv, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            os.close(folder)
         return process.returncode, out, err
 
     def refusal(self, **settings: str) -> str:
