@@ -307,7 +307,7 @@ class Recorder:
         except self.script.RunError:
             nats, tokens = self.seen.nats, len(self.losses) - 1
             n_bytes = self.witness.text.count_bytes(self.witness.text.documents())
-            return self.script.Score(nats / tokens, nats / (math.log(2) * n_bytes), tokens, n_bytes, 0.0)
+            return self.script.Score(nats / tokens, nats / (math.log(2) * max(n_bytes, 1)), tokens, n_bytes, 0.0)
 
 
 def tilt(witness: Witness, losses: Tensor, hint_losses: Tensor, hints: Tensor, predictions: Tensor) -> None:
@@ -472,9 +472,9 @@ class Subject:
         self.start(script, script.Launch(), self.environment(
             eval_only="", data_path=str(folder / "data"), artifact_dir=str(folder / "run"), device="cpu", dtype="fp32",
             compile="0", attention="auto", fused=False, iterations=2, max_wallclock_seconds=0.0,
-            warmup_steps=0, train_batch_tokens=2 * length, micro_batch_tokens=length, gptq_calibration_batches=1,
-            gptq_reserve_seconds=None, ttt_mode="none", eval_stride=0, eval_batch_tokens=self.config["eval_seq_len"],
-            val_loss_every=0))
+            loop_schedule="", enable_looping_at=0.0, warmup_steps=0, train_batch_tokens=2 * length,
+            micro_batch_tokens=length, gptq_calibration_batches=1, gptq_reserve_seconds=None, ttt_mode="none",
+            eval_stride=0, eval_batch_tokens=self.config["eval_seq_len"], val_loss_every=0))
         return file_sha256(folder / "run" / ARTIFACT)
 
 

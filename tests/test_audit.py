@@ -28,7 +28,8 @@ import train_gpt as tg
 F = torch.nn.functional
 AUDIT = ROOT / "records/audit.py"
 SMALL = {"NUM_LAYERS": "2", "MODEL_DIM": "32", "NUM_HEADS": "2", "NUM_KV_HEADS": "1", "ROPE_DIMS": "8",
-         "ITERATIONS": "6", "SMEAR_GATE_ENABLED": "1", "KEY_OFFSET": "1", "SCALAR_LR": "0.2", "EVAL_STRIDE": "32",
+         "ITERATIONS": "6", "NUM_LOOPS": "1", "LOOP_START": "1", "LOOP_END": "1", "ENABLE_LOOPING_AT": "3",
+         "SMEAR_GATE_ENABLED": "1", "KEY_OFFSET": "1", "SCALAR_LR": "0.2", "EVAL_STRIDE": "32",
          "EVAL_BATCH_TOKENS": "1024"}
 EVALUATION = {"ttt_eval_seq_len": 64, "ttt_chunk_size": 16, "ttt_batch_size": 4, "ttt_lora_rank": 4,
               "ttt_lora_alpha": 8.0, "ttt_lora_lr": 0.003, "ttt_chunk_tokens": 256, "ttt_epochs": 1, "ttt_lr": 0.02,

@@ -906,7 +906,13 @@ def test_an_interruption_anywhere_leaves_whole_data_sets(several, several_built,
 def test_killed_half_way(several, several_built, tmp_path, kind):
     slow = ("import sys, time; import tokenize_docs as t\n"
             "t.BATCH_LINES = 10\n"
-            "add = t.Dataset.add; t.Dataset.add = lambda *a: (time.sleep(0.02), add(*a))\n"
+            "from pathlib import Path\n"
+            "def stop(*a, add=t.Dataset.add):\n"  # half way, for as long as the signal takes
+            "    out = Path(sys.argv[sys.argv.index('--out') + 1])\n"
+            "    while list(out.glob('datasets/.tokenize/c_sp400_caseops/fineweb_train_*.bin')):\n"
+            "        time.sleep(0.01)\n"
+            "    add(*a)\n"
+            "t.Dataset.add = stop\n"
             "if __name__ == '__main__': sys.exit(t.main())")
     environment = os.environ | {"PYTHONPATH": str(TOOL.parent)}
     command = [sys.executable, "-c", slow, *several[1], "--out", str(tmp_path), "--workers", "2"]
