@@ -68,6 +68,7 @@ else  # sizes that a CPU can train, whatever the recipe says; its techniques sta
         default SMEAR_GATE_ENABLED 1
         default MUON_NS polar
         default MUON_ROW_NORMALIZE 1
+        default MUON_QK_HEADS 0
     fi
     # a few hundred steps are too few for long averages, and for a step number of a full run
     if [ -z "$average" ] && [ "${EMA_DECAY:-}" != 0 ]; then export EMA_DECAY=0.98; fi

@@ -242,6 +242,7 @@ class Settings:
                            choices="quintic polar", proof="PR 1855")
     muon_row_normalize: bool = setting(True, "train", "MuonEq-R: scale rows to norm 1 before Newton-Schulz",
                                        proof="PR 1855", aliases={"MUON_EQR": {}})
+    muon_qk_heads: bool = setting(True, "train", "Muon steps of queries and keys head by head", proof="log")
     muon_wd: float = setting(0.095, "train", "decoupled weight decay of the weight matrices")
     tied_embed_lr: float = setting(0.03, "train", "AdamW learning rate of the embedding and other tables")
     head_lr: float = setting(0.008, "train", "AdamW learning rate of the head if TIE_EMBEDDINGS=0")
@@ -252,8 +253,7 @@ class Settings:
     beta2: float = setting(0.99, "train", "AdamW beta 2 in training", high=0.999999, proof="PR 1855")
     adam_eps: float = setting(1e-8, "train", "AdamW epsilon in training")
     grad_clip_norm: float = setting(0.3, "train", "norm to which gradients, all together, are clipped; 0: no clipping")
-    ema_decay: float = setting(0.9965, "train", "decay of the exponential moving average of the weights (EMA); 0: no "
-                               "EMA", high=0.999999)
+    ema_decay: float = setting(0.9965, "train", "decay of the weights' moving average (EMA); 0: none", high=0.999999)
     ema_blend: float = setting(0.5, "train", "AVERAGE=ema: share of the last step's weights in what is kept", high=1.0,
                                proof="log")
     swa_enabled: bool = setting(False, "train", "average snapshots of the weights from the end of training (SWA)")
@@ -2258,10 +2258,13 @@ class Muon:
     once; its update comes back by all-gather while the next bank is worked on.
     """
 
-    def __init__(self, params: list[nn.Parameter], cfg: Settings, rt: Runtime):
-        self.params, self.cfg, self.rt = params, cfg, rt
-        self.share = [-(-p.size(0) // rt.world) for p in params]  # slices of a rank
-        self.momentum = [torch.zeros(n, *p.shape[1:], device=p.device) for n, p in zip(self.share, params)]
+    def __init__(self, banks: dict[str, nn.Parameter], cfg: Settings, rt: Runtime):
+        self.params, self.cfg, self.rt = list(banks.values()), cfg, rt
+        self.share = [-(-p.size(0) // rt.world) for p in self.params]  # slices of a rank
+        self.momentum = [torch.zeros(n, *p.shape[1:], device=p.device) for n, p in zip(self.share, self.params)]
+        heads = cfg.num_layers if cfg.muon_qk_heads else 0  # queries and keys are the first slices of their banks
+        self.by_heads = [min(max(heads - rt.rank * n, 0), n) if name in ("qo_bank", "kv_bank") else 0
+                         for name, n in zip(banks, self.share)]
 
     def start_reduce(self) -> None:
         """Begin summing the gradients over ranks."""
@@ -2279,19 +2282,27 @@ class Muon:
     def step(self, lr_scale: float, momentum: float) -> None:
         """W <- (1 - lr wd) W - lr sqrt(max(1, rows/cols)) NS(g + momentum m)."""
         gathered = []
-        for p, m, grad in zip(self.params, self.momentum, self.shards):
+        for m, grad, by_heads in zip(self.momentum, self.shards, self.by_heads):
             m.mul_(momentum).add_(grad)
             update = grad.add(m, alpha=momentum)
             if self.cfg.muon_row_normalize:  # MuonEq-R, arXiv 2603.28254
                 update = F.normalize(update, dim=-1)
-            update = newton_schulz(update, self.cfg.muon_backend_steps, torch.bfloat16 if p.is_cuda else torch.float32,
-                                   self.cfg.muon_ns)
-            gathered.append(self.rt.gather_shares(update, "updates of a bank"))
+            gathered.append(self.rt.gather_shares(self.orthogonalize(update, by_heads), "updates of a bank"))
         lr = self.cfg.matrix_lr * lr_scale
         for p, wait in zip(self.params, gathered):
             shape_scale = max(1.0, p.size(1) / p.size(2)) ** 0.5
             p.detach().mul_(1 - lr * self.cfg.muon_wd).add_(wait()[: p.size(0)], alpha=-lr * shape_scale)
         self.shards = []  # on one rank these are the gradients themselves
+
+    def orthogonalize(self, update: Tensor, by_heads: int) -> Tensor:
+        """NS of each slice of an update. The first `by_heads` slices are cut into heads, which may then step along the
+        same directions of the input; in one matrix theirs would be orthogonal (modded-nanogpt takes pairs of heads).
+        """
+        cfg, dtype = self.cfg, torch.bfloat16 if update.is_cuda else torch.float32
+        heads = update[:by_heads].reshape(-1, cfg.model_dim // cfg.num_heads, update.size(2))
+        done = [newton_schulz(part, cfg.muon_backend_steps, dtype, cfg.muon_ns)
+                for part in (heads, update[by_heads:]) if len(part)]
+        return torch.cat([part.view(-1, *update.shape[1:]) for part in done]) if by_heads else done[0]
 
     def state(self) -> list[Tensor]:
         """Momentum of whole banks, gathered from all ranks, so that any number of ranks can go on with it."""
@@ -2309,7 +2320,7 @@ class Optimizer:
 
     def __init__(self, model: GPT, cfg: Settings, rt: Runtime):
         self.cfg, self.rt = cfg, rt
-        self.muon = Muon(list(model.params_of("matrix").values()), cfg, rt)
+        self.muon = Muon(model.params_of("matrix"), cfg, rt)
         groups = [{"params": params, "lr": lr, "weight_decay": decay} for trained, lr, decay in (
             ("embedding", cfg.tied_embed_lr, cfg.embed_wd), ("head", cfg.head_lr, cfg.embed_wd),
             ("scalar", cfg.scalar_lr, cfg.adam_wd)) if (params := list(model.params_of(trained).values()))]
@@ -2625,6 +2636,7 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         if save:  # after the losses are known to be numbers
             clock.stop()
             trainer.save(step, clock.spent)
+            rt.largest(0.0)  # rank 0 writes: the others would wait for it with their clocks running
             clock.start()
         if last and step == 0:
             raise RunError(f"MAX_WALLCLOCK_SECONDS={clock.limit:g}: too short for one step of {clock.lap:.1f}s and "
@@ -3241,7 +3253,7 @@ def rebuild(item: Stored) -> Tensor:
         return parts["values"].float()
     if form == "low rank":
         left, right = (from_even_grid(parts[side], parts[f"{side}_grid"], sizes[3]) for side in ("left", "right"))
-        return left.T @ right
+        return (left.double().T @ right.double()).float()  # the same on any machine
     if "scales" in parts:
         scales = parts["scales"].float()[..., None]
     else:
@@ -3284,13 +3296,16 @@ def compress(data: bytes, compressor: str) -> bytes:
     return lzma.compress(data, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
 
 
-def decompress(data: bytes, compressor: str) -> bytes:
+def decompress(data: bytes, compressor: str, most: int) -> bytes:
+    """The content of a stream; ValueError where it is cut off, or far more than `most` bytes: it could be gigabytes."""
     if compressor == "brotli":
-        return import_packer("brotli").decompress(data)
-    unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
-    found = unpacker.decompress(data, 4 * MOST_CODES)
-    if not unpacker.eof:
-        raise ValueError("a stream is cut off, or far larger than any model's")
+        unpacker = import_packer("brotli").Decompressor()
+        found, whole = unpacker.process(data, output_buffer_limit=most), unpacker.is_finished()
+    else:
+        unpacker = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        found, whole = unpacker.decompress(data, most), unpacker.eof
+    if not whole:
+        raise ValueError("a stream is cut off, or larger than it should be")
     return found
 
 
@@ -3357,7 +3372,7 @@ class IntegerReader:
     def __init__(self, tables: bytes, words: bytes, plain: tuple[int, ...] = (0,) * 256):
         self.uniform = import_packer("constriction").stream.model.Uniform
         self.coder = import_packer("constriction").stream.stack.AnsCoder(np.frombuffer(words, dtype=np.uint32))
-        self.models, self.used, self.plain, place, tables = [], set(), plain, 0, decompress(tables, "lzma")
+        self.models, self.used, self.plain, place, tables = [], set(), plain, 0, decompress(tables, "lzma", MOST_TEXT)
         while place < len(tables):
             least, size = struct.unpack_from("<iI", tables, place)
             entries = np.frombuffer(tables, dtype=np.uint8, count=size, offset=place + 8)
@@ -3509,6 +3524,7 @@ def from_stream(data: bytes, dtype: torch.dtype, shape: list[int]) -> Tensor:
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGLF", 5
 MOST_CODES = 1 << 28  # of an artifact: a header that asks for more is damaged, and could ask for all memory
+MOST_TEXT = 1 << 24  # bytes of a header, and of the coder's tables
 MOST_COLS = 1 << 16  # of a matrix: codes along a trellis are read column by column
 COMPRESSORS = ("brotli", "lzma", "ans")
 
@@ -3548,7 +3564,7 @@ def open_artifact(data: bytes, name: str) -> tuple[dict[str, Any], str, list, li
         raise RunError(f"{name}: another version of artifact (this script reads {ARTIFACT_VERSION})")
     compressor, size = COMPRESSORS[body[1]], int.from_bytes(body[2:6], "little")
     with refuse(f"{name}: checksum holds, content is not an artifact"):
-        header = json.loads(decompress(body[6 : 6 + size], compressor))
+        header = json.loads(decompress(body[6 : 6 + size], compressor, MOST_TEXT))
         ends = np.cumsum([6 + size] + header["bytes"])
         return dict(header["settings"]), compressor, header["stored"], [body[a:b] for a, b in itertools.pairwise(ends)]
 
@@ -3565,19 +3581,20 @@ def read_artifact(data: bytes, name: str) -> tuple[dict[str, Any], dict[str, Sto
         least = min((size for item in stored.values() for size in item.sizes), default=0)
         if products + sum(math.prod(shape) for *_, shape, _ in shapes) > MOST_CODES or columns > MOST_COLS or least < 0:
             raise ValueError("sizes of no model")
-        with ThreadPoolExecutor() as pool:
-            plain = streams[:1] if compressor == "ans" else streams
-            half, *raw = pool.map(lambda stream: decompress(stream, compressor), plain)
         halves = [entry for entry in shapes if entry[-1] == torch.float16]
+        codes = [entry for entry in shapes if entry[-1] != torch.float16 and compressor != "ans"]
+        sizes = [2 * sum(math.prod(shape) for *_, shape, _ in halves),
+                 *(math.prod(shape) * dtype.itemsize for *_, shape, dtype in codes)]
+        packed = list(zip(streams[:1] if compressor == "ans" else streams, sizes, strict=True))
+        with ThreadPoolExecutor() as pool:
+            half, *raw = pool.map(lambda entry: decompress(entry[0], compressor, entry[1]), packed)
         values = from_stream(half, torch.float16, [-1]).split([math.prod(shape) for *_, shape, _ in halves])
         for (parts, part, shape, _), value in zip(halves, values, strict=True):
             parts[part] = value.view(shape)
         if compressor == "ans":
             unpack_integers(stored, streams[1:])
-        else:
-            codes = [entry for entry in shapes if entry[-1] != torch.float16]
-            for (parts, part, shape, dtype), stream in zip(codes, raw, strict=True):
-                parts[part] = from_stream(stream, dtype, shape)
+        for (parts, part, shape, dtype), stream in zip(codes, raw):
+            parts[part] = from_stream(stream, dtype, shape)
         return settings, stored
 
 
@@ -3628,7 +3645,8 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
         rt.log(f"steps from 2^{at:.3f}{', trellis' if chained else ''}: {size} bytes of {room}")
         if not best or (size <= room and (size > len(best) or len(best) > room)) or size < len(best) > room:
             best = artifact
-        hopeless = any(at > t + 0.5 and size > max(room, 0.99 * other) for t, other in tried)  # no more to save
+        stuck = any(at > t + 0.5 and size > max(room, 0.99 * other) for t, other in tried)  # coarser saves nothing
+        hopeless = stuck and at > bits + 2  # all codes are 0
         done = not count or hopeless or (size <= room and (size >= 0.998 * room or at <= finest))
         switch = wanted and not chained and turns_left and (done or abs(size - room) < 0.1 * room)
         if done and not switch:
@@ -3639,7 +3657,7 @@ def fill_budget(cfg: Settings, rt: Runtime, state: dict[str, Tensor], stats: Sta
         tried.append((at, size))
         if switch:
             tried, best, chained = [], b"", True
-        at = max(at + (0.9992 * room - size) / slope, finest)
+        at = bits + 3 if stuck else max(at + (0.9992 * room - size) / slope, finest)
         above = max((t for t, other in tried if other > room), default=finest)
         below = min((t for t, other in tried if other <= room), default=math.inf)
         if below < math.inf and not above < at < below:
@@ -4445,6 +4463,10 @@ def run_contradictions(cfg: Settings) -> list[tuple[Any, str, str]]:
         (cfg.ttt_mode in ("lora", "phased") and not any(getattr(cfg, name) for name in adapters),
          " ".join(("ttt_mode", *adapters)), "an adapter, as TTT_Q_LORA=1"),
         (not cfg.seq_stages(), "train_seq_schedule", "windows, each up to a share of training, as 1024@0.1,2048@0.7"),
+        (cfg.rope_yarn and cfg.ttt_mode in ("lora", "phased") and cfg.ttt_short_score_first_steps
+         and cfg.ttt_eval_seq_len > cfg.train_seq_len,
+         "rope_yarn ttt_short_score_first_steps ttt_eval_seq_len eval_seq_len ttt_mode",
+         "0, or the rotary base of a document would hang on the others of its batch"),
         (not cfg.token_orders(), "token_order", "numbers from 64 down to 2, as 16,8,4"),
         (not cfg.ttt_chunks(), "ttt_short_score_first_steps", "ascending lengths, each with a chunk, as 256:8,2000:24"),
         (not (cfg.iterations or cfg.max_wallclock_seconds), "iterations max_wallclock_seconds",
@@ -4755,7 +4777,10 @@ class Run:
         rt.log(f"trained {steps} steps, {tokens} tokens in {seconds:.1f}s, {seconds - loop_seconds:.1f}s of it "
                f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}; kept: {kept}")
         if cfg.save_model and rt.rank == 0:
-            save_tensors(rt.path("final_model.pt"), self.model.state_dict())
+            try:
+                save_tensors(rt.path("final_model.pt"), self.model.state_dict())
+            except RunError as e:  # a full disk is no reason to lose a run
+                rt.log(f"final_model.pt is not there: {e}")
         self.stages["pre_quant"] = self.stage("pre_quant", cfg.eval_seq_len)
         return self.compress(stats), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
                                           "tok_per_s": tokens / max(loop_seconds, 1e-9)}

@@ -267,8 +267,8 @@ def newton_schulz(rows: int, cols: int, steps: int) -> tuple[int, int]:
 
 
 def optimizer_work(cfg: tg.Settings, shapes: dict[str, tuple[int, ...]], world: int) -> Work:
-    """Clipping, Muon on this GPU's share of each bank's slices, and AdamW on tables and vectors, which every GPU
-    updates.
+    """Clipping, Muon on a GPU's share of each bank's slices (the one with the fewest queries and keys, which are
+    orthogonalised head by head), and AdamW on tables and vectors, which every GPU updates.
 
     Bytes for each weight of the share: the gradient for the norm, 4; gradient and momentum read, momentum and
     Nesterov's sum written, 14; and Newton-Schulz. Bytes for each weight of the whole bank: the gathered fp32 update and
@@ -281,9 +281,14 @@ def optimizer_work(cfg: tg.Settings, shapes: dict[str, tuple[int, ...]], world: 
         if name.endswith("_bank"):
             slices, rows, cols = shape
             share = -(-slices // world)
-            ns_flops, ns_bytes = newton_schulz(rows, cols, cfg.muon_backend_steps)
-            flops += share * ns_flops
-            moved += share * (ns_bytes + (4 + 14) * rows * cols) + 14 * size
+            heads = cfg.num_layers if cfg.muon_qk_heads and name in ("qo_bank", "kv_bank") else 0  # slices of them
+            whole = min(slices - heads, share)  # of the GPU that has most of them
+            width = cfg.model_dim // cfg.num_heads
+            for matrices, height in (whole, rows), ((share - whole) * (rows // width), width):
+                ns_flops, ns_bytes = newton_schulz(height, cols, cfg.muon_backend_steps)
+                flops += matrices * ns_flops
+                moved += matrices * (ns_bytes + (4 + 14) * height * cols)
+            moved += 14 * size
         else:
             table = name in ("tok_emb", "head") or name.endswith("_table")
             moved += (32 + BF16 * table) * size

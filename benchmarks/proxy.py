@@ -53,7 +53,7 @@ SIZES = {
         "BIGRAM_VOCAB_SIZE": "4096", "BIGRAM_DIM": "64", "VARLEN_ENABLED": "1", "SMEAR_GATE_ENABLED": "1",
         "MUON_NS": "polar", "MUON_ROW_NORMALIZE": "1", "NUM_LOOPS": "0", "PARALLEL_START_LAYER": "4",
         "SPARSE_ATTN_GATE_ENABLED": "0", "WARMDOWN_FRAC": "0.72", "EMA_BLEND": "0", "KEY_OFFSET": "0",
-        "VE_ENABLED": "0", "TTT_MODE": "none", "NGRAM_TILT_ENABLED": "0", "EVAL_STAGES": "all"},
+        "VE_ENABLED": "0", "MUON_QK_HEADS": "0", "TTT_MODE": "none", "NGRAM_TILT_ENABLED": "0", "EVAL_STAGES": "all"},
     "M": {  # the script's defaults but for sizes, and for what evaluation adds to the model
         "VOCAB_SIZE": "8192", "NUM_LAYERS": "6", "MODEL_DIM": "256", "NUM_HEADS": "4", "NUM_KV_HEADS": "2",
         "TRAIN_SEQ_LEN": "256",  # longer windows learn less of so few tokens (docs/log.md)

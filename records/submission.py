@@ -239,6 +239,8 @@ FEATURES = (
     Feature(r"polar.?express", lambda c: c["muon_ns"] == "polar", "Polar Express coefficients in Muon"),
     Feature(r"muon-?eq|row.?normali[sz]", lambda c: c["muon_row_normalize"], "MuonEq-R: rows normalised before Muon's "
             "iterations"),
+    Feature(r"muon.{0,20}\bheads?\b|head by head", lambda c: c["muon_qk_heads"],
+            "Muon on queries and keys head by head"),
     Feature(r"cosine", lambda c: c["warmdown_shape"] == "cosine", "cosine warmdown over the last {warmdown_frac:g} of "
             "training, to {min_lr:g} of the learning rate"),
     Feature(r"linear.{0,12}(warmdown|schedule|decay|\blr\b)", lambda c: c["warmdown_shape"] == "linear",

@@ -27,7 +27,7 @@ PLAIN = {  # what is on by default, off
     "MUON_ROW_NORMALIZE": "0", "BETA2": "0.95", "TTT_MODE": "none", "TTT_LORA_RANK": "96", "TTT_BETA2": "0.999",
     "PHASED_TTT_PREFIX_DOCS": "2000", "TTT_BUCKET_WINDOW": "512",
     "EVAL_STRIDE": "64", "EVAL_STAGES": "all", "QUANT_TRELLIS": "0", "NGRAM_TILT_ENABLED": "0", "TOKEN_ORDER": "16",
-    "HEDGE_ENABLED": "0", "EMA_BLEND": "0", "KEY_OFFSET": "0", "VE_ENABLED": "0"}
+    "HEDGE_ENABLED": "0", "EMA_BLEND": "0", "KEY_OFFSET": "0", "VE_ENABLED": "0", "MUON_QK_HEADS": "0"}
 
 
 def clean_environment(settings: dict[str, str]) -> dict[str, str]:

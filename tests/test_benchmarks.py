@@ -86,6 +86,19 @@ def test_newton_schulz_flops_are_those_that_pytorch_counts(shape):
     assert counted.get_total_flops() == shape[0] * count.newton_schulz(*shape[1:], 5)[0]
 
 
+@pytest.mark.parametrize("heads", [False, True])
+def test_flops_of_a_step_of_the_optimizer_are_those_that_pytorch_counts(rt, heads):
+    cfg = tg.Settings(**SMALL | {"muon_qk_heads": heads})
+    model = tg.GPT(cfg)
+    optimizer = tg.Optimizer(model, cfg, rt)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.reduce_gradients()
+    with FlopCounterMode(display=False) as counted:
+        optimizer.step(1.0, 0.9)
+    assert counted.get_total_flops() == count.count_step(cfg, 64)["optimizer"].flops
+
+
 @pytest.mark.parametrize("name", TECHNIQUES)
 def test_parameters_are_the_models(name):
     cfg = tg.Settings(**SMALL | TECHNIQUES[name])
@@ -144,7 +157,7 @@ def test_windows_documents_loops_and_ranks_change_what_they_should():
     assert short["attention"].flops == plain["attention"].flops * 9 / 17
     assert window["attention"].flops == pytest.approx(plain["attention"].flops * count.keys_met(16, 8) / 8.5)
     assert short["attention"].bytes == plain["attention"].bytes
-    two = count.count_step(cfg, 64, world=2, loops=0)
+    plain, two = (count.count_step(dataclasses.replace(cfg, muon_qk_heads=False), 64, world, 0) for world in (1, 2))
     assert two["optimizer"].flops == plain["optimizer"].flops / 2  # every bank has an even number of slices
     shapes = {"a_bank": (3, 4, 8), "scale": (10,)}
     assert count.exchanged(shapes, 1) == 0

@@ -68,7 +68,10 @@ class Reference:
     def muon(self, name: str, i: int, g: torch.Tensor, lr: float, momentum: float) -> None:
         w = self.weights[name][i]
         self.m[name][i] = momentum * self.m[name][i] + g
-        update = five_quintic_steps(g + momentum * self.m[name][i])
+        update, heads = g + momentum * self.m[name][i], 1
+        if self.cfg.muon_qk_heads and name in ("qo_bank", "kv_bank") and i < self.cfg.num_layers:
+            heads = self.cfg.num_heads if name == "qo_bank" else self.cfg.num_kv_heads
+        update = torch.cat([five_quintic_steps(rows) for rows in update.chunk(heads)])
         rows, cols = w.shape
         self.weights[name][i] = (1 - lr * self.cfg.muon_wd) * w - lr * math.sqrt(max(1, rows / cols)) * update
 
@@ -131,8 +134,9 @@ def test_newton_schulz_of_zeros_is_zero():
 # ----- steps
 
 
-def test_muon_equals_a_loop_over_matrices(rt, tmp_path):
-    cfg = tiny(tmp_path)
+@pytest.mark.parametrize("heads", [False, True])
+def test_muon_equals_a_loop_over_matrices(rt, tmp_path, heads):
+    cfg = tiny(tmp_path, muon_qk_heads=heads)
     model = random_model(cfg)
     reference, optimizer = Reference(model, cfg), tg.Optimizer(model, cfg, rt)
     take_steps(model, optimizer, reference, [1.0, 0.3, 2.0])
@@ -171,14 +175,17 @@ def gradient_parts(model: tg.GPT, step: int, world: int) -> list[list[torch.Tens
     return [random_gradients(model, step, rank + 1, 0.1) for rank in range(world)]
 
 
+BANKS = [(layers, heads) for layers in (2, 5) for heads in (False, True)]  # of 2, 4, 5 and 10 slices, on 3 ranks
+
+
 def sharded_worker(folder: str) -> None:
     """One of several processes, by its environment."""
     launch = tg.Launch.read(dict(os.environ))
     rt, rank, world = tg.Runtime(tiny(folder), launch), launch.rank, launch.world
     saved = {"sum": rt.sum_(torch.tensor([1.0, rank])), "largest": rt.largest(float(10 - rank)),
              "bytes": rt.share_bytes(b"\x00from\xff" * 9 if rank == 0 else None)}
-    for layers in (2, 5):
-        cfg = tiny(folder, num_layers=layers, grad_clip_norm=3.0)
+    for layers, heads in BANKS:
+        cfg = tiny(folder, num_layers=layers, muon_qk_heads=heads, grad_clip_norm=3.0)
         model = random_model(cfg)
         optimizer = tg.Optimizer(model, cfg, rt)
         norms = []
@@ -187,7 +194,7 @@ def sharded_worker(folder: str) -> None:
                 p.grad = g
             norms.append(float(optimizer.reduce_gradients()))
             optimizer.step(1.0 - 0.2 * step, 0.9)
-        saved[layers] = {n: p.detach() for n, p in model.named_parameters()} | {"norms": norms}
+        saved[layers, heads] = {n: p.detach() for n, p in model.named_parameters()} | {"norms": norms}
     cfg = tiny(folder, seed=10 + rank)
     model = tg.build_model(cfg, rt, tg.attend_sdpa, 1)
     saved["built"] = [p.detach() for p in model.parameters()]
@@ -207,9 +214,9 @@ def three_ranks(tmp_path_factory) -> list[dict]:
     return [torch.load(os.path.join(folder, f"rank{rank}.pt")) for rank in range(3)]
 
 
-@pytest.mark.parametrize("layers", [2, 5])  # banks of 2, 4, 5 and 10 slices on 3 ranks
-def test_sharded_steps_equal_one_process(three_ranks, rt, tmp_path, layers):
-    cfg = tiny(tmp_path, num_layers=layers, grad_clip_norm=3.0)
+@pytest.mark.parametrize("layers, heads", BANKS)
+def test_sharded_steps_equal_one_process(three_ranks, rt, tmp_path, layers, heads):
+    cfg = tiny(tmp_path, num_layers=layers, muon_qk_heads=heads, grad_clip_norm=3.0)
     model = random_model(cfg)
     start = copy.deepcopy(model)
     optimizer = tg.Optimizer(model, cfg, rt)
@@ -221,17 +228,17 @@ def test_sharded_steps_equal_one_process(three_ranks, rt, tmp_path, layers):
         optimizer.step(1.0 - 0.2 * step, 0.9)
     assert min(norms) > 3.0
     for rank in three_ranks:
-        assert rank[layers]["norms"] == pytest.approx(norms, rel=1e-6)
+        assert rank[layers, heads]["norms"] == pytest.approx(norms, rel=1e-6)
         for name, p in model.named_parameters():
-            assert (p - rank[layers][name]).abs().max() < 2e-6, name
+            assert (p - rank[layers, heads][name]).abs().max() < 2e-6, name
     assert all((p - q).abs().max() > 0.01 for p, q in zip(model.parameters(), start.parameters()))
 
 
 def test_ranks_hold_bitwise_the_same_weights(three_ranks):
-    for layers in (2, 5):
-        for name, value in three_ranks[0][layers].items():
+    for banks in BANKS:
+        for name, value in three_ranks[0][banks].items():
             for other in three_ranks[1:]:
-                assert name == "norms" or torch.equal(value, other[layers][name]), name
+                assert name == "norms" or torch.equal(value, other[banks][name]), name
 
 
 def test_ranks_start_from_the_same_weights(three_ranks):

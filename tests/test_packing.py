@@ -243,7 +243,7 @@ def test_damaged_ans_streams_under_a_right_checksum(monkeypatch, streams):
     monkeypatch.setattr(tg, "ThreadPoolExecutor", lambda: here)
     rng, body = random.Random(shifted(streams.start)), pack("ans")[20:]
     size = int.from_bytes(body[2:6], "little")
-    header = json.loads(tg.decompress(body[6 : 6 + size], "ans"))
+    header = json.loads(tg.decompress(body[6 : 6 + size], "ans", 1 << 20))
     ends = [6 + size + sum(header["bytes"][:i]) for i in range(6)]
     for _ in range(200):
         damaged = bytearray(body)
@@ -280,8 +280,8 @@ def test_integers_that_are_left_over_are_refused():
     reader.read(np.zeros(200, dtype=np.uint8))
     with pytest.raises(ValueError):
         reader.close()
-    for more in (bytes(8), tg.decompress(tables, "lzma")):  # an empty table, one more that nothing is read by
-        reader = tg.IntegerReader(tg.compress(tg.decompress(tables, "lzma") + more, "lzma"), words)
+    for more in (bytes(8), tg.decompress(tables, "lzma", 1 << 20)):  # an empty table, one more that nothing is read by
+        reader = tg.IntegerReader(tg.compress(tg.decompress(tables, "lzma", 1 << 20) + more, "lzma"), words)
         assert np.array_equal(reader.read(turns[0][1]), turns[0][0])
         with pytest.raises(ValueError):
             reader.close()
@@ -442,13 +442,31 @@ def test_any_json_header_is_an_artifact_or_refused(changes):
         assert NAME in str(e)
 
 
-def test_a_stream_that_unpacks_to_all_memory_is_refused(monkeypatch):
-    monkeypatch.setattr(tg, "MOST_CODES", 1000)
-    packed = tg.compress(bytes(4001), "lzma")
-    assert tg.decompress(tg.compress(bytes(3999), "lzma"), "lzma") == bytes(3999)
-    for stream in (packed, packed[:-2]):
-        with pytest.raises(ValueError, match="far larger"):
-            tg.decompress(stream, "lzma")
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_a_stream_that_unpacks_to_all_memory_is_refused(compressor):
+    packed = tg.compress(bytes(1 << 20), compressor)
+    assert tg.decompress(packed, compressor, 1 << 20) == bytes(1 << 20)
+    for stream, most in (packed, 1 << 18), (packed[:-2], 1 << 20):
+        with pytest.raises(ValueError, match="larger than it should be"):
+            tg.decompress(stream, compressor, most)
+
+
+@pytest.mark.parametrize("compressor", ["brotli", "lzma"])
+def test_no_stream_of_an_artifact_is_unpacked_beyond_what_its_sizes_say(monkeypatch, compressor):
+    """And none that its header does not count."""
+    unpacked, real = [], tg.decompress
+    monkeypatch.setattr(tg, "decompress", lambda *args: unpacked.append(args[2]) or real(*args))
+    tg.read_artifact(pack(compressor), NAME)
+    sizes = [tensor.numpy().nbytes for item in sample().values() for tensor in item.parts.values()
+             if tensor.dtype != torch.float16]
+    halves = sum(2 * tensor.numel() for item in sample().values() for tensor in item.parts.values()
+                 if tensor.dtype == torch.float16)
+    assert sorted(unpacked) == sorted([tg.MOST_TEXT, halves, *sizes])  # by several threads
+    unpacked.clear()
+    bomb = tg.compress(bytes(1 << 20), compressor)
+    header = {"settings": {}, "stored": [], "bytes": 5 * [len(bomb)]}
+    assert_refused(with_header(header, 5 * bomb, compressor))
+    assert unpacked == [tg.MOST_TEXT]
 
 
 class Bomb:

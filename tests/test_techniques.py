@@ -358,7 +358,8 @@ def test_plain_settings_have_every_technique_off():
     cfg = bare()
     assert not any((cfg.num_loops, cfg.varlen_enabled, cfg.bigram_vocab_size, cfg.smear_gate_enabled, cfg.ve_enabled,
                     cfg.sparse_attn_gate_enabled, cfg.gated_attn_enabled, cfg.attn_out_gate_enabled, cfg.rope_yarn,
-                    cfg.embedding_dim, cfg.swa_enabled, cfg.qat_enabled, cfg.qat_lite_enabled, cfg.muon_row_normalize))
+                    cfg.embedding_dim, cfg.swa_enabled, cfg.qat_enabled, cfg.qat_lite_enabled, cfg.muon_row_normalize,
+                    cfg.muon_qk_heads))
     assert cfg.tie_embeddings and cfg.muon_ns == "quintic" and cfg.parallel_start_layer >= cfg.num_layers
 
 

@@ -132,6 +132,7 @@ OFF = {  # what may be set while it is off; what turns it on; whether that chang
     "rise": ({"seq_change_warmup_steps": 3}, {"train_seq_schedule": "4@0.5", "seq_change_warmup_steps": 3}, True),
     "polar": ({"muon_ns": "quintic"}, {"muon_ns": "polar"}, True),
     "row-normalize": ({"muon_row_normalize": False}, {"muon_row_normalize": True}, True),
+    "qk-heads": ({"muon_qk_heads": False}, {"muon_qk_heads": True}, True),
     "varlen": ({"varlen_enabled": False}, {"varlen_enabled": True}, True),
     "checkpoints": ({"checkpoint_every": 3}, {"ema_decay": 0.5}, False),
 }
