@@ -2251,6 +2251,11 @@ def newton_schulz(matrices: Tensor, steps: int, dtype: torch.dtype, kind: str = 
     return (x.mT if tall else x).to(matrices.dtype).contiguous()  # as ranks exchange them
 
 
+def slices_by_heads(cfg: Settings, bank: str) -> int:
+    """How many of a bank's slices, its first ones, Muon cuts into heads: those of queries and keys."""
+    return cfg.num_layers if cfg.muon_qk_heads and bank in ("qo_bank", "kv_bank") else 0
+
+
 class Muon:
     """Momentum, orthogonalised, on banks (n, rows, cols); each rank keeps and works on its share of the slices.
 
@@ -2262,9 +2267,7 @@ class Muon:
         self.params, self.cfg, self.rt = list(banks.values()), cfg, rt
         self.share = [-(-p.size(0) // rt.world) for p in self.params]  # slices of a rank
         self.momentum = [torch.zeros(n, *p.shape[1:], device=p.device) for n, p in zip(self.share, self.params)]
-        heads = cfg.num_layers if cfg.muon_qk_heads else 0  # queries and keys are the first slices of their banks
-        self.by_heads = [min(max(heads - rt.rank * n, 0), n) if name in ("qo_bank", "kv_bank") else 0
-                         for name, n in zip(banks, self.share)]
+        self.by_heads = [min(max(slices_by_heads(cfg, name) - rt.rank * n, 0), n) for name, n in zip(banks, self.share)]
 
     def start_reduce(self) -> None:
         """Begin summing the gradients over ranks."""
@@ -2502,6 +2505,7 @@ class Trainer:
                 save_tensors(self.rt.path("checkpoint.pt"), content)
             except RunError as e:  # a full disk is no reason to lose a run; the last checkpoint is still there
                 self.rt.log(f"no checkpoint at step {step}: {e}")
+        self.rt.largest(0.0)  # or the others would wait for rank 0 with their clocks running
 
     def load(self) -> tuple[int, float]:
         """Take up checkpoint.pt; returns its step and clock seconds. RunError if it is missing or of another run."""
@@ -2636,7 +2640,6 @@ def train(cfg: Settings, rt: Runtime, trainer: Trainer, feeder: Feeder, clock: C
         if save:  # after the losses are known to be numbers
             clock.stop()
             trainer.save(step, clock.spent)
-            rt.largest(0.0)  # rank 0 writes: the others would wait for it with their clocks running
             clock.start()
         if last and step == 0:
             raise RunError(f"MAX_WALLCLOCK_SECONDS={clock.limit:g}: too short for one step of {clock.lap:.1f}s and "

@@ -281,14 +281,13 @@ def optimizer_work(cfg: tg.Settings, shapes: dict[str, tuple[int, ...]], world: 
         if name.endswith("_bank"):
             slices, rows, cols = shape
             share = -(-slices // world)
-            heads = cfg.num_layers if cfg.muon_qk_heads and name in ("qo_bank", "kv_bank") else 0  # slices of them
-            whole = min(slices - heads, share)  # of the GPU that has most of them
+            whole = min(slices - tg.slices_by_heads(cfg, name), share)  # of the GPU that has most of them
             width = cfg.model_dim // cfg.num_heads
             for matrices, height in (whole, rows), ((share - whole) * (rows // width), width):
                 ns_flops, ns_bytes = newton_schulz(height, cols, cfg.muon_backend_steps)
                 flops += matrices * ns_flops
-                moved += matrices * (ns_bytes + (4 + 14) * height * cols)
-            moved += 14 * size
+                moved += matrices * ns_bytes
+            moved += share * (4 + 14) * rows * cols + 14 * size
         else:
             table = name in ("tok_emb", "head") or name.endswith("_table")
             moved += (32 + BF16 * table) * size
