@@ -1457,11 +1457,16 @@ def atomic_write(path: str, content: bytes) -> None:
         raise
 
 
-def save_tensors(path: str, content: dict[str, Any]) -> None:
-    """torch.save, atomically. It goes through memory, because torch's writer hides errors of the disk."""
+def save_tensors(rt: "Runtime", name: str, content: dict[str, Any], otherwise: str) -> None:
+    """torch.save, atomically. It goes through memory, because torch's writer hides errors of the disk. A full one is no
+    reason to lose a run: the log then says `otherwise`.
+    """
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    atomic_write(path, buffer.getbuffer())
+    try:
+        atomic_write(rt.path(name), buffer.getbuffer())
+    except RunError as e:
+        rt.log(f"{otherwise}: {e}")
 
 
 def say(line: str) -> None:
@@ -2501,10 +2506,7 @@ class Trainer:
                 "params": [p.detach() for p in self.params], "muon": momentum,
                 "adamw": self.optimizer.adamw.state_dict(), "ema": self.ema, "swa": self.swa,
                 "snapshots": self.snapshots, "window": self.window, "grown": self.grown}
-            try:
-                save_tensors(self.rt.path("checkpoint.pt"), content)
-            except RunError as e:  # a full disk is no reason to lose a run; the last checkpoint is still there
-                self.rt.log(f"no checkpoint at step {step}: {e}")
+            save_tensors(self.rt, "checkpoint.pt", content, f"no checkpoint at step {step}")  # the last is still there
         self.rt.largest(0.0)  # or the others would wait for rank 0 with their clocks running
 
     def load(self) -> tuple[int, float]:
@@ -4780,10 +4782,7 @@ class Run:
         rt.log(f"trained {steps} steps, {tokens} tokens in {seconds:.1f}s, {seconds - loop_seconds:.1f}s of it "
                f"calibration{'; OVER the clock' if clock.limit and seconds > clock.limit else ''}; kept: {kept}")
         if cfg.save_model and rt.rank == 0:
-            try:
-                save_tensors(rt.path("final_model.pt"), self.model.state_dict())
-            except RunError as e:  # a full disk is no reason to lose a run
-                rt.log(f"final_model.pt is not there: {e}")
+            save_tensors(rt, "final_model.pt", self.model.state_dict(), "no final_model.pt")
         self.stages["pre_quant"] = self.stage("pre_quant", cfg.eval_seq_len)
         return self.compress(stats), {"steps": steps, "train_seconds": seconds, "tokens_seen": tokens,
                                           "tok_per_s": tokens / max(loop_seconds, 1e-9)}
